@@ -1,0 +1,8 @@
+"""Every flag of `train.py`, resolved to one frozen `RunConfig`.
+
+The files `flags/*.flags` are recipes: `train.py --flagfile=flags/alexnet_bn_8k.flags`.
+"""
+
+from flags.config import RunConfig, define, read
+
+__all__ = ["RunConfig", "define", "read"]

@@ -1,0 +1,180 @@
+"""`RunConfig`: each field is a flag, with its default, its bounds and its help in one place."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+import models
+from lars_keras import data, schedules
+from lars_keras.lars import VARIANTS
+from lars_keras.roles import DEFAULT_EXCLUDE
+from lars_keras.training.optimizers import OPTIMIZERS, SCHEDULES
+
+
+def _flag(default: Any, kind: str, text: str, **options: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "options": options})
+
+
+def _choice(default: str, values: Sequence[str], text: str) -> Any:
+    return _flag(default, "enum", text, enum_values=list(values))
+
+
+def _whole(default: int | None, text: str, low: int = 1) -> Any:
+    return _flag(default, "integer", text, lower_bound=low)
+
+
+def _real(default: float | None, text: str, high: float | None = None) -> Any:
+    return _flag(default, "float", text, lower_bound=0.0, upper_bound=high)
+
+
+def _text(default: str | None, text: str) -> Any:
+    return _flag(default, "string", text)
+
+
+def _switch(text: str) -> Any:
+    return _flag(False, "bool", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All flags of a run, validated. A batch size without an adjective is the global one."""
+
+    # What is trained on what.
+    model: str = _choice("alexnet_small", models.names(), "Network.")
+    dataset: str = _choice("digits", data.NAMES, "Data set.")
+    data_dir: str | None = _text(None, "Folder of the prepared data sets. Default: that of tensorflow-datasets.")
+    image_size: int | None = _whole(None, "Height and width in pixels, for imagenet2012. Default: the model's.", low=8)
+    run_dir: str | None = _text(None, "Folder for all results, without a run in it. Default: runs/<time>-<names>.")
+    eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.")
+    # How long, and in what portions.
+    batch_size: int = _whole(8192, "Global batch: examples in an update.")
+    microbatch_size: int | None = _whole(
+        None, "Examples that a replica takes through the model at once. Default: its share of the batch."
+    )
+    epochs: float = _real(8.0, "Passes over the training data; may be a fraction.")
+    steps: int | None = _whole(None, "Updates; takes the place of --epochs.")
+    # The optimizer.
+    optimizer: str = _choice("lars", OPTIMIZERS, "Optimizer; lamb is Keras's.")
+    learning_rate: float = _real(10.0, "Peak of the learning rate.")
+    schedule: str = _choice(
+        "polynomial", SCHEDULES, "Decay after the warm-up. step: a tenth from 1/3, 2/3 and 8/9 of the run on."
+    )
+    power: float = _real(2.0, "Exponent of the polynomial decay.")
+    end_learning_rate: float = _real(0.0, "Last rate of a polynomial or cosine decay.")
+    warmup_epochs: str = _text("0", "Linear warm-up: epochs, or a duration such as '100 steps' or '1e6 examples'.")
+    momentum: float = _real(0.9, "Momentum of lars and momentum; beta_1 of lamb and adam.")
+    nesterov: bool = _switch("Nesterov momentum, for lars and momentum.")
+    weight_decay: float = _real(5e-4, "Weight decay: inside the rule of lars, decoupled for the others.")
+    trust_coefficient: float = _real(1e-3, "eta of LARS.")
+    epsilon: float = _real(0.0, "Added to the denominator of LARS's trust ratio.")
+    variant: str = _choice("paper", VARIANTS, "Rule of LARS.")
+    trust_clip: bool = _switch("The clip of LARC.")
+    exclude: tuple[str, ...] | None = _flag(
+        None,
+        "list",
+        "Regular expressions of variables that are neither adapted nor decayed. Default: bias and normalisation "
+        "variables. Empty: nothing is excluded.",
+    )
+    excluded_lr_scale: float = _real(1.0, "Factor on the learning rate of variables that are not adapted.")
+    global_clipnorm: float | None = _real(None, "Largest norm of all gradients together, of the whole batch.")
+    label_smoothing: float = _real(0.0, "Share of the label spread over all classes.", high=1.0)
+    # Where and how it runs.
+    strategy: str = _choice("auto", ("auto", "one", "mirrored", "multi_worker", "tpu"), "tf.distribute strategy.")
+    replicas: int | None = _whole(None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.")
+    tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.")
+    precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Keras dtype policy.")
+    sync_batch_norm: bool = _switch("Batch statistics over all replicas, instead of each ghost batch's own.")
+    jit_compile: str = _choice("auto", ("auto", "on", "off"), "XLA for the gradients; auto: on GPU and TPU.")
+    updates_per_call: int = _whole(1, "Updates that run without returning to Python.")
+    eval_every: int = _whole(1, "Epochs between evaluations; the end of the run is always evaluated.")
+    seed: int = _whole(0, "Seed of weights, order, augmentation and dropout.", low=0)
+
+    def __post_init__(self) -> None:
+        """Checks what one flag cannot know of another.
+
+        Raises:
+            ValueError: names the flags, what was received and what would be accepted.
+        """
+        if self.microbatch_size and self.batch_size % self.microbatch_size:
+            raise ValueError(
+                "--microbatch_size must divide --batch_size. "
+                f"Received: --microbatch_size={self.microbatch_size} --batch_size={self.batch_size}"
+            )
+        if self.steps is None and self.epochs == 0:
+            raise ValueError("--epochs must be above 0. Received: --epochs=0")
+        if self.eval_only and not self.run_dir:
+            raise ValueError("--eval_only needs --run_dir, the folder of the run to score. Received: no --run_dir")
+        if self.nesterov and self.variant == "ratio_on_momentum":
+            raise ValueError("--variant=ratio_on_momentum has no Nesterov form. Received: --nesterov")
+        if self.replicas and self.strategy not in ("auto", "mirrored"):
+            raise ValueError(
+                f"--replicas goes with --strategy=mirrored. Received: --replicas={self.replicas} "
+                f"--strategy={self.strategy}"
+            )
+        if self.momentum >= 1.0:
+            raise ValueError(f"--momentum must be below 1. Received: --momentum={self.momentum}")
+        if self.schedule == "polynomial" and self.power == 0.0:
+            raise ValueError("--power must be above 0. Received: --power=0")
+        try:
+            schedules.duration_in_updates(self.warmup_duration, batch_size=1, num_examples=1)
+        except ValueError as e:
+            raise ValueError(f"--warmup_epochs: {e}") from None
+
+    @property
+    def warmup_duration(self) -> str:
+        """`warmup_epochs` with its unit."""
+        try:
+            float(self.warmup_epochs)
+        except ValueError:
+            return self.warmup_epochs
+        return f"{self.warmup_epochs} epochs"
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The patterns of `exclude`."""
+        return DEFAULT_EXCLUDE if self.exclude is None else self.exclude
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """Arguments of `lars_keras.training.make_optimizer` beside the rate."""
+        names = ("momentum", "nesterov", "weight_decay", "global_clipnorm", "trust_coefficient", "epsilon", "variant")
+        names += ("trust_clip", "excluded_lr_scale")
+        return {"exclude": self.excluded, **{name: getattr(self, name) for name in names}}
+
+    def total_updates(self, num_train: int) -> int:
+        """Updates of the whole run."""
+        return self.steps or max(1, math.ceil(self.epochs * num_train / self.batch_size - 1e-9))
+
+    def as_flags(self) -> str:
+        """The flagfile that repeats the run: one line for each flag that has a value."""
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "run_dir":
+                continue
+            if isinstance(value, tuple):
+                value = ",".join(value)
+            lines.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+        return "\n".join(lines) + "\n"
+
+
+def define() -> None:
+    """Defines the flags with absl."""
+    for field in dataclasses.fields(RunConfig):
+        make = getattr(flags, f"DEFINE_{field.metadata['kind']}")
+        make(field.name, field.default, help=field.metadata["help"], **field.metadata["options"])
+
+
+def read(values: flags.FlagValues) -> RunConfig:
+    """The parsed flags as a `RunConfig`.
+
+    Raises:
+        ValueError: if flags contradict each other.
+    """
+    settings = {field.name: values[field.name].value for field in dataclasses.fields(RunConfig)}
+    if settings["exclude"] is not None:
+        settings["exclude"] = tuple(settings["exclude"])
+    return RunConfig(**settings)

@@ -1,0 +1,76 @@
+"""The run folder: what was asked for, and what came of it."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from flags.config import RunConfig
+from lars_keras.training.errors import UsageError
+
+_PACKAGES = ("lars-keras", "keras", "tensorflow", "tensorflow-cpu", "tensorflow-tpu", "jax", "numpy", "tensorflow-datasets")
+
+
+def open_run_dir(config: RunConfig) -> Path:
+    """Path of the run's folder, which is not created before the run is known to be able to start.
+
+    Raises:
+        UsageError: if it holds a run already, or, for `--eval_only`, if it holds none.
+    """
+    if not config.run_dir:
+        name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
+        return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    path = Path(config.run_dir)
+    if config.eval_only:
+        if not (path / "model.keras").is_file():
+            raise UsageError(f"--eval_only found no model.keras in --run_dir={path}")
+    elif (path / "flags.txt").exists():
+        raise UsageError(f"--run_dir={path} holds a run already, and nothing is written over. Name another folder.")
+    elif path.exists() and not path.is_dir():
+        raise UsageError(f"--run_dir={path} is not a folder.")
+    return path
+
+
+def write_plan(
+    path: Path, config: RunConfig, plan: str, warnings: list[str], optimizer: keras.optimizers.Optimizer
+) -> None:
+    """Creates the folder with `flags.txt`, `config.json` and `plan.txt`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "flags.txt").write_text(config.as_flags())
+    except OSError as e:
+        raise UsageError(f"--run_dir={path} cannot be written: {e.strerror}") from e
+    (path / "plan.txt").write_text(plan + "\n")
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    rows = optimizer.layer_plan() if hasattr(optimizer, "layer_plan") else []
+    settings = {
+        **dataclasses.asdict(config),
+        "warnings": warnings,
+        "layer_plan": [dataclasses.asdict(row) for row in rows],
+    }
+    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_results(path: Path, scores: dict[str, float], **measured: Any) -> None:
+    """Writes `results.json`: the last scores, what was measured on the way, and the versions of everything."""
+    results = {**scores, "n": round(scores["n"]), **measured, "versions": versions()}
+    temporary = path / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, path / "results.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version(), "keras_backend": keras.backend.backend()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,12 @@
+"""Large-batch training for Keras 3: layer-wise adaptive optimizers, their schedules and their training step.
+
+Importing this package imports Keras only, on whichever backend Keras runs.
+`lars_keras.data` and `lars_keras.training` are imported on demand.
+"""
+
+from lars_keras import schedules
+from lars_keras.lars import LARS
+from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
+
+__all__ = ["DEFAULT_EXCLUDE", "LARS", "VariableRole", "schedules"]
+__version__ = "0.1.0"

@@ -1,0 +1,11 @@
+"""Data sets: exactly ordered, randomly accessible batches of (images, labels).
+
+Importing this package, and using `ArrayData`, needs NumPy only.
+"""
+
+from lars_keras.data.arrays import ArrayData
+from lars_keras.data.catalog import NAMES, load
+from lars_keras.data.image_data import ImageData
+from lars_keras.data.jpegs import JpegData
+
+__all__ = ["NAMES", "ArrayData", "ImageData", "JpegData", "load"]

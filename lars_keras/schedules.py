@@ -1,0 +1,227 @@
+"""Warm-up, decay and scaling of the learning rate, counted in optimizer updates.
+
+Update `t` is the `t`-th call of the optimizer, from 0. With micro-batches an update is still one step of
+the optimizer, so the schedules below never see micro-batches.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class _Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """`start + (peak - start) * (t + 1) / warmup_updates`, then `decay(t - warmup_updates)`.
+
+    The last update of the warm-up runs at the peak. Goyal et al. 2017 (arXiv 1706.02677), section 2.2.
+    """
+
+    def __init__(self, peak: float, warmup_updates: int, start: float):
+        self.peak = _at_least("peak", peak, 0.0)
+        self.warmup_updates = _count("warmup_updates", warmup_updates)
+        self.start = _at_least("start", start, 0.0)
+
+    def __call__(self, step: Any) -> Any:
+        t = ops.cast(step, "float32")
+        ramp = self.start + (self.peak - self.start) * (t + 1.0) / max(self.warmup_updates, 1)
+        after = self.decay(ops.maximum(t - self.warmup_updates, 0.0))
+        return ops.where(t < self.warmup_updates, ramp, after)
+
+    def decay(self, t: Any) -> Any:
+        """The rate `t` updates after the warm-up, a float32 scalar."""
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        return {"peak": self.peak, "warmup_updates": self.warmup_updates, "start": self.start}
+
+
+class _WarmupTo(_Warmup):
+    """A decay from `peak` to `end` that takes `total_updates - warmup_updates` updates."""
+
+    def __init__(
+        self,
+        peak: float,
+        warmup_updates: int,
+        total_updates: int,
+        start: float = 0.0,
+        end: float = 0.0,
+    ):
+        super().__init__(peak, warmup_updates, start)
+        self.total_updates = _count("total_updates", total_updates)
+        self.end = _at_least("end", end, 0.0)
+        if self.total_updates <= self.warmup_updates:
+            raise ValueError(
+                "`total_updates` must be above `warmup_updates`. "
+                f"Received: total_updates={total_updates}, warmup_updates={warmup_updates}"
+            )
+
+    def left(self, t: Any) -> Any:
+        """The share of the decay that is still to come: 1 after the warm-up, 0 at the end."""
+        return 1.0 - ops.minimum(t / (self.total_updates - self.warmup_updates), 1.0)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "total_updates": self.total_updates, "end": self.end}
+
+
+@keras.saving.register_keras_serializable(package="lars_keras")
+class WarmupPolynomial(_WarmupTo):
+    """`end + (peak - end) * (1 - x) ** power` after a linear warm-up.
+
+    Power 2 is the decay of the LARS paper (arXiv 1708.03888, section 5) and of MLPerf's ResNet-50.
+
+    Args:
+        peak: highest rate.
+        warmup_updates: length of the warm-up; 0 for none.
+        total_updates: length of warm-up and decay; `end` from then on.
+        power: exponent, above 0.
+        start: rate from which the warm-up rises.
+        end: last rate.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        peak: float,
+        warmup_updates: int,
+        total_updates: int,
+        power: float = 2.0,
+        start: float = 0.0,
+        end: float = 0.0,
+    ):
+        super().__init__(peak, warmup_updates, total_updates, start, end)
+        self.power = _at_least("power", power, 0.0)
+        if self.power == 0.0:
+            raise ValueError("`power` must be above 0. Received: power=0.0")
+
+    def decay(self, t: Any) -> Any:
+        return self.end + (self.peak - self.end) * self.left(t) ** self.power
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "power": self.power}
+
+
+@keras.saving.register_keras_serializable(package="lars_keras")
+class WarmupCosine(_WarmupTo):
+    """`end + (peak - end) * (1 + cos(pi x)) / 2` after a linear warm-up. Loshchilov, Hutter 2017 (arXiv 1608.03983).
+
+    Args:
+        peak: highest rate.
+        warmup_updates: length of the warm-up; 0 for none.
+        total_updates: length of warm-up and decay; `end` from then on.
+        start: rate from which the warm-up rises.
+        end: last rate.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def decay(self, t: Any) -> Any:
+        return self.end + (self.peak - self.end) * 0.5 * (1.0 - ops.cos(math.pi * self.left(t)))
+
+
+@keras.saving.register_keras_serializable(package="lars_keras")
+class WarmupStep(_Warmup):
+    """`peak * factor ** (number of boundaries reached)` after a linear warm-up.
+
+    Args:
+        peak: highest rate.
+        warmup_updates: length of the warm-up; 0 for none.
+        boundaries: updates, rising, from which on the rate is multiplied by `factor` once more; counted from the
+            start of training. None may lie within the warm-up.
+        factor: in (0, 1].
+        start: rate from which the warm-up rises.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        peak: float,
+        warmup_updates: int,
+        boundaries: Sequence[int],
+        factor: float = 0.1,
+        start: float = 0.0,
+    ):
+        super().__init__(peak, warmup_updates, start)
+        self.boundaries = [_count("boundaries", b) for b in boundaries]
+        self.factor = _at_least("factor", factor, 0.0)
+        if not 0.0 < self.factor <= 1.0:
+            raise ValueError(f"`factor` must be in (0, 1]. Received: factor={factor!r}")
+        if self.boundaries != sorted(set(self.boundaries)):
+            raise ValueError(f"`boundaries` must rise. Received: boundaries={list(boundaries)}")
+        if self.boundaries and self.boundaries[0] < self.warmup_updates:
+            raise ValueError(
+                "`boundaries` must not lie within the warm-up. "
+                f"Received: boundaries={list(boundaries)}, warmup_updates={warmup_updates}"
+            )
+
+    def decay(self, t: Any) -> Any:
+        rate = ops.ones_like(t) * self.peak
+        for boundary in self.boundaries:
+            rate = ops.where(t >= boundary - self.warmup_updates, rate * self.factor, rate)
+        return rate
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "boundaries": self.boundaries, "factor": self.factor}
+
+
+def duration_in_updates(duration: str | int | float, *, batch_size: int, num_examples: int) -> int:
+    """A duration in optimizer updates, rounded up.
+
+    Args:
+        duration: `"5 epochs"`, `"100 steps"` (updates), `"1e6 examples"`, or a number of updates.
+        batch_size: global batch.
+        num_examples: examples in an epoch.
+
+    Returns:
+        The least number of updates that cover the duration, so that a new batch size needs no other edit of a recipe.
+
+    Raises:
+        ValueError: for a text of another form, a negative number or a fraction of a step.
+    """
+    match = re.fullmatch(r"\s*([-+.\deE]+?)\s*(epochs?|steps?|updates?|examples?)?\s*", str(duration))
+    try:
+        number = float(match[1]) if match else -1.0
+    except ValueError:
+        number = -1.0
+    if not match or not 0.0 <= number < math.inf:
+        raise ValueError(
+            "A duration is a number followed by 'epochs', 'steps' or 'examples', such as '2.5 epochs'. "
+            f"Received: {duration!r}"
+        )
+    unit = (match[2] or "steps").rstrip("s")
+    if unit in ("step", "update"):
+        if number != int(number):
+            raise ValueError(f"A duration in steps must be whole. Received: {duration!r}")
+        return int(number)
+    examples = number * num_examples if unit == "epoch" else number
+    # 1e-9: 0.1 epochs of 30 examples are 3 examples, not 3.0000000000000004.
+    return math.ceil(examples / batch_size - 1e-9)
+
+
+def linear_scaling(base_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """`base_rate * batch_size / base_batch_size`. Goyal et al. 2017 (arXiv 1706.02677), section 2.1."""
+    return base_rate * batch_size / base_batch_size
+
+
+def sqrt_scaling(base_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """`base_rate * sqrt(batch_size / base_batch_size)`. Krizhevsky 2014 (arXiv 1404.5997), section 5."""
+    return base_rate * math.sqrt(batch_size / base_batch_size)
+
+
+def _at_least(argument: str, value: Any, low: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
+        raise ValueError(f"`{argument}` must be a number of at least {low:g}. Received: {argument}={value!r}")
+    return float(value)
+
+
+def _count(argument: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{argument}` must be a whole number of at least 0. Received: {argument}={value!r}")
+    return value

@@ -1,0 +1,274 @@
+"""What a run shows and keeps while it trains: a progress bar, JSON lines and TensorBoard scalars.
+
+Ordinary Keras callbacks. They expect `params` to hold "epochs", "steps" (updates of the whole run), "batch_size"
+(global), "steps_per_epoch" (float) and "first_update" (where a resumed run starts, else 0), and
+`on_train_batch_end(update, logs)` to get the 0-based index of the last finished optimizer update.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import keras
+from absl import logging
+from tqdm import tqdm
+
+Clock = Callable[[], float]
+
+
+class Throughput:
+    """The speed of this process's training.
+
+    The first call of the training function is left out, because it compiles, and so is the time between epochs,
+    because it evaluates and saves.
+
+    Args:
+        batch_size: images of one update, over all replicas.
+        first_update: updates that were finished before this process began.
+        clock: returns seconds.
+    """
+
+    def __init__(self, batch_size: int, first_update: int = 0, clock: Clock = time.perf_counter):
+        self._batch_size = batch_size
+        self._clock = clock
+        self._finished = first_update
+        self._mark: float | None = None  # the last lap's time; None before the first
+        self._compiled = (first_update, 0.0)  # updates and time at the first lap
+        self._images = 0
+        self._seconds = 0.0
+
+    def lap(self, finished: int) -> None:
+        """Notes that `finished` updates of the run are done by now."""
+        now = self._clock()
+        if self._mark is None:
+            self._compiled = (finished, now)
+        else:
+            self._images += (finished - self._finished) * self._batch_size
+            self._seconds += now - self._mark
+        self._finished, self._mark = finished, now
+
+    def restart(self) -> None:
+        """Leaves out the time since the last lap."""
+        if self._mark is not None:
+            self._mark = self._clock()
+
+    @property
+    def images_per_second(self) -> float:
+        """The mean so far; NaN before the second lap."""
+        return self._images / self._seconds if self._seconds else math.nan
+
+    def seconds_left(self, total: int) -> float:
+        """Time to `total` updates at the pace since compilation, evaluations included; NaN if unknown."""
+        if self._mark is None or self._finished == self._compiled[0]:
+            return math.nan
+        updates, since = self._compiled
+        return (total - self._finished) * (self._mark - since) / (self._finished - updates)
+
+
+class Progress(keras.callbacks.Callback):
+    """Shows the run: a bar on a terminal, else a plain line now and then, and one line per evaluation.
+
+    Args:
+        file: text stream to write to. Defaults to `sys.stdout`.
+        interval: least seconds between two plain lines where `file` is no terminal.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        file: TextIO | None = None,
+        interval: float = 10.0,
+        clock: Clock = time.perf_counter,
+    ):
+        super().__init__()
+        self._file = file or sys.stdout
+        self._interval = interval
+        self._clock = clock
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._finished = self.params["first_update"]
+        self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
+        self._last_line = -math.inf
+        self._terminal = self._file.isatty()
+        self._bar = tqdm(
+            total=self.params["steps"],
+            initial=self._finished,
+            disable=not self._terminal,
+            file=self._file,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            postfix="compiling",
+        )
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        finished = batch + 1
+        self._speed.lap(finished)
+        self._bar.set_postfix_str(self._status(logs or {}), refresh=False)
+        self._bar.update(finished - self._finished)
+        self._finished = finished
+        if not self._terminal and self._clock() - self._last_line >= self._interval:
+            self._line(logs or {})
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._speed.restart()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        logs = logs or {}
+        if "val_loss" in logs:
+            scores = [*_accuracies(logs, "val_"), f"loss {logs['val_loss']:.4g}"]
+            scores += [f"n={logs['val_n']:.0f}"] if "val_n" in logs else []
+            epochs = f"epoch {epoch + 1}/{self.params['epochs']:g}"
+            self._write("  ".join([epochs, self._updates(), "val " + scores[0], *scores[1:]]))
+        elif not self._terminal:
+            self._line(logs)
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        self._bar.close()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Mean speed of the training so far, `Throughput`'s; None before the second call of the training function."""
+        speed = self._speed.images_per_second
+        return None if math.isnan(speed) else speed
+
+    def _updates(self) -> str:
+        return f"update {self._finished}/{self.params['steps']}"
+
+    def _status(self, logs: dict[str, float]) -> str:
+        left = self._speed.seconds_left(self.params["steps"])
+        speed = self._speed.images_per_second
+        parts = [] if math.isnan(left) else [f"ETA {tqdm.format_interval(left)}"]
+        parts += [] if math.isnan(speed) else [f"{speed:,.0f} images/s"]
+        parts += [f"loss {logs['loss']:.4g}"] if "loss" in logs else []
+        parts += _accuracies(logs)[:1]
+        parts += [f"rate {logs['learning_rate']:.4g}"] if "learning_rate" in logs else []
+        return "  ".join(parts)
+
+    def _line(self, logs: dict[str, float]) -> None:
+        percent = 100 * self._finished / self.params["steps"]
+        self._write(f"{self._updates()}  {percent:.0f} %  {self._status(logs)}")
+        self._last_line = self._clock()
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line, file=self._file)
+        self._file.flush()
+
+
+class MetricsLog(keras.callbacks.Callback):
+    """Keeps the run's metrics in `run_dir/metrics.jsonl` and as TensorBoard scalars in `run_dir/tensorboard`.
+
+    After each call of the training function one line is added, with the count of finished updates, the metrics
+    since the epoch's start, the mean speed of `Throughput`, and the wall seconds of training so far:
+
+        {"event": "update", "update": 18, "epoch": 3.0, "loss": ..., "step_loss": ..., "top1": ..., "top5": ...,
+         "learning_rate": ..., "images_per_second": ..., "seconds": ...}
+
+    and after each evaluation
+
+        {"event": "eval", "update": 18, "epoch": 3.0, "loss": ..., "top1": ..., "top5": ..., "n": 450}
+
+    Accuracies are fractions. A value that is not finite is null. What was logged beyond the update at which a resumed
+    run starts is dropped, so no update comes twice.
+
+    Args:
+        run_dir: existing folder of the run.
+        clock: returns seconds.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], clock: Clock = time.perf_counter):
+        super().__init__()
+        self._run_dir = Path(run_dir)
+        self._path = self._run_dir / "metrics.jsonl"
+        self._clock = clock
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._finished = self.params["first_update"]
+        events = [e for e in read_metrics(self._path) if e["update"] <= self._finished]
+        kept = self._path.with_suffix(".tmp")
+        kept.write_text("".join(map(_line, events)), encoding="utf-8")
+        os.replace(kept, self._path)
+        self._evaluated = {e["update"] for e in events if e["event"] == "eval"}
+        earlier = max((e["seconds"] for e in events if e["event"] == "update"), default=0.0)
+        self._began = self._clock() - earlier
+        self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
+        # A resumed run writes new event files; TensorBoard lets their steps replace the older ones.
+        self._writers = _tensorboard_writers(self._run_dir / "tensorboard")
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._finished = batch + 1
+        self._speed.lap(self._finished)
+        names = ("loss", "step_loss", "top1", "top5", "learning_rate")
+        values = {name: (logs or {}).get(name, math.nan) for name in names}
+        values["images_per_second"] = self._speed.images_per_second
+        self._add("update", "train", values, {"seconds": self._clock() - self._began})
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._speed.restart()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        # A run resumed at an epoch's end may repeat the evaluation that it already logged.
+        if logs and "val_loss" in logs and self._finished not in self._evaluated:
+            self._evaluated.add(self._finished)
+            names = ("loss", "top1", "top5")
+            values = {name: logs.get(f"val_{name}", math.nan) for name in names}
+            self._add("eval", "validation", values, {"n": round(logs.get("val_n", 0))})
+        for writer in self._writers.values():
+            writer.flush()
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
+        epoch = self._finished / self.params["steps_per_epoch"]
+        line = _line({"event": event, "update": self._finished, "epoch": epoch, **values, **more})
+        with open(self._path, "a", encoding="utf-8") as file:  # closed, so kept, whatever happens next
+            file.write(line)
+        if run in self._writers:
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._writers[run].add_scalar(name, value, self._finished)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`.
+
+    Args:
+        path: the file; it may be missing.
+
+    Returns:
+        The events in their order, without a line torn by a crash.
+    """
+    path = Path(path)
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            logging.warning("%s: left out a line that is no JSON: %.40r", path, line)
+    return events
+
+
+def _accuracies(logs: dict[str, float], prefix: str = "") -> list[str]:
+    names = {"top-1": f"{prefix}top1", "top-5": f"{prefix}top5"}
+    return [f"{name} {100 * logs[key]:.1f} %" for name, key in names.items() if key in logs]
+
+
+def _line(event: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _tensorboard_writers(folder: Path) -> dict[str, Any]:
+    """One writer each for training and validation; none where TensorBoard is not installed."""
+    try:
+        from tensorboard.summary import Writer  # needs no TensorFlow
+    except ImportError:
+        logging.warning("tensorboard is not installed: no TensorBoard events are written.")
+        return {}
+    return {run: Writer(str(folder / run)) for run in ("train", "validation")}

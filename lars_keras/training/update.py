@@ -1,0 +1,101 @@
+"""From reduced gradients to new weights, on one replica of a `tf.distribute` strategy.
+
+`keras.optimizers.Optimizer.apply` clips, checks and scales before it sums over replicas, and averages weights
+in ways that tf.distribute forbids. Here the gradients come in already summed, so every option of the base class means
+the same on any number of replicas.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+
+def check_options(optimizer: keras.optimizers.Optimizer) -> None:
+    """Refuses what cannot mean anything here.
+
+    Raises:
+        ValueError: for `gradient_accumulation_steps`.
+    """
+    if inner_optimizer(optimizer).gradient_accumulation_steps:
+        raise ValueError(
+            "Accumulate with `Trainer(microbatch_size=...)`, which updates once per global batch: "
+            "`gradient_accumulation_steps` fails under tf.distribute and lets schedules count micro-batches. "
+            f"Received: gradient_accumulation_steps={inner_optimizer(optimizer).gradient_accumulation_steps}"
+        )
+
+
+def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+def apply_update(
+    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[keras.Variable]
+) -> tf.Tensor:
+    """Applies one update; call it in replica context with the same gradients on every replica.
+
+    Args:
+        optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
+        gradients: gradients of the scaled loss, summed over replicas and micro-batches.
+        variables: their variables.
+
+    Returns:
+        A scalar int: 1, or 0 where dynamic loss scaling found a value that is not finite and skipped the update. The
+        caller adds it to `optimizer.iterations`, in cross-replica context.
+    """
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if optimizer.loss_scale_factor is not None:
+            gradients = [g / optimizer.loss_scale_factor for g in gradients]
+        _step(optimizer, gradients, variables)
+        return tf.constant(1)
+
+    scale = tf.convert_to_tensor(optimizer.dynamic_scale)
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+
+    def take() -> tf.Tensor:
+        _step(optimizer.inner_optimizer, [g / tf.cast(scale, g.dtype) for g in gradients], variables)
+        grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
+        optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
+        optimizer.step_counter.assign(tf.where(grow, 0, tf.convert_to_tensor(optimizer.step_counter) + 1))
+        return tf.constant(1)
+
+    def skip() -> tf.Tensor:
+        optimizer.dynamic_scale.assign(scale * 0.5)
+        optimizer.step_counter.assign(0)
+        return tf.constant(0)
+
+    return tf.cond(finite, take, skip)
+
+
+def _step(
+    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[keras.Variable]
+) -> None:
+    """Clipping, decoupled decay, the rule, constraints and averaging: the order of Keras's `Optimizer.apply`."""
+    rate = optimizer.learning_rate
+    gradients = optimizer._clip_gradients(gradients)
+    for variable in variables:
+        if optimizer.weight_decay and optimizer._use_weight_decay(variable):
+            factor = tf.cast(rate * optimizer.weight_decay, variable.dtype)
+            variable.assign(variable - variable * factor)
+    for gradient, variable in zip(gradients, variables):
+        optimizer.update_step(gradient, variable, rate)
+    for variable in variables:
+        if variable.constraint is not None:
+            variable.assign(variable.constraint(variable))
+    if optimizer.use_ema:
+        _average(optimizer, variables)
+
+
+def _average(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
+    """Exponential moving average of the weights, and its periodic write-back."""
+    optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+    if not optimizer.ema_overwrite_frequency:
+        return
+    due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
+    averages: list[Any] = optimizer._model_variables_moving_average
+    for variable, average in zip(optimizer._trainable_variables, averages):
+        variable.assign(ops.where(due, average, variable))

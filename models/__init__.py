@@ -1,0 +1,134 @@
+"""Image classifiers by name: raw pixels in, logits out."""
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from models import alexnet, resnet
+
+
+class _Spec(NamedTuple):
+    build: Callable[..., keras.KerasTensor]
+    image_size: int
+    min_size: int
+    std: float = 127.5  # Default; with the default mean, pixels become [-1, 1].
+
+
+_SPECS = {
+    # The original's initial values are made for unscaled pixels.
+    "alexnet": _Spec(functools.partial(alexnet.alexnet, batch_norm=False), 227, 67, std=1.0),
+    "alexnet_bn": _Spec(functools.partial(alexnet.alexnet, batch_norm=True), 227, 67),
+    "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=False), 32, 16),
+    "alexnet_small_bn": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
+    "resnet18": _Spec(resnet.resnet18, 32, 8),
+    "resnet50": _Spec(resnet.resnet50, 224, 32),
+}
+_DEFAULT_MEAN = 127.5
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names that `get` accepts."""
+    return tuple(_SPECS)
+
+
+def default_image_size(name: str) -> int:
+    """Returns the height and width, in pixels, of the images that a model was designed for.
+
+    Raises:
+        ValueError: if `name` is not one of `names()`.
+    """
+    return _spec(name).image_size
+
+
+def get(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: tuple[int, int, int] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    sync_batch_norm: bool = False,
+    seed: int | None = None,
+) -> keras.Model:
+    """Builds a functional model, not compiled.
+
+    The model takes `uint8` images `(batch, height, width, channels)` as they are decoded; its
+    first layer, `normalize`, subtracts `mean` and divides by `std` in float32, on the device. Do
+    not scale images beforehand: Keras casts inputs to `uint8`, which would truncate them. The
+    output is float32 logits `(batch, num_classes)` under every dtype policy. No layer has a
+    weight regulariser: weight decay is the optimizer's.
+
+    Args:
+        name: one of `names()`.
+        num_classes: positive int, the number of logits.
+        input_shape: `(height, width, channels)`; by default RGB of `default_image_size(name)`.
+        mean: subtracted from pixels, on their 0-255 scale: a number or one for each channel.
+            Default 127.5.
+        std: divides the pixels, likewise. Default 127.5, but 1 for `"alexnet"`, whose published
+            initial values expect unscaled pixels: give it another `std` and it starts very slowly.
+        sync_batch_norm: whether batch normalisation averages its statistics over all replicas of a
+            `tf.distribute` strategy. Models without batch normalisation ignore it.
+        seed: int from which every layer's initial values and dropout masks derive, whatever the
+            global random state. None uses the global state (`keras.utils.set_random_seed`).
+
+    Returns:
+        A `keras.Model` called `name`, which `model.save("x.keras")` stores complete.
+
+    Raises:
+        ValueError: for an unknown name or an argument out of range.
+    """
+    spec = _spec(name)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"`num_classes` must be a positive integer. Received: {num_classes=}")
+    if input_shape is None:
+        input_shape = (spec.image_size, spec.image_size, 3)
+    if len(input_shape) != 3 or any(not isinstance(n, int) or n < 1 for n in input_shape):
+        raise ValueError(
+            "`input_shape` must be (height, width, channels), three positive integers. "
+            f"Received: input_shape={input_shape}"
+        )
+    height, width, channels = input_shape
+    if min(height, width) < spec.min_size:
+        raise ValueError(
+            f"`input_shape` is too small: '{name}' needs images of at least "
+            f"{spec.min_size} x {spec.min_size} pixels. Received: input_shape={input_shape}"
+        )
+    means = _per_channel("mean", _DEFAULT_MEAN if mean is None else mean, channels)
+    stds = _per_channel("std", spec.std if std is None else std, channels)
+    if min(stds) <= 0:
+        raise ValueError(f"`std` must be > 0. Received: std={std}")
+
+    images = keras.Input(input_shape, dtype="uint8", name="images")
+    x = keras.layers.Normalization(
+        mean=means, variance=[s**2 for s in stds], dtype="float32", name="normalize"
+    )(images)
+    logits = spec.build(x, num_classes, _seeds(seed), synchronized=sync_batch_norm)
+    return keras.Model(images, logits, name=name)
+
+
+def _spec(name: str) -> _Spec:
+    if name not in _SPECS:
+        raise ValueError(f"`name` must be one of {', '.join(_SPECS)}. Received: name={name!r}")
+    return _SPECS[name]
+
+
+def _seeds(seed: int | None) -> Iterator[int | None]:
+    """An unlimited supply of unrelated seeds: `seed + i` would share layers between runs."""
+    if seed is None:
+        return itertools.repeat(None)
+    rng = random.Random(seed)
+    return (rng.getrandbits(31) for _ in itertools.count())
+
+
+def _per_channel(argument: str, value: float | Sequence[float], channels: int) -> list[float]:
+    if np.ndim(value) > 0 and np.shape(value) != (channels,):
+        raise ValueError(
+            f"`{argument}` must be a number or one number for each of the {channels} channels. "
+            f"Received: {argument}={value}"
+        )
+    return np.broadcast_to(np.asarray(value, "float64"), (channels,)).tolist()

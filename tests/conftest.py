@@ -1,0 +1,13 @@
+"""Settings of the test process, made before TensorFlow, JAX or Matplotlib is imported."""
+
+import os
+
+for name, value in {
+    "KERAS_BACKEND": "tensorflow",
+    "JAX_PLATFORMS": "cpu",
+    "MPLBACKEND": "Agg",
+    "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only
+    "TF_NUM_INTEROP_THREADS": "2",  # the order of a parallel sum follows the number of threads
+    "TF_NUM_INTRAOP_THREADS": "2",
+}.items():
+    os.environ.setdefault(name, value)
