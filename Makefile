@@ -7,17 +7,16 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo test test-tpu-wheel lint lock clean
+.PHONY: help setup demo test lint lock clean
 
 help:
-	@echo "make setup            make .venv with all that is pinned in requirements/dev.txt"
-	@echo "make demo             train a small AlexNet with LARS at batch 8192 on handwritten digits"
-	@echo "make test             run the tests"
-	@echo "make test-tpu-wheel   run the tests with the TPU build of TensorFlow, on the CPU (Linux x86-64; .venv-tpu)"
-	@echo "make lint             check style, format and types"
-	@echo "make lock             resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
-	@echo "make clean            remove .venv, .venv-tpu, caches and build output"
-	@echo "The first four set up .venv where needed. PYTHON=python3.12 chooses its interpreter."
+	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
+	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits"
+	@echo "make test    run the tests"
+	@echo "make lint    check style, format and types"
+	@echo "make lock    resolve requirements/dev.txt again (needs uv); LOCK=--upgrade takes newer versions"
+	@echo "make clean   remove .venv, caches and build output"
+	@echo "demo, test and lint run setup first where needed. PYTHON=python3.12 chooses its interpreter."
 
 setup: $(STAMP)
 
@@ -42,27 +41,18 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q
 
-# The TPU build runs on the CPU where libtpu is absent, so its requirement on libtpu is left out.
-test-tpu-wheel: setup
-	$(PYTHON) -m venv .venv-tpu
-	.venv-tpu/bin/python $(PIP) --no-deps --require-hashes -r requirements/tpu.txt
-	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .
-	.venv-tpu/bin/python -m pytest -q
-
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 LOCK =
-COMPILE = $(UV) pip compile pyproject.toml --extra train --extra jax --extra dev $(LOCK) \
-    --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
-    --annotation-style line --custom-compile-command "make lock" --quiet
 lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	$(COMPILE) --extra cpu --output-file requirements/dev.txt
-	$(COMPILE) --extra tpu --no-emit-package libtpu --output-file requirements/tpu.txt
+	$(UV) pip compile pyproject.toml --extra cpu --extra train --extra jax --extra dev $(LOCK) \
+	    --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	    --annotation-style line --custom-compile-command "make lock" --quiet --output-file requirements/dev.txt
 
 clean:
-	rm -rf $(VENV) .venv-tpu build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

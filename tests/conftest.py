@@ -11,3 +11,10 @@ for name, value in {
     "TF_NUM_INTRAOP_THREADS": "2",
 }.items():
     os.environ.setdefault(name, value)
+
+import tensorflow as tf  # noqa: E402
+
+# Eight replicas anywhere. Must come before TensorFlow's first operation.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
+)

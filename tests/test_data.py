@@ -258,7 +258,8 @@ def reference_resize(image, size):
         matrix[np.arange(size), np.minimum(low + 1, length - 1)] += points - low
         return matrix
 
-    return np.einsum("yh,hwc,xw->yxc", along(image.shape[0]), image, along(image.shape[1]))
+    columns = np.tensordot(along(image.shape[0]), image, 1)
+    return np.tensordot(along(image.shape[1]), columns, (1, 1)).swapaxes(0, 1)
 
 
 class CropTest(tf.test.TestCase, parameterized.TestCase):
@@ -279,7 +280,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
             expected = expected[:, ::-1] if draw[-1] < 0.5 else expected
             actual = crop(draw)
             self.assertEqual(actual.dtype, tf.uint8)
-            self.assertAllClose(tf.cast(actual, tf.float64), expected, atol=0.51)
+            self.assertLess(np.abs(actual.numpy() - expected).max(), 0.51)  # the rounding
 
     def test_random_crops_are_as_the_source_says(self):
         draws = uniforms(1, np.zeros(4000, int), np.arange(4000), jpegs.NUM_DRAWS)
@@ -301,14 +302,14 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
             jpegs.central_crop(data, size), pixels[top : top + side, left : left + side]
         )
 
-    @parameterized.parameters((500, 375, 227, 332), (375, 500, 64, 328), (30, 60, 320, 30))
+    @parameterized.parameters((500, 375, 227, 333), (375, 500, 64, 328), (30, 60, 320, 30))
     def test_central_crop(self, height, width, size, side):
         data = self.plain_jpeg(height, width)
         pixels = tf.io.decode_jpeg(data).numpy().astype(np.float64)
         top, left = (height - side) // 2, (width - side) // 2
         expected = reference_resize(pixels[top : top + side, left : left + side], size)
-        actual = tf.cast(jpegs.central_crop(data, size), tf.float64)
-        self.assertAllClose(actual, expected, atol=0.51)
+        actual = jpegs.central_crop(data, size).numpy()
+        self.assertLess(np.abs(actual - expected).max(), 0.51)
 
     def test_every_kind_of_jpeg_becomes_rgb(self):
         red = Image.new("RGB", (40, 30), (200, 30, 30))
@@ -413,7 +414,7 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
 class RecordsTest(tf.test.TestCase):
     def setUp(self):
         super().setUp()
-        self.path = os.path.join(self.create_tempdir(), "a.tfrecord")
+        self.path = os.path.join(self.get_temp_dir(), "a.tfrecord")
         with tf.io.TFRecordWriter(self.path) as writer:
             for record in (b"one", b"", b"three" * 1000):
                 writer.write(record)
@@ -452,7 +453,7 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.parameters("cifar10", "imagenet2012")
     def test_not_prepared(self, name):
-        root = self.create_tempdir().full_path
+        root = self.get_temp_dir()
         for data_dir in (root, os.path.join(root, "absent")):
             with self.assertRaises(FileNotFoundError) as caught:
                 lars_keras.data.load(name, data_dir=data_dir)
@@ -464,12 +465,13 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEmpty(os.listdir(root))
 
     def test_digits_where_nothing_can_be_written(self):
-        file = self.create_tempfile().full_path
+        file = os.path.join(self.get_temp_dir(), "file")
+        pathlib.Path(file).touch()
         with self.assertRaisesRegex(ValueError, "cannot be written to.*--data_dir"):
             lars_keras.data.load("digits", data_dir=os.path.join(file, "data"))
 
     def test_prepare_without_the_archives(self):
-        root = self.create_tempdir().full_path
+        root = self.get_temp_dir()
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             code = main(["--dataset=imagenet2012", f"--data_dir={root}"])
         self.assertEqual(code, 2)
@@ -510,7 +512,7 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
 @unittest.skipUnless(SHARED.is_dir(), "needs ../shared/data")
 class RealDataTest(tf.test.TestCase):
     def test_imagenet(self):
-        root = self.create_tempdir().full_path
+        root = self.get_temp_dir()
         archives = SHARED / "imagenet_manual"
         with contextlib.redirect_stdout(io.StringIO()):
             arguments = ["--dataset=imagenet2012", f"--manual_dir={archives}", f"--data_dir={root}"]

@@ -1,8 +1,9 @@
 """The embedded data set: what is in it, that nothing leaks, that it can always be made."""
 
-import multiprocessing
 import os
+import shutil
 import tempfile
+from unittest import mock
 
 import numpy as np
 import tensorflow as tf
@@ -12,14 +13,6 @@ from sklearn.datasets import load_digits
 
 import lars_keras.data
 from lars_keras.data.digits import NUM_TRAIN, Digits, split_sources, warp
-
-
-def _prepare(root):
-    Digits(data_dir=root).download_and_prepare()
-
-
-def _load(root):
-    return lars_keras.data.load("digits", data_dir=root).num_train
 
 
 class WarpTest(tf.test.TestCase):
@@ -68,21 +61,15 @@ class DigitsTest(tf.test.TestCase):
         super().setUpClass()
         cls.root = tempfile.TemporaryDirectory()
         cls.addClassCleanup(cls.root.cleanup)
-        # Two processes meet an empty folder at the same time.
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            cls.sizes = pool.map(_load, [cls.root.name] * 2, chunksize=1)
-        cls.builder = tfds.builder_from_directory(os.path.join(cls.root.name, "digits", "1.0.0"))
-
-    def split(self, name):
-        """Returns the examples in the order in which tfds reads them."""
-        return tfds.dataset_utils.as_numpy(self.builder.as_dataset(split=name, batch_size=-1))
-
-    def test_two_processes_may_prepare_at_once(self):
-        self.assertEqual(self.sizes, [NUM_TRAIN, NUM_TRAIN])
-        self.assertEqual(os.listdir(os.path.join(self.root.name, "digits")), ["1.0.0"])
+        cls.data = lars_keras.data.load("digits", data_dir=cls.root.name)
+        builder = tfds.builder_from_directory(os.path.join(cls.root.name, "digits", "1.0.0"))
+        cls.train, cls.test = (
+            tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
+            for split in ("train", "test")
+        )
 
     def test_no_test_digit_is_in_training_and_all_are_used(self):
-        train, test = self.split("train"), self.split("test")
+        train, test = self.train, self.test
         sources = set(train["source"]), set(test["source"])
         self.assertEmpty(sources[0] & sources[1])
         self.assertEqual(sources[0] | sources[1], set(range(1797)))
@@ -94,7 +81,7 @@ class DigitsTest(tf.test.TestCase):
             self.assertAllEqual(split["label"], original.target[split["source"]])
 
     def test_test_split_is_stratified_and_untouched(self):
-        test = self.split("test")
+        test = self.test
         original = load_digits()
         share = np.bincount(test["label"]) / np.bincount(original.target)
         self.assertAllClose(share, np.full(10, 0.25), atol=0.005)
@@ -103,23 +90,33 @@ class DigitsTest(tf.test.TestCase):
         _, expected = split_sources(original.target)
         self.assertAllEqual(test["source"], expected)
 
-    def test_prepared_again_is_the_same(self):
+    def test_training_images_follow_from_the_seed(self):
+        train = self.train
+        digits = load_digits().images.astype(np.float32)
+        block = train["source"][:8192]
+        expected = warp(digits, block, np.random.default_rng(1797))
+        self.assertAllEqual(train["image"][:8192], expected)
+
+    def test_another_process_that_is_faster_does_no_harm(self):
+        generate = Digits._generate_examples
         with tempfile.TemporaryDirectory() as root:
-            _prepare(root)
-            files = [f for f in os.listdir(os.path.join(root, "digits", "1.0.0")) if "record" in f]
-            self.assertLen(files, 2)
-            for file in files:
-                once, again = (
-                    open(os.path.join(r, "digits", "1.0.0", file), "rb").read()
-                    for r in (root, self.root.name)
-                )
-                self.assertEqual(once, again)
+
+            def overtaken(builder, digits, sources, random):
+                final = os.path.join(root, "digits", "1.0.0")
+                if not os.path.exists(final):
+                    shutil.copytree(os.path.join(self.root.name, "digits", "1.0.0"), final)
+                yield from generate(builder, digits, sources[:10], random)
+
+            with mock.patch.object(Digits, "_generate_examples", overtaken):
+                data = lars_keras.data.load("digits", data_dir=root)
+            self.assertEqual((data.num_train, data.num_test), (NUM_TRAIN, 450))
+            self.assertEqual(os.listdir(os.path.join(root, "digits")), ["1.0.0"])
 
     def test_load_has_what_the_builder_wrote(self):
-        data = lars_keras.data.load("digits", data_dir=self.root.name)
+        data = self.data
         self.assertEqual(data.image_shape, (16, 16, 1))
         self.assertEqual((data.num_train, data.num_test, data.num_classes), (49152, 450, 10))
-        train, test = self.split("train"), self.split("test")
+        train, test = self.train, self.test
         self.assertAllClose(data.mean, [train["image"].mean()], rtol=1e-12)
         self.assertAllClose(data.std, [train["image"].std(dtype=np.float64)], rtol=1e-9)
         images, labels = next(data.train_numpy(512))

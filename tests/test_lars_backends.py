@@ -12,6 +12,7 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from lars_keras import LARS, schedules
@@ -19,6 +20,8 @@ from tests import cases
 from tests.reference import ReferenceLARS
 
 BACKEND = keras.backend.backend()
+# Keras converts tensors and variables in a way that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 
 def on(backend):
@@ -41,7 +44,7 @@ class SecondProcessTest(parameterized.TestCase):
         if importlib.util.find_spec(backend) is None:
             self.skipTest(f"{backend} is not installed")
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__],
             env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
             cwd=pathlib.Path(__file__).parents[1],
             capture_output=True,
@@ -49,3 +52,123 @@ class SecondProcessTest(parameterized.TestCase):
         )
         self.assertEqual(run.returncode, 0, run.stdout[-6000:] + run.stderr[-2000:])
         self.assertIn(" passed", run.stdout)
+
+
+@on("jax")
+class JaxTest(Comparison):
+    @parameterized.parameters(*cases.VARIANTS)
+    def test_twenty_updates(self, variant):
+        """`stateless_apply` under `jax.jit`, traced once."""
+        import jax
+
+        weights, gradients = cases.problem()
+        compared = cases.all_cases(variant)
+        oracles = [case.reference(weights) for case in compared]
+        variables = [cases.make_variables(weights) for _ in compared]
+        optimizers = [case.lars() for case in compared]
+        for optimizer, v in zip(optimizers, variables, strict=True):
+            optimizer.build(v)
+
+        @jax.jit
+        def step(states, g):  # one program for all the cases: compiling is most of this test
+            pairs = zip(optimizers, states, strict=True)
+            return [optimizer.stateless_apply(slots, g, w) for optimizer, (w, slots) in pairs]
+
+        states = [([x.value for x in v], [x.value for x in o.variables]) for o, v in zip(optimizers, variables)]
+        for g in gradients:
+            states = step(states, [np.float32(x) for x in g])
+            for oracle in oracles:
+                oracle.step(g)
+        self.assertEqual(step._cache_size(), 1)
+        for case, oracle, optimizer, v, (w, slots) in zip(compared, oracles, optimizers, variables, states):
+            for variable, value in zip(v + optimizer.variables, w + slots, strict=True):
+                variable.assign(value)
+            self.assert_close(v, optimizer, oracle, message=case.arguments)
+
+    @parameterized.parameters(False, True)
+    def test_norm_of_sum_is_that_of_optax(self, nesterov):
+        """With separate masks for adaptation and decay, and through every zero norm."""
+        try:
+            import optax
+        except ImportError:
+            self.skipTest("optax is not installed")
+        import jax
+
+        weights, gradients = cases.problem()
+        weights = [*weights, np.zeros((2, 2))]
+        gradients = [[*g, np.full((2, 2), 0.25 * (i % 3))] for i, g in enumerate(gradients)]
+        gradients[0][0] = -0.5 * weights[0]  # g + b*w is 0
+        adapt, decay = [True, False, False, True, True], [True, True, False, False, True]
+        theirs = optax.lars(
+            lambda t: 8.0 / (t + 1),
+            weight_decay=0.5,
+            weight_decay_mask=decay,
+            trust_ratio_mask=adapt,
+            eps=1e-3,
+            nesterov=nesterov,
+        )
+        variables = [keras.Variable(np.float32(w), name=f"v{i}") for i, w in enumerate(weights)]
+        ours = LARS(
+            InverseRate(),
+            variant="norm_of_sum",
+            weight_decay=0.5,
+            epsilon=1e-3,
+            nesterov=nesterov,
+            exclude_from_layer_adaptation=("v1", "v2"),
+            exclude_from_weight_decay=("v2", "v3"),
+        )
+        w = [jax.numpy.asarray(x, "float32") for x in weights]
+        state = theirs.init(w)
+        for g in gradients:
+            g = [np.float32(x) for x in g]
+            update, state = theirs.update(g, state, w)
+            w = optax.apply_updates(w, update)
+            ours.apply(g, variables)
+        for v, expected in zip(variables, w, strict=True):
+            self.assertLess(cases.relative_error(v, expected), 2e-6, v.path)
+
+
+@on("torch")
+class TorchTest(Comparison):
+    @parameterized.parameters(*cases.VARIANTS)
+    def test_twenty_updates(self, variant):
+        weights, gradients = cases.problem()
+        for case in cases.all_cases(variant):
+            oracle, variables, optimizer = case.reference(weights), cases.make_variables(weights), case.lars()
+            for g in gradients:
+                oracle.step(g)
+                optimizer.apply([keras.ops.convert_to_tensor(x, "float32") for x in g], variables)
+            self.assert_close(variables, optimizer, oracle, message=case.arguments)
+
+
+class InverseRate(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 8.0 / (keras.ops.cast(step, "float32") + 1.0)
+
+
+class AnyBackendTest(Comparison):
+    @parameterized.parameters("float16", "bfloat16")
+    def test_half_precision_variables(self, dtype):
+        for variant in cases.VARIANTS:
+            weights, gradients = cases.problem(dtype)
+            case = cases.make_case(variant, "excluded_rate")
+            oracle, variables, optimizer = case.reference(weights, dtype), cases.make_variables(weights, dtype), case.lars()
+            for g in gradients:
+                oracle.step(g)
+                optimizer.apply([keras.ops.convert_to_tensor(x, dtype) for x in g], variables)
+            self.assert_close(variables, optimizer, oracle, 2**-10 if dtype == "float16" else 2**-7, variant)
+
+    def test_fit(self):
+        """A linear model, whose gradient the oracle can be told."""
+        rng = np.random.default_rng(0)
+        x, y = np.float32(rng.normal(size=(96, 6))), np.float32(rng.normal(size=(96, 3)))
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+        weights = [keras.ops.convert_to_numpy(v) for v in model.trainable_variables]
+        oracle = ReferenceLARS(weights, [1, 0], [1, 0], learning_rate=cases.Rate(8.0, 3, 12), excluded_lr_scale=0.01)
+        for i in range(0, 96, 8):
+            w, bias = oracle.weights
+            residual = 2 * (x[i : i + 8] @ w + bias - y[i : i + 8]) / 24
+            oracle.step([x[i : i + 8].T @ residual, residual.sum(axis=0)])
+        model.compile(LARS(schedules.WarmupPolynomial(8.0, 3, 12), excluded_lr_scale=0.01), "mse")
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+        self.assert_close(model.trainable_variables, model.optimizer, oracle, 1e-5)

@@ -5,6 +5,7 @@ import os
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -37,14 +38,10 @@ ARGUMENTS = {
 
 
 def small_model():
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            keras.layers.Dense(5, activation="relu", name="first"),
-            keras.layers.BatchNormalization(name="norm"),
-            keras.layers.Dense(3, name="second"),
-        ]
-    )
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(5, activation="relu", name="first")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    return keras.Model(inputs, keras.layers.Dense(3, name="second")(x))
 
 
 def small_data(updates=6):
@@ -138,7 +135,7 @@ class LayerPlanTest(tf.test.TestCase, parameterized.TestCase):
     def test_two_switches_and_a_rate(self):
         plan = self.plan(
             small_model().trainable_variables,
-            exclude_from_layer_adaptation=("rank<=1", "/second/"),
+            exclude_from_layer_adaptation=("rank<=1", "^second/"),
             exclude_from_weight_decay=("kernel",),
             excluded_lr_scale=0.5,
         )
@@ -217,6 +214,8 @@ class FitTest(tf.test.TestCase, parameterized.TestCase):
             self.assertLess(cases.relative_error(v, expected), 2e-6)
 
 
+# Keras converts its own variables in a way that NumPy 2 deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 class SavingTest(tf.test.TestCase, parameterized.TestCase):
     def test_config(self):
         optimizer = LARS(schedules.WarmupPolynomial(**RATE), **ARGUMENTS)

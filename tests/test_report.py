@@ -113,7 +113,9 @@ class ProgressTest(tf.test.TestCase):
                 return True
 
         clock, file = FakeClock(), Terminal()
-        drive([progress.Progress(file, clock=clock)], clock, first=3)
+        bar = progress.Progress(file, clock=clock)
+        drive([bar], clock, first=3)
+        self.assertEqual(bar.images_per_second, 50.0)
         shown = file.getvalue()
         self.assertIn(" 50 %|", shown)
         self.assertIn("3/6, compiling", shown)

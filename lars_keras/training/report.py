@@ -26,9 +26,9 @@ from lars_keras.training.progress import read_metrics
 
 Rows = list[dict[str, Any]]
 
+REPEAT = "train.py --flagfile=RUN_DIR/flags.txt repeats the run."
 # Colours in the SVG are stand-ins for the page's own, which follow the reader's light or dark setting.
 INK, GRID, TRAIN, VALIDATION = "#000001", "#000002", "#000003", "#000004"
-REPEAT = "train.py --flagfile=RUN_DIR/flags.txt repeats the run."
 CSS_COLOURS = {INK: "--muted", GRID: "--line", TRAIN: "--train", VALIDATION: "--validation"}
 
 
@@ -63,7 +63,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         warnings.insert(0, f"The loss was not finite at update {lost}.")
     sections = [
         _tiles(results, updates, evals),
-        _section("Warnings", _items(warnings)) if warnings else "",
+        _section("Warnings", _warnings(warnings)) if warnings else "",
         _section("Curves", _charts(updates, evals)),
         _section("Evaluations", _evaluations(updates, evals)),
         _section("Plan", _text(run_dir / "plan.txt")),
@@ -150,9 +150,8 @@ def _section(heading: str, body: str) -> str:
     return f"<section>\n<h2>{escape(heading)}</h2>\n{body}\n</section>"
 
 
-def _items(texts: Iterable[Any]) -> str:
-    items = "".join(f"<li>{escape(str(text))}</li>" for text in texts)
-    return f'<ul class="warnings">{items}</ul>'
+def _warnings(texts: Iterable[str]) -> str:
+    return '<ul class="warnings">' + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 
 def _text(path: Path) -> str:
@@ -180,22 +179,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict) and value:
             rows += _flat(value, f"{prefix}{key}.")
         else:
-            shown = value if isinstance(value, str) else json.dumps(value)
-            rows.append((f"{prefix}{key}", shown))
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
     return rows
 
 
 def _layer_plan(layers: Rows) -> str:
-    def yes(value: bool) -> str:
-        return "yes" if value else "no"
-
     rows = [
         (
             layer["path"],
             "×".join(map(str, layer["shape"])) or "scalar",
             f"{math.prod(layer['shape']):,}",
-            yes(layer["adapt"]),
-            yes(layer["decay"]),
+            *("yes" if layer[role] else "no" for role in ("adapt", "decay")),
             f"{layer['lr_scale']:g}",
         )
         for layer in layers
@@ -207,20 +201,13 @@ def _evaluations(updates: Rows, evals: Rows) -> str:
     if not evals:
         return '<p class="note">No evaluation is logged yet.</p>'
     training = {e["update"]: e for e in updates}
+    columns = (("epoch", ".2f"), ("update", ",.0f"), ("loss", ".4g"), ("top1", ".2%"), ("top5", ".2%"), ("n", ",.0f"))
     rows = []
     for e in evals:
         before = training.get(e["update"], {})
-        rows.append(
-            (
-                _number(e["epoch"], ".2f"),
-                _number(e["update"], ",.0f"),
-                *(_number(before.get(k), f) for k, f in (("loss", ".4g"), ("top1", ".2%"))),
-                _number(e["loss"], ".4g"),
-                *(_number(e[k], ".2%") for k in ("top1", "top5")),
-                _number(e["n"], ",.0f"),
-            )
-        )
-    head = ("epoch", "update", "training loss", "training top-1", "loss", "top-1", "top-5", "images")
+        scores = [_number(e[key], form) for key, form in columns]
+        rows.append([*scores, _number(before.get("loss"), ".4g"), _number(before.get("top1"), ".2%")])
+    head = ("epoch", "update", "loss", "top-1", "top-5", "images", "training loss", "training top-1")
     table = _table(head, rows, numeric=True)
     if len(rows) > 20:
         table = f"<details><summary>{len(rows)} evaluations</summary>{table}</details>"
@@ -263,8 +250,7 @@ def _charts(updates: Rows, evals: Rows) -> str:
         training = _Curve.of("training, since the epoch began", TRAIN, updates, name)
         validation = _Curve.of("validation", VALIDATION, evals, name)
         charts.append(_chart(title, [training, validation], percent=True))
-    rate = _Curve.of("of each update", TRAIN, updates, "learning_rate")
-    charts.append(_chart("Learning rate", [rate]))
+    charts.append(_chart("Learning rate", [_Curve.of("of each update", TRAIN, updates, "learning_rate")]))
     return '<div class="charts">\n' + "\n".join(charts) + "\n</div>"
 
 
@@ -281,12 +267,8 @@ def _svg(title: str, curves: list[_Curve], percent: bool) -> str:
         "svg.fonttype": "none",
         "svg.hashsalt": "lars_keras",  # ids, too, are the same each time
         "font.size": 9.5,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.labelcolor": INK,
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
+        **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), INK),
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.3, 2.7), layout="constrained")
@@ -320,8 +302,7 @@ def _svg(title: str, curves: list[_Curve], percent: bool) -> str:
         if len(curves) > 1:
             figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
         out = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
+        FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(out.getvalue(), title, curves, percent)
 
 

@@ -28,7 +28,7 @@ class Trainer:
         model: a compiled `keras.Model`, created under the strategy it is to run on.
         batch_size: global batch: examples in an update.
         microbatch_size: examples that one replica takes through the model at once; a divisor of the replica's
-            share of the global batch. Default: the whole share.
+            share of the global batch. Default, and at most: the whole share.
         updates_per_call: updates that run without returning to Python. Callbacks see the last of them.
         jit_compile: compile the gradient computation with XLA. `"auto"`: where there is a GPU or TPU.
 
@@ -194,7 +194,7 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
     Args:
         batch_size: global batch.
         replicas: number of replicas.
-        microbatch_size: examples of a replica's pass, or None for its whole share.
+        microbatch_size: examples of a replica's pass; None, or more than its share, for the whole share.
 
     Returns:
         `(microbatch_size, microbatches)` with `replicas * microbatch_size * microbatches == batch_size`.
@@ -209,7 +209,7 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
             f"Received: batch_size={batch_size}"
         )
     share = batch_size // replicas
-    if microbatch_size is None:
+    if microbatch_size is None or microbatch_size > share:
         return share, 1
     if microbatch_size < 1 or share % microbatch_size:
         divisors = [d for d in range(1, share + 1) if share % d == 0]

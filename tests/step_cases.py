@@ -1,0 +1,119 @@
+"""The models, data and strategies on which one device, N replicas and k micro-batches are compared."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from lars_keras import LARS
+from lars_keras.training import Trainer
+from tests.reference import ReferenceLARS
+
+BATCH, FEATURES, CLASSES, UPDATES = 64, 12, 5, 5
+
+OPTIMIZERS = {
+    "lars": lambda **more: LARS(
+        5.0, trust_coefficient=0.02, weight_decay=0.05, excluded_lr_scale=0.01, **more
+    ),
+    "momentum": lambda **more: keras.optimizers.SGD(0.1, momentum=0.9, **more),
+}
+
+
+def strategy(name):
+    """Returns a strategy by the name the tests use, with as many of the eight logical devices."""
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if name == "one":
+        return tf.distribute.OneDeviceStrategy("/cpu:0")
+    replicas = int(name.removeprefix("mirrored"))
+    return tf.distribute.MirroredStrategy(
+        [f"/cpu:{i}" for i in range(replicas)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+def examples(updates=UPDATES):
+    """Returns features and one-hot labels for `updates` global batches."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(BATCH * updates, FEATURES)).astype("float32")
+    return x, np.eye(CLASSES, dtype="float32")[rng.integers(0, CLASSES, len(x))]
+
+
+def linear():
+    """A model whose gradient NumPy can say."""
+    return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(CLASSES)])
+
+
+def hidden():
+    return keras.Sequential(
+        [keras.Input((FEATURES,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(CLASSES)]
+    )
+
+
+def batch_norm(synchronized=False):
+    def make():
+        return keras.Sequential(
+            [
+                keras.Input((FEATURES,)),
+                keras.layers.Dense(16, use_bias=False),
+                keras.layers.BatchNormalization(momentum=0.8, synchronized=synchronized),
+                keras.layers.ReLU(),
+                keras.layers.Dense(CLASSES),
+            ]
+        )
+
+    return make
+
+
+def dropout():
+    return keras.Sequential(
+        [keras.Input((FEATURES,)), keras.layers.Dropout(0.5, seed=3), keras.layers.Dense(CLASSES)]
+    )
+
+
+def trained(make_model, optimizer, strategy_name="none", *, microbatch_size=None, policy="float32", **trainer):
+    """Returns the trainer after `UPDATES` updates from the same start on the same global batches, and the history."""
+    keras.utils.set_random_seed(1)
+    keras.config.set_dtype_policy(policy)
+    try:
+        with strategy(strategy_name).scope():
+            model = make_model()
+            model.compile(
+                optimizer(),
+                keras.losses.CategoricalCrossentropy(from_logits=True),
+                weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+            )
+        trainer = Trainer(model, batch_size=BATCH, microbatch_size=microbatch_size, **trainer)
+        data = tf.data.Dataset.from_tensor_slices(examples()).batch(50)
+        history = trainer.fit(data, epochs=1, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    return trainer, history.history
+
+
+def state(trainer):
+    """Returns path and value of every weight and optimizer variable."""
+    model = trainer.model
+    return {v.path: v.numpy() for v in [*model.weights, *model.optimizer.variables]}
+
+
+def oracle():
+    """Returns weights, slots and losses of `linear` under `OPTIMIZERS["lars"]`, in float64 NumPy."""
+    keras.utils.set_random_seed(1)
+    start = [np.array(w, "float64") for w in linear().get_weights()]
+    lars = ReferenceLARS(
+        start,
+        (True, False),
+        (True, False),
+        learning_rate=5.0,
+        trust_coefficient=0.02,
+        weight_decay=0.05,
+        excluded_lr_scale=0.01,
+    )
+    x, y = (a.astype("float64").reshape(UPDATES, BATCH, -1) for a in examples())
+    losses = []
+    for features, labels in zip(x, y):
+        logits = features @ lars.weights[0] + lars.weights[1]
+        logits -= logits.max(1, keepdims=True)
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        losses.append(-np.mean(np.sum(labels * np.log(p), 1)))
+        lars.step([features.T @ (p - labels) / BATCH, np.mean(p - labels, 0)])
+    return lars.weights, lars.slots, losses

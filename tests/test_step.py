@@ -1,0 +1,242 @@
+"""One device = N replicas = k micro-batches."""
+
+import itertools
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras import LARS
+from lars_keras.training import Trainer, split_batch
+from tests import step_cases as cases
+
+STRATEGIES = ("none", "one", "mirrored2", "mirrored8")
+FLOAT32 = 1e-6
+SYNC_BATCH_NORM = 1e-5
+BFLOAT16 = 2e-2
+
+
+def difference(actual, expected):
+    """Returns the largest relative L2 difference of a variable, and its path."""
+    assert actual.keys() == expected.keys()
+    return max(
+        (np.linalg.norm(np.float64(actual[path] - expected[path])) / max(np.linalg.norm(np.float64(v)), 1e-30), path)
+        for path, v in expected.items()
+    )
+
+
+class StepTest(parameterized.TestCase, tf.test.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.single = {}
+
+    def reference(self, make_model, optimizer, policy):
+        """The same updates on one device in whole batches."""
+        key = (make_model, optimizer, policy)
+        if key not in self.single:
+            trainer, history = cases.trained(make_model, cases.OPTIMIZERS[optimizer], policy=policy)
+            self.single[key] = cases.state(trainer), history
+        return self.single[key]
+
+    @parameterized.parameters(
+        *itertools.product(STRATEGIES, (1, 4), cases.OPTIMIZERS, ("float32", "mixed_bfloat16"))
+    )
+    def test_same_update(self, strategy, microbatches, optimizer, policy):
+        share = cases.BATCH // max(1, int(strategy[8:] or 1))
+        trainer, history = cases.trained(
+            cases.hidden,
+            cases.OPTIMIZERS[optimizer],
+            strategy,
+            microbatch_size=share // microbatches,
+            policy=policy,
+        )
+        self.assertEqual(trainer.microbatches, microbatches)
+        expected, expected_history = self.reference(cases.hidden, optimizer, policy)
+        tolerance = FLOAT32 if policy == "float32" else BFLOAT16
+        self.assertLess(difference(cases.state(trainer), expected), (tolerance,))
+        for name in ("loss", "top1", "step_loss", "learning_rate"):
+            self.assertAllClose(history[name], expected_history[name], rtol=tolerance, atol=0)
+
+    @parameterized.product(strategy=STRATEGIES, microbatch_size=(8, None))
+    def test_float64_oracle(self, strategy, microbatch_size):
+        trainer, history = cases.trained(
+            cases.linear, cases.OPTIMIZERS["lars"], strategy, microbatch_size=microbatch_size
+        )
+        weights, slots, losses = cases.oracle()
+        own = [v for v in trainer.model.optimizer.variables if v.path.endswith("momentum")]
+        for actual, expected in zip([*trainer.model.weights, *own], weights + slots, strict=True):
+            self.assertLess(difference({"": actual.numpy()}, {"": expected}), (FLOAT32,))
+        self.assertAllClose(history["loss"][0], np.mean(losses), rtol=1e-6)
+        self.assertAllClose(history["step_loss"][0], losses[-1], rtol=1e-6)
+        self.assertEqual(int(trainer.model.optimizer.iterations), cases.UPDATES)
+
+    @parameterized.parameters("none", "mirrored2", "mirrored8")
+    def test_synchronized_batch_norm(self, strategy):
+        """The statistics of one pass over all replicas are those of the whole batch."""
+        make_model = cases.batch_norm(synchronized=True)
+        trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy)
+        expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"])
+        self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
+
+    @parameterized.product(make_model=(cases.batch_norm(), cases.dropout), strategy=("one", "mirrored2", "mirrored8"))
+    def test_ghost_batches(self, make_model, strategy):
+        """An update depends on the ghost batches, not on whether they lie in time or on replicas."""
+        trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy, microbatch_size=8)
+        expected, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], microbatch_size=8)
+        self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
+        whole, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"])
+        self.assertGreater(difference(cases.state(trainer), cases.state(whole)), (1e-3,))
+
+    def test_moving_statistics_move_once_per_update(self):
+        """They become the mean over the ghost batches of what each of them made of the same start."""
+        trainer, _ = cases.trained(cases.batch_norm(), lambda: LARS(0.0), microbatch_size=16)
+        model = trainer.model
+        kernel = model.layers[0].kernel.numpy().astype("float64")
+        mean = np.zeros(16)
+        x, _ = cases.examples()
+        for batch in x.reshape(cases.UPDATES, -1, 16, cases.FEATURES).astype("float64"):
+            mean = 0.8 * mean + 0.2 * np.mean([(ghost @ kernel).mean(0) for ghost in batch], 0)
+        self.assertAllClose(model.layers[1].moving_mean.numpy(), mean, rtol=1e-5, atol=1e-6)
+
+    def test_dropout_differs_between_ghost_batches_and_updates(self):
+        """The same example in every place: only the masks differ."""
+        keras.utils.set_random_seed(1)
+        model = cases.dropout()
+        model.compile(keras.optimizers.SGD(0.0), keras.losses.MeanSquaredError())
+        trainer = Trainer(model, batch_size=4, microbatch_size=1)
+        ones = tf.data.Dataset.from_tensors((tf.ones([4, cases.FEATURES]), tf.zeros([4, cases.CLASSES]))).repeat(4)
+        losses = []
+        record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(logs["step_loss"]))
+        trainer.fit(ones, epochs=1, verbose=0, callbacks=[record])
+        self.assertLen(set(losses), 4)
+
+    @parameterized.product(strategy=("none", "mirrored2"), updates_per_call=(2, 3, 100))
+    def test_updates_per_call(self, strategy, updates_per_call):
+        trainer, history = cases.trained(
+            cases.hidden,
+            cases.OPTIMIZERS["lars"],
+            strategy,
+            microbatch_size=16,
+            updates_per_call=updates_per_call,
+        )
+        self.assertEqual(int(trainer.model.optimizer.iterations), cases.UPDATES)
+        expected, expected_history = self.reference(cases.hidden, "lars", "float32")
+        self.assertLess(difference(cases.state(trainer), expected), (FLOAT32,))
+        self.assertAllClose(history["loss"], expected_history["loss"], rtol=1e-6)
+
+    @parameterized.parameters("none", "mirrored2")
+    def test_xla(self, strategy):
+        trainer, _ = cases.trained(
+            cases.hidden, cases.OPTIMIZERS["lars"], strategy, microbatch_size=16, jit_compile=True
+        )
+        expected, _ = self.reference(cases.hidden, "lars", "float32")
+        self.assertLess(difference(cases.state(trainer), expected), (FLOAT32,))
+
+    def test_subclassed_model_built_by_the_trainer(self):
+        class Subclassed(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.first = keras.layers.Dense(16, "tanh")
+                self.last = keras.layers.Dense(cases.CLASSES)
+
+            def call(self, x):
+                return self.last(self.first(x))
+
+        trainer, _ = cases.trained(Subclassed, cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=16)
+        expected, _ = self.reference(cases.hidden, "lars", "float32")
+        values = list(cases.state(trainer).values())
+        self.assertLess(difference(dict(zip(expected, values, strict=True)), expected), (FLOAT32,))
+
+    def test_kernel_regularizer(self):
+        def make_model():
+            return keras.Sequential(
+                [keras.Input((cases.FEATURES,)), keras.layers.Dense(cases.CLASSES, kernel_regularizer="l2")]
+            )
+
+        trainer, history = cases.trained(make_model, cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=8)
+        expected, expected_history = cases.trained(make_model, cases.OPTIMIZERS["lars"])
+        self.assertLess(difference(cases.state(trainer), cases.state(expected)), (FLOAT32,))
+        self.assertAllClose(history["loss"], expected_history["loss"], rtol=1e-6)
+
+
+class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.product(strategy=STRATEGIES, n=(1, 63, 64, 129), regularizer=(None, "l2"))
+    def test_every_example_once(self, strategy, n, regularizer):
+        keras.utils.set_random_seed(1)
+        with cases.strategy(strategy).scope():
+            model = keras.Sequential(
+                [keras.Input((cases.FEATURES,)), keras.layers.Dense(cases.CLASSES, kernel_regularizer=regularizer)]
+            )
+            model.compile(
+                "sgd",
+                keras.losses.CategoricalCrossentropy(from_logits=True),
+                weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+            )
+        x, y = (a[:n] for a in cases.examples())
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50)
+        scores = Trainer(model, batch_size=cases.BATCH, microbatch_size=4).evaluate(data)
+        weights = [np.array(w, "float64") for w in model.get_weights()]
+        logits = x.astype("float64") @ weights[0] + weights[1]
+        loss = np.mean(np.log(np.exp(logits).sum(1)) - (logits * y).sum(1))
+        loss += 0.01 * np.sum(weights[0] ** 2) if regularizer else 0.0
+        self.assertEqual(scores["n"], n)
+        self.assertAllClose(scores["loss"], loss, rtol=1e-6)
+        self.assertAllClose(scores["top1"], np.mean(logits.argmax(1) == y.argmax(1)), rtol=1e-6)
+
+    def test_unweighted_metrics_are_refused(self):
+        model = cases.linear()
+        model.compile("sgd", "mse", metrics=["mse"])
+        data = tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50)
+        with self.assertRaisesRegex(ValueError, "weighted_metrics"):
+            Trainer(model, batch_size=64).evaluate(data)
+
+
+class ArgumentsTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(
+        (64, 1, None, (64, 1)), (64, 2, None, (32, 1)), (64, 2, 8, (8, 4)), (64, 8, 64, (8, 1)), (3, 3, 1, (1, 1))
+    )
+    def test_split(self, batch, replicas, micro, expected):
+        self.assertEqual(split_batch(batch, replicas, micro), expected)
+
+    @parameterized.parameters(
+        (64, 3, None, "batch_size.*multiple of the 3 replicas, such as 63.*batch_size=64"),
+        (2, 4, None, "such as 4"),
+        (64, 2, 12, "microbatch_size.*divide the 32 examples.*such as 8.*microbatch_size=12"),
+        (64, 1, 0, "microbatch_size=0"),
+        (0, 1, None, "batch_size=0"),
+    )
+    def test_split_errors(self, batch, replicas, micro, message):
+        with self.assertRaisesRegex(ValueError, message):
+            split_batch(batch, replicas, micro)
+
+    def test_not_compiled(self):
+        with self.assertRaisesRegex(ValueError, "compile"):
+            Trainer(cases.linear(), batch_size=64)
+
+    def test_sum_loss_is_refused(self):
+        model = cases.linear()
+        model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
+        with self.assertRaisesRegex(ValueError, "reduction='sum'"):
+            Trainer(model, batch_size=64)
+
+    def test_gradient_accumulation_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "microbatch_size"):
+            cases.trained(cases.linear, lambda: LARS(gradient_accumulation_steps=2))
+
+    def test_unused_variable_is_named(self):
+        def make_model():
+            x = keras.Input((cases.FEATURES,))
+            keras.layers.Dense(3, name="forgotten")(x)
+            model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
+            model.extra = keras.layers.Dense(3, name="forgotten")
+            model.extra.build((None, 3))
+            return model
+
+        with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
+            cases.trained(make_model, cases.OPTIMIZERS["lars"])
+
+
+if __name__ == "__main__":
+    tf.test.main()
