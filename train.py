@@ -3,7 +3,7 @@
     python train.py --flagfile=flags/demo.flags
     python train.py --flagfile=flags/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
 
-All flags: `python train.py --helpfull`, or flags/config.py. Exit codes: 0 done; 2 a bad flag, or a device or file
+All flags: `python train.py --help`. Exit codes: 0 done; 2 a bad flag, or a device or file
 that is not there; 3 the loss is no longer a number.
 """
 
@@ -76,7 +76,7 @@ def main(config: flags.RunConfig) -> None:
             batch_size=config.batch_size,
             microbatch_size=config.microbatch_size,
             updates_per_call=config.updates_per_call,
-            jit_compile={"auto": "auto", "on": True, "off": False}[config.jit_compile],
+            jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
         )
         train_feed, test_feed = make_feeds(data, trainer.replicas * trainer.microbatch_size, config.seed)
 
@@ -156,13 +156,16 @@ def make_feeds(data: ImageData, element: int, seed: int):
 
 def run(argv: list[str]) -> int:
     """Runs `main` with the flags in `argv`, and gives the process's exit code."""
-    flags.define()
+    values = flags.define()
     try:
-        arguments = absl_flags.FLAGS(argv)[1:]
+        arguments = values(argv)[1:]
+        if values["help"].value:
+            print(f"{__doc__}\n{values.get_help()}")
+            return 0
         with usage_errors():
             if arguments:
                 raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
-            config = flags.read(absl_flags.FLAGS)
+            config = flags.read(values)
         main(config)
     except (absl_flags.Error, UsageError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)

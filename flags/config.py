@@ -140,9 +140,9 @@ class RunConfig:
     @property
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of `lars_keras.training.make_optimizer` beside the rate."""
-        names = ("momentum", "nesterov", "weight_decay", "global_clipnorm", "trust_coefficient", "epsilon", "variant")
-        names += ("trust_clip", "excluded_lr_scale")
-        return {"exclude": self.excluded, **{name: getattr(self, name) for name in names}}
+        shared = ("momentum", "nesterov", "weight_decay", "global_clipnorm")
+        own = ("trust_coefficient", "epsilon", "variant", "trust_clip", "excluded_lr_scale")
+        return {"exclude": self.excluded, **{name: getattr(self, name) for name in shared + own}}
 
     def total_updates(self, num_train: int) -> int:
         """Updates of the whole run."""
@@ -161,11 +161,15 @@ class RunConfig:
         return "\n".join(lines) + "\n"
 
 
-def define() -> None:
-    """Defines the flags with absl."""
+def define() -> flags.FlagValues:
+    """All flags, with their defaults, apart from absl's global ones."""
+    values = flags.FlagValues()
     for field in dataclasses.fields(RunConfig):
         make = getattr(flags, f"DEFINE_{field.metadata['kind']}")
-        make(field.name, field.default, help=field.metadata["help"], **field.metadata["options"])
+        text, options = field.metadata["help"], field.metadata["options"]
+        make(field.name, field.default, help=text, flag_values=values, **options)
+    flags.DEFINE_bool("help", False, "Show all flags.", short_name="h", flag_values=values)
+    return values
 
 
 def read(values: flags.FlagValues) -> RunConfig:
@@ -174,7 +178,7 @@ def read(values: flags.FlagValues) -> RunConfig:
     Raises:
         ValueError: if flags contradict each other.
     """
-    settings = {field.name: values[field.name].value for field in dataclasses.fields(RunConfig)}
+    settings: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(RunConfig)}
     if settings["exclude"] is not None:
         settings["exclude"] = tuple(settings["exclude"])
     return RunConfig(**settings)

@@ -14,7 +14,16 @@ import keras
 from flags.config import RunConfig
 from lars_keras.training.errors import UsageError
 
-_PACKAGES = ("lars-keras", "keras", "tensorflow", "tensorflow-cpu", "tensorflow-tpu", "jax", "numpy", "tensorflow-datasets")
+_PACKAGES = (
+    "lars-keras",
+    "keras",
+    "tensorflow",
+    "tensorflow-cpu",
+    "tensorflow-tpu",
+    "jax",
+    "numpy",
+    "tensorflow-datasets",
+)
 
 
 def open_run_dir(config: RunConfig) -> Path:

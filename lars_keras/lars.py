@@ -1,5 +1,6 @@
 """Layer-wise adaptive rate scaling (LARS)."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,14 +92,12 @@ class LARS(keras.optimizers.Optimizer):
         self.variant = variant
         self.trust_clip = bool(trust_clip)
         self.excluded_lr_scale = _check_number("excluded_lr_scale", excluded_lr_scale)
-        self._patterns = {
+        self._patterns: dict[str, Any] = {
             "exclude": check_patterns("exclude", exclude) or (),
             "exclude_from_layer_adaptation": check_patterns(
                 "exclude_from_layer_adaptation", exclude_from_layer_adaptation
             ),
-            "exclude_from_weight_decay": check_patterns(
-                "exclude_from_weight_decay", exclude_from_weight_decay
-            ),
+            "exclude_from_weight_decay": check_patterns("exclude_from_weight_decay", exclude_from_weight_decay),
         }
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -109,9 +108,7 @@ class LARS(keras.optimizers.Optimizer):
         """
         if self.built:
             return
-        self._roles = resolve_roles(
-            variables, **self._patterns, excluded_lr_scale=self.excluded_lr_scale
-        )
+        self._roles = resolve_roles(variables, **self._patterns, excluded_lr_scale=self.excluded_lr_scale)
         super().build(variables)
         self._momentums = self.add_optimizer_variables(variables, "momentum")
 
@@ -132,8 +129,7 @@ class LARS(keras.optimizers.Optimizer):
         dtype = "float64" if keras.backend.standardize_dtype(variable.dtype) == "float64" else "float32"
         w, v = self._rule(
             ops.cast(variable, dtype),
-            # A sparse gradient (Embedding) is made dense: momentum and decay move every row anyway.
-            ops.cast(ops.convert_to_tensor(gradient), dtype),
+            ops.cast(_dense(gradient, variable), dtype),
             ops.cast(slot, dtype),
             ops.cast(learning_rate, dtype),
             self._roles[index],
@@ -141,9 +137,7 @@ class LARS(keras.optimizers.Optimizer):
         self.assign(slot, ops.cast(v, slot.dtype))
         self.assign(variable, ops.cast(w, variable.dtype))
 
-    def _rule(
-        self, w: Tensor, g: Tensor, v: Tensor, lr: Tensor, role: VariableRole
-    ) -> tuple[Tensor, Tensor]:
+    def _rule(self, w: Tensor, g: Tensor, v: Tensor, lr: Tensor, role: VariableRole) -> tuple[Tensor, Tensor]:
         """The new weights and momentum of one variable."""
         m = self.momentum
         b = self.weight_decay if role.decay else 0.0
@@ -180,8 +174,12 @@ class LARS(keras.optimizers.Optimizer):
             return ops.minimum(ratio / ops.maximum(lr, 1e-30), 1.0) if outside else ops.minimum(ratio, lr)
         return ratio if outside else lr * ratio
 
+    # The base class would subtract `lr * b * w` outside the ratio.
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        """Nothing: the base class would subtract `lr * b * w` outside the ratio."""
+        pass
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        return False
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Refused, because the base class's list is lost when the optimizer is saved.
@@ -212,8 +210,18 @@ class LARS(keras.optimizers.Optimizer):
         return config
 
 
+def _dense(gradient: Tensor, variable: Any) -> Tensor:
+    """A sparse gradient (of an Embedding) made dense: momentum and decay move every row anyway.
+
+    The sum adds up repeated rows, which a conversion or a norm over the slices would not.
+    """
+    if hasattr(gradient, "dense_shape"):
+        return ops.add(ops.zeros(variable.shape, gradient.dtype), gradient)
+    return gradient
+
+
 def _check_number(argument: str, value: Any, below: float = float("inf")) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0.0 <= value < below:
         bound = "" if below == float("inf") else f" and below {below:g}"
         raise ValueError(f"`{argument}` must be a number of at least 0{bound}. Received: {argument}={value!r}")

@@ -9,14 +9,13 @@ RANK_LE_1 = "rank<=1"
 
 DEFAULT_EXCLUDE: tuple[str, ...] = (
     RANK_LE_1,  # biases and scales, whatever they are called
-    r"(^|/)(bias|beta|gamma)$",  # the same where they have more axes
+    r"(^|/)(bias|beta|gamma|alpha)$",  # the same, and PReLU's slopes, where they have more axes
     r"norm(alization)?(_\d+)?/[^/]+$",  # a variable that a normalisation layer owns itself
 )
 """Bias and normalisation variables.
 
 Each entry is a regular expression searched in `keras.Variable.path`; the entry `"rank<=1"` is not a
-regular expression but matches every variable with at most one axis. Names alone miss `my_norm/scale` or PReLU's
-`alpha`.
+regular expression but matches every variable with at most one axis: names alone miss `my_norm/scale`.
 """
 
 
@@ -58,9 +57,7 @@ def check_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, 
         try:
             re.compile(pattern)
         except re.error as e:
-            raise ValueError(
-                f"`{argument}` holds an invalid regular expression ({e}). Received: {pattern!r}"
-            ) from e
+            raise ValueError(f"`{argument}` holds an invalid regular expression ({e}). Received: {pattern!r}") from e
     return patterns
 
 

@@ -104,9 +104,7 @@ def get(
         raise ValueError(f"`std` must be > 0. Received: std={std}")
 
     images = keras.Input(input_shape, dtype="uint8", name="images")
-    x = keras.layers.Normalization(
-        mean=means, variance=[s**2 for s in stds], dtype="float32", name="normalize"
-    )(images)
+    x = keras.layers.Normalization(mean=means, variance=[s**2 for s in stds], dtype="float32", name="normalize")(images)
     logits = spec.build(x, num_classes, _seeds(seed), synchronized=sync_batch_norm)
     return keras.Model(images, logits, name=name)
 

@@ -96,9 +96,9 @@ def alexnet(
             name=f"fc{i}",
         )(x)
         x = keras.layers.Dropout(0.5, seed=next(seeds), name=f"drop{i}")(x)
-    return keras.layers.Dense(
-        num_classes, kernel_initializer=_normal(0.01, next(seeds)), dtype="float32", name="fc8"
-    )(x)
+    return keras.layers.Dense(num_classes, kernel_initializer=_normal(0.01, next(seeds)), dtype="float32", name="fc8")(
+        x
+    )
 
 
 def alexnet_small(
@@ -154,6 +154,4 @@ def _normal(stddev: float, seed: int | None) -> keras.initializers.Initializer:
 
 
 def _batch_norm(i: int, synchronized: bool) -> keras.layers.Layer:
-    return keras.layers.BatchNormalization(
-        momentum=0.9, epsilon=1e-4, synchronized=synchronized, name=f"bn{i}"
-    )
+    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-4, synchronized=synchronized, name=f"bn{i}")

@@ -53,8 +53,7 @@ class LocalResponseNormalization(keras.layers.Layer):
             raise ValueError(f"`alpha` must be >= 0. Received: alpha={alpha}")
         if alpha_convention not in ("sum", "mean"):
             raise ValueError(
-                "`alpha_convention` must be 'sum' or 'mean'. "
-                f"Received: alpha_convention={alpha_convention!r}"
+                f"`alpha_convention` must be 'sum' or 'mean'. Received: alpha_convention={alpha_convention!r}"
             )
         self.radius = radius
         self.bias = bias

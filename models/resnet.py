@@ -58,9 +58,7 @@ def resnet50(
             y = build.conv_bn(y, filters, 3, strides=strides, name=name + "{}2")
             y = build.conv_bn(y, 4 * filters, 1, relu=False, gamma="zeros", name=name + "{}3")
             if block == "a":
-                x = build.conv_bn(
-                    x, 4 * filters, 1, strides=strides, relu=False, name=name + "{}_shortcut"
-                )
+                x = build.conv_bn(x, 4 * filters, 1, strides=strides, relu=False, name=name + "{}_shortcut")
             x = build.join(x, y, name)
     return build.head(x, num_classes)
 

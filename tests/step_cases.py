@@ -1,5 +1,7 @@
 """The models, data and strategies on which one device, N replicas and k micro-batches are compared."""
 
+import itertools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -11,15 +13,15 @@ from tests.reference import ReferenceLARS
 BATCH, FEATURES, CLASSES, UPDATES = 64, 12, 5, 5
 
 OPTIMIZERS = {
-    "lars": lambda **more: LARS(
-        5.0, trust_coefficient=0.02, weight_decay=0.05, excluded_lr_scale=0.01, **more
-    ),
+    "lars": lambda **more: LARS(5.0, trust_coefficient=0.02, weight_decay=0.05, excluded_lr_scale=0.01, **more),
     "momentum": lambda **more: keras.optimizers.SGD(0.1, momentum=0.9, **more),
 }
 
 
 def strategy(name):
     """Returns a strategy by the name the tests use, with as many of the eight logical devices."""
+    if isinstance(name, tf.distribute.Strategy):
+        return name
     if name == "none":
         return tf.distribute.get_strategy()
     if name == "one":
@@ -43,9 +45,7 @@ def linear():
 
 
 def hidden():
-    return keras.Sequential(
-        [keras.Input((FEATURES,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(CLASSES)]
-    )
+    return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(CLASSES)])
 
 
 def batch_norm(synchronized=False):
@@ -64,9 +64,17 @@ def batch_norm(synchronized=False):
 
 
 def dropout():
-    return keras.Sequential(
-        [keras.Input((FEATURES,)), keras.layers.Dropout(0.5, seed=3), keras.layers.Dense(CLASSES)]
-    )
+    return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dropout(0.5, seed=3), keras.layers.Dense(CLASSES)])
+
+
+TABLE = tuple(itertools.product((1, 4), OPTIMIZERS, ("float32", "mixed_bfloat16")))
+"""Micro-batches, optimizer, precision: what every strategy is compared on."""
+
+
+def trained_row(strategy_name, replicas, microbatches, optimizer, policy):
+    """Returns what `trained` does, for a row of `TABLE`."""
+    size = BATCH // replicas // microbatches
+    return trained(hidden, OPTIMIZERS[optimizer], strategy_name, microbatch_size=size, policy=policy)
 
 
 def trained(make_model, optimizer, strategy_name="none", *, microbatch_size=None, policy="float32", **trainer):
@@ -90,9 +98,9 @@ def trained(make_model, optimizer, strategy_name="none", *, microbatch_size=None
 
 
 def state(trainer):
-    """Returns path and value of every weight and optimizer variable."""
-    model = trainer.model
-    return {v.path: v.numpy() for v in [*model.weights, *model.optimizer.variables]}
+    """Returns every weight and optimizer variable, by number and last word of its name."""
+    variables = [*trainer.model.weights, *trainer.model.optimizer.variables]
+    return {f"{i} {v.name.rpartition('_')[2]}": v.numpy() for i, v in enumerate(variables)}
 
 
 def oracle():

@@ -105,9 +105,7 @@ class OrderTest(tf.test.TestCase, parameterized.TestCase):
         data = small_arrays()
         single = list(data.train_numpy(24, count=5))
         for workers in (2, 3, 4):
-            parts = [
-                list(data.train_numpy(24, count=5, shard=(w, workers))) for w in range(workers)
-            ]
+            parts = [list(data.train_numpy(24, count=5, shard=(w, workers))) for w in range(workers)]
             for i, (images, labels) in enumerate(single):
                 self.assertAllEqual(np.concatenate([p[i][0] for p in parts]), images)
                 self.assertAllEqual(np.concatenate([p[i][1] for p in parts]), labels)
@@ -190,9 +188,7 @@ class ArrayDataTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertAllEqual(x, y)
 
     def test_endless(self):
-        self.assertEqual(
-            small_arrays().train_batches(4).cardinality(), tf.data.INFINITE_CARDINALITY
-        )
+        self.assertEqual(small_arrays().train_batches(4).cardinality(), tf.data.INFINITE_CARDINALITY)
 
     @parameterized.parameters((1, 1), (7, 1), (23, 1), (64, 1), (8, 2), (20, 4), (64, 4))
     def test_every_test_image_exactly_once(self, batch_size, workers):
@@ -298,9 +294,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
         data = self.plain_jpeg(256, 300)
         pixels = tf.io.decode_jpeg(data)
         top, left = (256 - side) // 2, (300 - side) // 2
-        self.assertAllEqual(
-            jpegs.central_crop(data, size), pixels[top : top + side, left : left + side]
-        )
+        self.assertAllEqual(jpegs.central_crop(data, size), pixels[top : top + side, left : left + side])
 
     @parameterized.parameters((500, 375, 227, 333), (375, 500, 64, 328), (30, 60, 320, 30))
     def test_central_crop(self, height, width, size, side):
@@ -333,9 +327,7 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
             write_jpegs(cls.roots[file_format], file_format)
 
     def load(self, file_format="tfrecord", image_size=24):
-        return lars_keras.data.load(
-            "imagenet2012", data_dir=self.roots[file_format], image_size=image_size
-        )
+        return lars_keras.data.load("imagenet2012", data_dir=self.roots[file_format], image_size=image_size)
 
     def test_attributes(self):
         data = self.load()
@@ -368,9 +360,7 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
     def test_an_example_looks_the_same_at_any_batch_size_and_shard(self):
         data = self.load()
         single = list(data.train_numpy(58, count=1))[0]
-        images, labels = (
-            np.concatenate(parts) for parts in zip(*data.train_numpy(5, count=11), strict=True)
-        )
+        images, labels = (np.concatenate(parts) for parts in zip(*data.train_numpy(5, count=11), strict=True))
         self.assertAllEqual(images, single[0][:55])
         self.assertAllEqual(labels, single[1][:55])
         shards = [next(data.train_numpy(29, first=1, shard=(w, 29))) for w in (0, 7, 28)]

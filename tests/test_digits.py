@@ -64,8 +64,7 @@ class DigitsTest(tf.test.TestCase):
         cls.data = lars_keras.data.load("digits", data_dir=cls.root.name)
         builder = tfds.builder_from_directory(os.path.join(cls.root.name, "digits", "1.0.0"))
         cls.train, cls.test = (
-            tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
-            for split in ("train", "test")
+            tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1)) for split in ("train", "test")
         )
 
     def test_no_test_digit_is_in_training_and_all_are_used(self):

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras import LARS, schedules
+from lars_keras import LARS
 from tests import cases
 from tests.reference import ReferenceLARS, round_to
 

@@ -74,16 +74,18 @@ class JaxTest(Comparison):
             pairs = zip(optimizers, states, strict=True)
             return [optimizer.stateless_apply(slots, g, w) for optimizer, (w, slots) in pairs]
 
-        states = [([x.value for x in v], [x.value for x in o.variables]) for o, v in zip(optimizers, variables)]
+        states = [
+            ([x.value for x in v], [x.value for x in o.variables]) for o, v in zip(optimizers, variables, strict=True)
+        ]
         for g in gradients:
             states = step(states, [np.float32(x) for x in g])
             for oracle in oracles:
                 oracle.step(g)
         self.assertEqual(step._cache_size(), 1)
-        for case, oracle, optimizer, v, (w, slots) in zip(compared, oracles, optimizers, variables, states):
-            for variable, value in zip(v + optimizer.variables, w + slots, strict=True):
+        for i, (w, slots) in enumerate(states):
+            for variable, value in zip(variables[i] + optimizers[i].variables, w + slots, strict=True):
                 variable.assign(value)
-            self.assert_close(v, optimizer, oracle, message=case.arguments)
+            self.assert_close(variables[i], optimizers[i], oracles[i], message=compared[i].arguments)
 
     @parameterized.parameters(False, True)
     def test_norm_of_sum_is_that_of_optax(self, nesterov):
@@ -152,7 +154,8 @@ class AnyBackendTest(Comparison):
         for variant in cases.VARIANTS:
             weights, gradients = cases.problem(dtype)
             case = cases.make_case(variant, "excluded_rate")
-            oracle, variables, optimizer = case.reference(weights, dtype), cases.make_variables(weights, dtype), case.lars()
+            oracle, optimizer = case.reference(weights, dtype), case.lars()
+            variables = cases.make_variables(weights, dtype)
             for g in gradients:
                 oracle.step(g)
                 optimizer.apply([keras.ops.convert_to_tensor(x, dtype) for x in g], variables)

@@ -117,6 +117,7 @@ class LayerPlanTest(tf.test.TestCase, parameterized.TestCase):
             keras.layers.LayerNormalization(axis=(1, 2, 3), name="layer_normalization_7"),
             keras.layers.GroupNormalization(2, name="groups"),
             keras.layers.Reshape((9, 16)),
+            keras.layers.RMSNormalization(name="size"),  # its `size/scale` is excluded by its rank alone
             keras.layers.MultiHeadAttention(2, 3, name="mha"),
         ):
             x = layer(x, x) if layer.name == "mha" else layer(x)

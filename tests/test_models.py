@@ -35,9 +35,7 @@ def images(shape, n=8):
 def loss_and_gradients(model, x, y):
     with tf.GradientTape() as tape:
         logits = model(x, training=True)
-        loss = tf.reduce_mean(
-            tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits)
-        )
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=y, logits=logits))
     return loss, tape.gradient(loss, model.trainable_variables)
 
 
@@ -148,9 +146,7 @@ class SizeTest(ModelTestCase):
 
 class BehaviourTest(ModelTestCase):
     def test_pixels_are_normalised_on_their_scale(self):
-        model = models.get(
-            "alexnet_small", num_classes=2, mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0)
-        )
+        model = models.get("alexnet_small", num_classes=2, mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0))
         x = np.full((1, 1, 1, 3), 40, dtype="uint8")
         self.assertAllClose(model.get_layer("normalize")(x), [[[[30.0, 10.0, 2.5]]]], rtol=1e-6)
         self.assertEqual(model.input.dtype, "uint8")
@@ -182,11 +178,7 @@ class BehaviourTest(ModelTestCase):
     def test_sync_batch_norm(self, name):
         for sync in (False, True):
             model = models.get(name, num_classes=4, input_shape=(16, 16, 1), sync_batch_norm=sync)
-            flags = [
-                layer.synchronized
-                for layer in model.layers
-                if isinstance(layer, keras.layers.BatchNormalization)
-            ]
+            flags = [layer.synchronized for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
             self.assertEqual(bool(flags), name != "alexnet_small")
             self.assertEqual(set(flags), {sync} if flags else set())
 
@@ -227,9 +219,7 @@ class BehaviourTest(ModelTestCase):
             results.append(tf.function(loss_and_gradients, jit_compile=jit)(model, x, y))
         (loss, gradients), (xla_loss, xla_gradients) = results
         self.assertAllClose(xla_loss, loss, rtol=1e-5)
-        for v, gradient, xla in zip(
-            model.trainable_variables, gradients, xla_gradients, strict=True
-        ):
+        for v, gradient, xla in zip(model.trainable_variables, gradients, xla_gradients, strict=True):
             norm = np.linalg.norm(gradient)
             self.assertGreater(norm, 0, msg=v.path)
             self.assertLess(np.linalg.norm(xla - gradient), 1e-4 * norm, msg=v.path)
@@ -286,9 +276,7 @@ class GroupedConv2DTest(ModelTestCase):
             expected = tf.nn.relu(tf.nn.conv2d(x, w, 2, "SAME"))
             loss = tf.reduce_sum(expected**2)
         gradient = tape.gradient(loss, w).numpy()
-        expected_gradient = np.concatenate(
-            [gradient[:, :, :4, :3], gradient[:, :, 4:, 3:]], axis=-1
-        )
+        expected_gradient = np.concatenate([gradient[:, :, :4, :3], gradient[:, :, 4:, 3:]], axis=-1)
         y, actual_gradient = grouped(x)
         self.assertAllClose(y, expected, rtol=1e-5, atol=1e-5)
         self.assertAllClose(actual_gradient, expected_gradient, rtol=1e-5, atol=1e-4)
@@ -320,13 +308,9 @@ class LocalResponseNormalizationTest(ModelTestCase):
                 y = f(x)
             return y, tape.gradient(y, x, output_gradients=cotangent)
 
-        actual, actual_gradient = tf.function(
-            lambda: value_and_gradient(layer), jit_compile=jit
-        )()
+        actual, actual_gradient = tf.function(lambda: value_and_gradient(layer), jit_compile=jit)()
         expected, expected_gradient = value_and_gradient(
-            lambda x: tf.nn.local_response_normalization(
-                x, layer.radius, layer.bias, layer.alpha, layer.beta
-            )
+            lambda x: tf.nn.local_response_normalization(x, layer.radius, layer.bias, layer.alpha, layer.beta)
         )
         scale = np.abs(expected_gradient).max()
         self.assertAllClose(actual, expected, rtol=2e-6, atol=1e-6)
@@ -335,9 +319,9 @@ class LocalResponseNormalizationTest(ModelTestCase):
     def test_alpha_conventions(self):
         x = np.full((1, 1, 1, 5), 3.0, "float32")
         middle = {
-            convention: LocalResponseNormalization(
-                bias=1.0, alpha=0.1, alpha_convention=convention
-            )(x).numpy()[0, 0, 0, 2]
+            convention: LocalResponseNormalization(bias=1.0, alpha=0.1, alpha_convention=convention)(x).numpy()[
+                0, 0, 0, 2
+            ]
             for convention in ("sum", "mean")
         }
         self.assertAllClose(middle["sum"], 3 * (1 + 0.1 * 45) ** -0.75, rtol=1e-6)

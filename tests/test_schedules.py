@@ -100,8 +100,9 @@ class SchedulesTest(tf.test.TestCase, parameterized.TestCase):
     )
     def test_bad_arguments(self, name, bad):
         make, arguments = DECAYING[name]
-        with self.assertRaisesRegex(ValueError, rf"`{next(iter(bad))}`[\s\S]*Received|Received[\s\S]*{next(iter(bad))}"):
+        with self.assertRaisesRegex(ValueError, "Received") as raised:
             make(**(WARM | arguments | bad))
+        self.assertIn(next(iter(bad)), str(raised.exception))
 
     @parameterized.parameters(
         ("5 epochs", 2500),

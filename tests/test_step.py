@@ -1,6 +1,7 @@
 """One device = N replicas = k micro-batches."""
 
-import itertools
+import pickle
+import sys
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ from absl.testing import parameterized
 from lars_keras import LARS
 from lars_keras.training import Trainer, split_batch
 from tests import step_cases as cases
+from tests import workers
 
 STRATEGIES = ("none", "one", "mirrored2", "mirrored8")
 FLOAT32 = 1e-6
@@ -40,24 +42,32 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
             self.single[key] = cases.state(trainer), history
         return self.single[key]
 
-    @parameterized.parameters(
-        *itertools.product(STRATEGIES, (1, 4), cases.OPTIMIZERS, ("float32", "mixed_bfloat16"))
-    )
-    def test_same_update(self, strategy, microbatches, optimizer, policy):
-        share = cases.BATCH // max(1, int(strategy[8:] or 1))
-        trainer, history = cases.trained(
-            cases.hidden,
-            cases.OPTIMIZERS[optimizer],
-            strategy,
-            microbatch_size=share // microbatches,
-            policy=policy,
-        )
-        self.assertEqual(trainer.microbatches, microbatches)
+    def check(self, state, history, optimizer, policy):
+        """Compares weights, optimizer state and metrics with the single device's."""
         expected, expected_history = self.reference(cases.hidden, optimizer, policy)
         tolerance = FLOAT32 if policy == "float32" else BFLOAT16
-        self.assertLess(difference(cases.state(trainer), expected), (tolerance,))
+        self.assertLess(difference(state, expected), (tolerance,))
         for name in ("loss", "top1", "step_loss", "learning_rate"):
             self.assertAllClose(history[name], expected_history[name], rtol=tolerance, atol=0)
+
+    @parameterized.parameters(*((s, *row) for s in STRATEGIES for row in cases.TABLE))
+    def test_same_update(self, strategy, microbatches, optimizer, policy):
+        replicas = int(strategy.removeprefix("mirrored")) if strategy.startswith("mirrored") else 1
+        trainer, history = cases.trained_row(strategy, replicas, microbatches, optimizer, policy)
+        self.assertEqual(trainer.microbatches, microbatches)
+        self.check(cases.state(trainer), history, optimizer, policy)
+
+    def test_same_update_on_two_workers(self):
+        """Two real processes on loopback go through the same table."""
+        out = self.create_tempdir().full_path
+        processes = workers.start(2, [sys.executable, "-m", "tests.workers", out])
+        for process, output in zip(processes, workers.wait(processes), strict=True):
+            self.assertEqual(process.returncode, 0, output)
+        for worker in range(2):
+            with open(f"{out}/{worker}.pickle", "rb") as f:
+                rows = pickle.load(f)
+            for (_, optimizer, policy), (state, history) in zip(cases.TABLE, rows, strict=True):
+                self.check(state, history, optimizer, policy)
 
     @parameterized.product(strategy=STRATEGIES, microbatch_size=(8, None))
     def test_float64_oracle(self, strategy, microbatch_size):
@@ -70,7 +80,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
             self.assertLess(difference({"": actual.numpy()}, {"": expected}), (FLOAT32,))
         self.assertAllClose(history["loss"][0], np.mean(losses), rtol=1e-6)
         self.assertAllClose(history["step_loss"][0], losses[-1], rtol=1e-6)
-        self.assertEqual(int(trainer.model.optimizer.iterations), cases.UPDATES)
+        self.assertEqual(trainer.model.optimizer.iterations.numpy(), cases.UPDATES)
 
     @parameterized.parameters("none", "mirrored2", "mirrored8")
     def test_synchronized_batch_norm(self, strategy):
@@ -121,7 +131,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
             microbatch_size=16,
             updates_per_call=updates_per_call,
         )
-        self.assertEqual(int(trainer.model.optimizer.iterations), cases.UPDATES)
+        self.assertEqual(trainer.model.optimizer.iterations.numpy(), cases.UPDATES)
         expected, expected_history = self.reference(cases.hidden, "lars", "float32")
         self.assertLess(difference(cases.state(trainer), expected), (FLOAT32,))
         self.assertAllClose(history["loss"], expected_history["loss"], rtol=1e-6)

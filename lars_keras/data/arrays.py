@@ -47,14 +47,9 @@ class ArrayData(ImageData):
                     f"Received: {images.dtype} of shape {images.shape}"
                 )
             if labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"Expected labels of shape {images.shape[:1]}. Received: {labels.shape}"
-                )
+                raise ValueError(f"Expected labels of shape {images.shape[:1]}. Received: {labels.shape}")
             if labels.min() < 0 or labels.max() >= num_classes:
-                raise ValueError(
-                    f"Labels must be in range({num_classes}). "
-                    f"Received: {labels.min()} to {labels.max()}"
-                )
+                raise ValueError(f"Labels must be in range({num_classes}). Received: {labels.min()} to {labels.max()}")
         self._train = train[0], train[1].astype(np.int32)
         self._test = test[0], test[1].astype(np.int32)
         self._augment = augment
@@ -79,9 +74,7 @@ class ArrayData(ImageData):
         indices = itertools.count(first) if count is None else range(first, first + count)
         return (self._train_block(batch_size, seed, shard, augment, i) for i in indices)
 
-    def test_numpy(
-        self, batch_size: int, *, shard: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[np.ndarray, ...]]:
+    def test_numpy(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, ...]]:
         check_arguments(batch_size, shard)
         count = -(-self.num_test // batch_size)
         return (self._test_block(batch_size, shard, i) for i in range(count))
@@ -105,16 +98,12 @@ class ArrayData(ImageData):
     def _block_dtypes(self, random: bool) -> list[type]:
         return [np.uint8, np.int32]
 
-    def _finish(
-        self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool
-    ) -> tf.data.Dataset:
+    def _finish(self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool) -> tf.data.Dataset:
         import tensorflow as tf
 
         shapes = [(rows, *self.image_shape), (rows,), (rows,)]
         return blocks.map(
-            lambda *block: tuple(
-                tf.ensure_shape(part, shape) for part, shape in zip(block, shapes, strict=False)
-            )
+            lambda *block: tuple(tf.ensure_shape(part, shape) for part, shape in zip(block, shapes, strict=False))
         )
 
 

@@ -21,9 +21,7 @@ _TEST_SPLIT = {"digits": "test", "cifar10": "test", "imagenet2012": "validation"
 NAMES = tuple(_TEST_SPLIT)
 
 
-def load(
-    name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None
-) -> ImageData:
+def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> ImageData:
     """Loads a data set that tensorflow-datasets has prepared. Nothing is ever downloaded.
 
     Args:
@@ -58,9 +56,7 @@ def load(
     builder = tfds.builder_from_directory(builder_dir)
     for split in ("train", _TEST_SPLIT[name]):
         if split not in builder.info.splits:
-            raise FileNotFoundError(
-                f"{builder_dir} has no {split} split: remove it and prepare it again."
-            )
+            raise FileNotFoundError(f"{builder_dir} has no {split} split: remove it and prepare it again.")
     train, test = (_records(builder, split) for split in ("train", _TEST_SPLIT[name]))
     num_classes = builder.info.features["label"].num_classes
     counts = f"{len(train):,} train and {len(test):,} test images"
@@ -127,9 +123,7 @@ def _jpeg_parser(features: tfds.features.FeaturesDict):
     return parse
 
 
-def _decode_all(
-    features: tfds.features.FeaturesDict, records: Records
-) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(features: tfds.features.FeaturesDict, records: Records) -> tuple[np.ndarray, np.ndarray]:
     """Returns all images and labels of a split, in the order of the records."""
     import tensorflow as tf
 

@@ -34,9 +34,7 @@ def split_sources(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def warp(
-    digits: np.ndarray, which: np.ndarray, random: np.random.Generator | None = None
-) -> np.ndarray:
+def warp(digits: np.ndarray, which: np.ndarray, random: np.random.Generator | None = None) -> np.ndarray:
     """Enlarges 8x8 digits to 16x16, each under its own random warp if `random` is given.
 
     A warp is a rotation (up to 15 degrees), a scale (15 % along each axis), a shear (0.2), a shift

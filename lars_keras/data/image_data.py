@@ -127,14 +127,10 @@ class ImageData(abc.ABC):
         augment: bool = True,
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields the batches of `train_batches` as NumPy arrays."""
-        batches = self.train_batches(
-            batch_size, first=first, count=count, seed=seed, shard=shard, augment=augment
-        )
+        batches = self.train_batches(batch_size, first=first, count=count, seed=seed, shard=shard, augment=augment)
         return batches.as_numpy_iterator()
 
-    def test_numpy(
-        self, batch_size: int, *, shard: tuple[int, int] = (0, 1)
-    ) -> Iterator[tuple[np.ndarray, ...]]:
+    def test_numpy(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields the batches of `test_batches` as NumPy arrays."""
         return self.test_batches(batch_size, shard=shard).as_numpy_iterator()
 
@@ -149,9 +145,7 @@ class ImageData(abc.ABC):
         draws = uniforms(seed, epochs, ids, self._num_draws) if augment else None
         return self._read_train(ids, draws)
 
-    def _test_block(
-        self, batch_size: int, shard: tuple[int, int], index: int
-    ) -> tuple[np.ndarray, ...]:
+    def _test_block(self, batch_size: int, shard: tuple[int, int], index: int) -> tuple[np.ndarray, ...]:
         ids = _positions(int(index), batch_size, shard)
         mask = ids < self.num_test
         return *self._read_test(ids[mask], len(ids)), mask.astype(np.float32)
@@ -172,9 +166,7 @@ class ImageData(abc.ABC):
         if count is not None:
             indices = indices.take(count)
         dtypes = [*self._block_dtypes(random), *([np.float32] if masked else [])]
-        blocks = indices.map(
-            lambda index: tf.numpy_function(block, [index], dtypes), num_parallel_calls=2
-        )
+        blocks = indices.map(lambda index: tf.numpy_function(block, [index], dtypes), num_parallel_calls=2)
         batches = self._finish(blocks, rows, random=random, masked=masked)
         options = tf.data.Options()
         options.deterministic = True
@@ -200,9 +192,7 @@ class ImageData(abc.ABC):
         """Returns the dtypes of a block."""
 
     @abc.abstractmethod
-    def _finish(
-        self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool
-    ) -> tf.data.Dataset:
+    def _finish(self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool) -> tf.data.Dataset:
         """Makes batches of static shape from blocks."""
 
 
@@ -223,6 +213,4 @@ def check_arguments(batch_size: int, shard: tuple[int, int], seed: int = 0, firs
             f"Received: batch_size={batch_size}, shard={shard}"
         )
     if seed < 0 or first < 0:
-        raise ValueError(
-            f"`seed` and `first` must not be negative. Received: seed={seed}, first={first}"
-        )
+        raise ValueError(f"`seed` and `first` must not be negative. Received: seed={seed}, first={first}")

@@ -57,8 +57,7 @@ def prepare(
         writable = False
     if not writable:
         raise ValueError(
-            f"{name} is not prepared in {root}, which cannot be written to. "
-            "Name another folder with --data_dir."
+            f"{name} is not prepared in {root}, which cannot be written to. Name another folder with --data_dir."
         )
 
     import tensorflow_datasets as tfds
@@ -79,9 +78,7 @@ def prepare(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lars_keras.data.prepare", description="Prepares a data set, once."
-    )
+    parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepares a data set, once.")
     parser.add_argument("--dataset", required=True, choices=NAMES)
     parser.add_argument("--data_dir", help="where to (default: ~/tensorflow_datasets)")
     parser.add_argument("--manual_dir", help="the folder of the ImageNet archives")
@@ -94,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             manual_dir=options.manual_dir,
             file_format=options.file_format,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{options.dataset} is prepared in {data_root(options.data_dir)}.")

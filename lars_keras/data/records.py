@@ -50,9 +50,7 @@ class TFRecords:
             starts = list(pool.map(_record_starts, self._paths))
         for path, found, count in zip(self._paths, starts, counts, strict=True):
             if len(found) - 1 != count:
-                raise ValueError(
-                    f"{path} holds {len(found) - 1} records, dataset_info.json says {count}."
-                )
+                raise ValueError(f"{path} holds {len(found) - 1} records, dataset_info.json says {count}.")
         self._file = np.repeat(np.arange(len(starts), dtype=np.int32), [len(s) - 1 for s in starts])
         self._start = np.concatenate([s[:-1] for s in starts])
         self._length = np.concatenate([np.diff(s) for s in starts]) - _HEADER.size - _FOOTER
@@ -91,8 +89,7 @@ class ArrayRecords:
         self._source = ArrayRecordDataSource([os.fspath(path) for path in paths])
         if len(self._source) != sum(counts):
             raise ValueError(
-                f"{os.path.dirname(paths[0])} holds {len(self._source)} records, "
-                f"dataset_info.json says {sum(counts)}."
+                f"{os.path.dirname(paths[0])} holds {len(self._source)} records, dataset_info.json says {sum(counts)}."
             )
 
     def __len__(self) -> int:

@@ -1,12 +1,13 @@
 """Cuts any batched dataset into the ghost batches that replicas take."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
-Feed = tf.data.Dataset | Callable[[tf.distribute.InputContext], tf.data.Dataset]
+# A tf.data.Dataset, or a function from tf.distribute.InputContext to one worker's own.
+Feed: TypeAlias = Any | Callable[[Any], Any]
 
 
 def training_iterator(feed: Feed, strategy: tf.distribute.Strategy, microbatch_size: int) -> Any:
@@ -37,11 +38,10 @@ def scoring_batches(feed: Feed, strategy: tf.distribute.Strategy, batch_size: in
     def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
         whole = batch_size * context.num_replicas_in_sync
         if isinstance(feed, tf.data.Dataset):
-            padded: Feed = _padded(feed, whole)
+            own = _own_part(_padded(feed, whole), context, batch_size)
         else:
-            local = whole // context.num_input_pipelines
-            padded = lambda c: _padded(feed(c), local)  # noqa: E731
-        return _own_part(padded, context, batch_size).rebatch(batch_size, drop_remainder=True)
+            own = _padded(feed(context), whole // context.num_input_pipelines)
+        return own.rebatch(batch_size, drop_remainder=True)
 
     return strategy.distribute_datasets_from_function(per_replica, _FETCH)
 

@@ -58,10 +58,7 @@ class GhostBatch:
             `averaged` and `counters`.
         """
         shift = ops.cast(ops.cast(index, "int64") * _GOLDEN % _KEYS, "int64")
-        keyed = [
-            _add_to_key(value, shift) if seed else value
-            for value, seed in zip(counters, self._is_seed)
-        ]
+        keyed = [_add_to_key(value, shift) if seed else value for value, seed in zip(counters, self._is_seed)]
         variables = self.trainable + self.averaged + self.counters
         mapping = list(zip(variables, trainable + averaged + keyed))
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
@@ -70,8 +67,7 @@ class GhostBatch:
             new_averaged = [scope.get_current_value(v) for v in self.averaged]
             new_counters = [scope.get_current_value(v) for v in self.counters]
         new_counters = [
-            _add_to_key(value, -shift) if seed else value
-            for value, seed in zip(new_counters, self._is_seed)
+            _add_to_key(value, -shift) if seed else value for value, seed in zip(new_counters, self._is_seed)
         ]
         return loss, y_pred, new_averaged, new_counters
 

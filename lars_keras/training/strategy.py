@@ -35,6 +35,16 @@ def make_strategy(name: str = "auto", *, replicas: int | None = None, tpu: str |
     return tf.distribute.OneDeviceStrategy("/gpu:0" if gpus else "/cpu:0")
 
 
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one, of all workers, that prints and writes."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    return resolver.task_type == "chief" or (
+        resolver.task_id == 0 and not resolver.cluster_spec().as_dict().get("chief")
+    )
+
+
 def _choose(gpus: int, replicas: int | None, tpu: str | None) -> str:
     if tpu:
         return "tpu"

@@ -42,7 +42,7 @@ class TensorFlowEngine:
             if not self.optimizer.built:
                 self.optimizer.build(self.ghost.trainable)
             # Without micro-batches nothing is summed over time, and the sums would only cost memory.
-            self._sums = self._make_sums() if microbatches > 1 else None
+            self._sums = self._make_sums() if microbatches > 1 else []
             self._scored_loss = tf.Variable(0.0, trainable=False, **_LOCAL)
             self._scored = tf.Variable(0.0, trainable=False, **_LOCAL)
         # A pure function: XLA can compile it inside the replica's step, which as a whole it could not.
@@ -98,9 +98,7 @@ class TensorFlowEngine:
 
     def _finish(self) -> tuple[Tensor, Tensor]:
         """Reduces and applies this replica's sums, and empties them."""
-        outcome = self._reduce_and_apply(
-            [tf.identity(s) for s in self._sums], [tf.identity(c) for c in self._counters]
-        )
+        outcome = self._reduce_and_apply([tf.identity(s) for s in self._sums], [tf.identity(c) for c in self._counters])
         with tf.control_dependencies([tf.group(*outcome)]):
             for total in self._sums:
                 total.assign(tf.zeros_like(total))
@@ -117,8 +115,9 @@ class TensorFlowEngine:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         index = i * self.replicas + tf.cast(replica, tf.int32)
         scale = self.optimizer.scale_loss(tf.constant(1.0))
+        trainable, averaged, counters = ([tf.convert_to_tensor(v) for v in part] for part in self._state())
         gradients, averaged, counters, loss, y_pred = self._gradient(
-            *([tf.convert_to_tensor(v) for v in part] for part in self._state()), x, y, sample_weight, index, scale
+            trainable, averaged, counters, x, y, sample_weight, index, scale
         )
         self.model.compute_metrics(x, y, y_pred, sample_weight)
         return [tf.cast(s, tf.float32) for s in [*gradients, *averaged, loss]], counters

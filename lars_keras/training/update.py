@@ -71,9 +71,7 @@ def apply_update(
     return tf.cond(finite, take, skip)
 
 
-def _step(
-    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[keras.Variable]
-) -> None:
+def _step(optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[keras.Variable]) -> None:
     """Clipping, decoupled decay, the rule, constraints and averaging: the order of Keras's `Optimizer.apply`."""
     rate = optimizer.learning_rate
     gradients = optimizer._clip_gradients(gradients)
