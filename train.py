@@ -4,7 +4,7 @@
     python train.py --flagfile=flags/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
 
 All flags: `python train.py --help`. Exit codes: 0 done; 2 a bad flag, or a device or file
-that is not there; 3 the loss is no longer a number.
+that is not there; 3 the loss is no longer a number; 4 another worker is gone.
 """
 
 import os
@@ -25,11 +25,11 @@ from lars_keras import data as datasets
 from lars_keras.data import ImageData
 from lars_keras.schedules import duration_in_updates
 from lars_keras.training import Trainer, make_optimizer, make_schedule
-from lars_keras.training.errors import EXIT_DIVERGED, EXIT_USAGE, Diverged, UsageError, usage_errors
+from lars_keras.training.errors import EXIT_DIVERGED, EXIT_USAGE, EXIT_WORKER_LOST, Diverged, UsageError, usage_errors
 from lars_keras.training.guard import StopWhenDiverged
 from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
-from lars_keras.training.strategy import make_strategy
+from lars_keras.training.strategy import is_chief, make_strategy
 
 
 def main(config: flags.RunConfig) -> None:
@@ -86,11 +86,13 @@ def main(config: flags.RunConfig) -> None:
         return
 
     # ---- Plan
+    chief = is_chief(strategy)  # of several workers, one prints and writes
     rate = plan.rates(model.optimizer, total_updates)
     warnings = plan.warnings(config, model, data, rate)
     text = plan.text(config, data, trainer, rate, warmup_updates, run_dir, warnings)
-    write_plan(run_dir, config, text, warnings, model.optimizer)
-    print(text, flush=True)
+    if chief:
+        write_plan(run_dir, config, text, warnings, model.optimizer)
+        print(text, flush=True)
 
     # ---- Training
     started = time.perf_counter()
@@ -101,11 +103,13 @@ def main(config: flags.RunConfig) -> None:
         steps_per_epoch=steps_per_epoch,
         validation_data=test_feed,
         validation_freq=config.eval_every,
-        callbacks=[progress, MetricsLog(run_dir), StopWhenDiverged()],
+        callbacks=[*([progress, MetricsLog(run_dir)] if chief else []), StopWhenDiverged()],
         verbose=0,
     )
 
     # ---- Results: the last evaluation came after the last update.
+    if not chief:
+        return
     final = {name[4:]: values[-1] for name, values in history.history.items() if name.startswith("val_")}
     model.save(run_dir / "model.keras")
     write_results(
@@ -173,6 +177,9 @@ def run(argv: list[str]) -> int:
     except Diverged as e:
         print(f"train.py: {e}", file=sys.stderr)
         return EXIT_DIVERGED
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as e:
+        print(f"train.py: another worker is gone: {str(e).splitlines()[0]}", file=sys.stderr)
+        return EXIT_WORKER_LOST
     return 0
 
 

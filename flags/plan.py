@@ -85,9 +85,8 @@ def text(
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if isinstance(optimizer, LARS):
         steps = relative_steps(config, rate)
-        lines.insert(
-            6, f"  {'step':<11}up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
-        )
+        step = f"up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
+        lines.insert(6, f"  {'step':<11}{step}")
         lines += ["", *_layers(optimizer)]
     lines += [f"WARNING: {warning}" for warning in found]
     return "\n".join(lines)

@@ -83,13 +83,13 @@ def resolve_roles(
     for pattern in dict.fromkeys(no_adapt + no_decay):
         if pattern in DEFAULT_EXCLUDE:
             continue
-        if not any(_matches(pattern, p, v) for p, v in zip(paths, variables)):
+        if not any(_matches(pattern, p, v) for p, v in zip(paths, variables, strict=True)):
             raise ValueError(
                 f"The exclusion pattern {pattern!r} matches none of the {len(paths)} trainable variables: "
                 f"{', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}"
             )
     roles = []
-    for path, variable in zip(paths, variables):
+    for path, variable in zip(paths, variables, strict=True):
         adapt = not any(_matches(p, path, variable) for p in no_adapt)
         decay = not any(_matches(p, path, variable) for p in no_decay)
         scale = 1.0 if adapt else excluded_lr_scale

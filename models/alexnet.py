@@ -25,6 +25,19 @@ class GroupedConv2D(keras.layers.Conv2D):
         return ops.concatenate([convolve(x, k) for x, k in zip(inputs, kernels, strict=True)], axis=-1)
 
 
+@keras.saving.register_keras_serializable(package="lars_keras")
+class CentredHeNormal(keras.initializers.HeNormal):
+    """`keras.initializers.HeNormal` less each filter's mean over its inputs.
+
+    The inputs of a layer behind a ReLU are positive: what all images have in common outweighs their
+    differences, the more so the deeper the layer. A filter of mean 0 starts without the common part.
+    """
+
+    def __call__(self, shape, dtype=None):
+        kernel = super().__call__(shape, dtype)
+        return kernel - ops.mean(kernel, axis=tuple(range(len(shape) - 1)), keepdims=True)
+
+
 class _Conv(NamedTuple):
     filters: int
     size: int
@@ -111,10 +124,11 @@ def alexnet_small(
 ) -> keras.KerasTensor:
     """AlexNet's sequence of layers at a small width, for images of 16 to 64 pixels.
 
-    Ours, not a published network. Strides are 1, groups 1, pools padded, dropout 0.25; kernels
-    are He initialised. Pixels are expected in about [-1, 1], some 60 times smaller than the
-    original's, so that alpha is 60 ** 2 times larger to give the response normalisation the same
-    effect. With `batch_norm`, as in `alexnet`.
+    Ours, not a published network. The first convolution is 5x5 without padding and of stride 1;
+    groups are 1, pools are padded, dropout is 0.1, kernels are `CentredHeNormal`. Pixels are
+    expected in about [-1, 1]. At that scale the activations are some 10 times smaller than the
+    original's, so that alpha is 100 times larger to give the response normalisation the same
+    effect; its constant k is 1. With `batch_norm`, as in `alexnet`.
     """
     for i, (filters, size) in enumerate(((16, 5), (32, 5), (48, 3), (48, 3), (48, 3)), start=1):
         x = keras.layers.Conv2D(
@@ -122,14 +136,14 @@ def alexnet_small(
             size,
             padding="valid" if i == 1 else "same",
             use_bias=not batch_norm,
-            kernel_initializer=keras.initializers.HeNormal(next(seeds)),
+            kernel_initializer=CentredHeNormal(next(seeds)),
             name=f"conv{i}",
         )(x)
         if batch_norm:
             x = _batch_norm(i, synchronized)(x)
         x = keras.layers.ReLU(name=f"relu{i}")(x)
         if i <= 2 and not batch_norm:
-            x = LocalResponseNormalization(alpha=0.36, name=f"lrn{i}")(x)
+            x = LocalResponseNormalization(bias=1.0, alpha=0.01, name=f"lrn{i}")(x)
         if i in (1, 2, 5):
             x = keras.layers.MaxPooling2D(3, 2, padding="same", name=f"pool{i}")(x)
     x = keras.layers.Flatten(name="flatten")(x)
@@ -137,13 +151,13 @@ def alexnet_small(
         x = keras.layers.Dense(
             128,
             activation="relu",
-            kernel_initializer=keras.initializers.HeNormal(next(seeds)),
+            kernel_initializer=CentredHeNormal(next(seeds)),
             name=f"fc{i}",
         )(x)
-        x = keras.layers.Dropout(0.25, seed=next(seeds), name=f"drop{i}")(x)
+        x = keras.layers.Dropout(0.1, seed=next(seeds), name=f"drop{i}")(x)
     return keras.layers.Dense(
         num_classes,
-        kernel_initializer=keras.initializers.HeNormal(next(seeds)),
+        kernel_initializer=CentredHeNormal(next(seeds)),
         dtype="float32",
         name="fc8",
     )(x)

@@ -118,7 +118,7 @@ def oracle():
     )
     x, y = (a.astype("float64").reshape(UPDATES, BATCH, -1) for a in examples())
     losses = []
-    for features, labels in zip(x, y):
+    for features, labels in zip(x, y, strict=True):
         logits = features @ lars.weights[0] + lars.weights[1]
         logits -= logits.max(1, keepdims=True)
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)

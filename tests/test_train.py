@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import unittest.mock
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -49,7 +50,7 @@ def few_digits():
 class TrainTest(parameterized.TestCase, tf.test.TestCase):
     def setUp(self):
         super().setUp()
-        self.dir = pathlib.Path(self.create_tempdir().full_path)
+        self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.addCleanup(keras.config.set_dtype_policy, "float32")
 
     def train(self, *arguments, data=None):

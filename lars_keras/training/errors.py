@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 EXIT_USAGE = 2  # a bad flag or a missing device or file: nothing was started
 EXIT_DIVERGED = 3  # the loss is no longer a number
+EXIT_WORKER_LOST = 4  # another process of a multi-worker run is gone
 
 
 class UsageError(ValueError):

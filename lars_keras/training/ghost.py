@@ -58,16 +58,19 @@ class GhostBatch:
             `averaged` and `counters`.
         """
         shift = ops.cast(ops.cast(index, "int64") * _GOLDEN % _KEYS, "int64")
-        keyed = [_add_to_key(value, shift) if seed else value for value, seed in zip(counters, self._is_seed)]
+        keyed = [
+            _add_to_key(value, shift) if seed else value for value, seed in zip(counters, self._is_seed, strict=True)
+        ]
         variables = self.trainable + self.averaged + self.counters
-        mapping = list(zip(variables, trainable + averaged + keyed))
+        mapping = list(zip(variables, trainable + averaged + keyed, strict=True))
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
             y_pred = self.model(x, training=True)
             loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
             new_averaged = [scope.get_current_value(v) for v in self.averaged]
             new_counters = [scope.get_current_value(v) for v in self.counters]
         new_counters = [
-            _add_to_key(value, -shift) if seed else value for value, seed in zip(new_counters, self._is_seed)
+            _add_to_key(value, -shift) if seed else value
+            for value, seed in zip(new_counters, self._is_seed, strict=True)
         ]
         return loss, y_pred, new_averaged, new_counters
 

@@ -14,5 +14,6 @@ class StopWhenDiverged(keras.callbacks.Callback):
         loss = (logs or {}).get("step_loss", 0.0)
         if not math.isfinite(loss):
             raise Diverged(
-                f"The loss is {loss} at update {batch + 1}. A lower --learning_rate or a longer --warmup_epochs may help."
+                f"The loss is {loss} at update {batch + 1}. "
+                "A lower --learning_rate or a longer --warmup_epochs may help."
             )

@@ -60,7 +60,7 @@ def make_optimizer(
     if not isinstance(optimizer, LARS) and optimizer.weight_decay:
         plan = LARS(exclude=options.get("exclude", DEFAULT_EXCLUDE))
         plan.build(variables)
-        kept = [v for v, role in zip(variables, plan.layer_plan()) if not role.decay]
+        kept = [v for v, role in zip(variables, plan.layer_plan(), strict=True) if not role.decay]
         if kept:
             optimizer.exclude_from_weight_decay(var_list=kept)
     optimizer.build(variables)

@@ -40,9 +40,8 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     resolver = strategy.cluster_resolver
     if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
-    return resolver.task_type == "chief" or (
-        resolver.task_id == 0 and not resolver.cluster_spec().as_dict().get("chief")
-    )
+    has_chief = "chief" in resolver.cluster_spec().as_dict()
+    return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
 
 
 def _choose(gpus: int, replicas: int | None, tpu: str | None) -> str:

@@ -91,9 +91,9 @@ class TensorFlowEngine:
     def _accumulate(self, data: Any, i: Tensor) -> None:
         """Adds pass `i` to this replica's sums."""
         sums, counters = self._ghost_sums(data, i)
-        for total, value in zip(self._sums, sums):
+        for total, value in zip(self._sums, sums, strict=True):
             total.assign_add(value)
-        for total, value in zip(self._counters, counters):
+        for total, value in zip(self._counters, counters, strict=True):
             total.assign(value)
 
     def _finish(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class TensorFlowEngine:
             loss = loss / self.microbatches
             scaled = loss * tf.cast(scale, loss.dtype)
         gradients = tape.gradient(scaled, trainable)
-        missing = [v.path for v, g in zip(self.ghost.trainable, gradients) if g is None]
+        missing = [v.path for v, g in zip(self.ghost.trainable, gradients, strict=True) if g is None]
         if missing:
             raise ValueError(
                 "The loss does not depend on these trainable variables; set `trainable = False` on their layers: "
@@ -160,10 +160,12 @@ class TensorFlowEngine:
         sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
         trainable, averaged, _ = self._state()
         gradients, values, loss = sums[: len(trainable)], sums[len(trainable) : -1], sums[-1]
-        taken = apply_update(self.optimizer, [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable)], trainable)
-        for variable, value in zip(averaged, values):
+        taken = apply_update(
+            self.optimizer, [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)], trainable
+        )
+        for variable, value in zip(averaged, values, strict=True):
             variable.assign(tf.cast(value, variable.dtype))
-        for variable, value in zip(self.ghost.counters, counters):
+        for variable, value in zip(self.ghost.counters, counters, strict=True):
             variable.assign(value)
         return loss, taken
 
@@ -186,7 +188,7 @@ class TensorFlowEngine:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = self.model(x, training=False)
         loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=weight)
-        own = tf.add_n([tf.cast(l, loss.dtype) for l in self.model.losses]) if self.model.losses else 0.0
+        own = tf.add_n([tf.cast(term, loss.dtype) for term in self.model.losses]) if self.model.losses else 0.0
         examples = tf.cast(tf.shape(weight)[0], loss.dtype)
         self.model.compute_metrics(x, y, y_pred, weight)
         total = tf.reduce_sum(tf.cast(weight, loss.dtype))

@@ -60,7 +60,8 @@ def apply_update(
         _step(optimizer.inner_optimizer, [g / tf.cast(scale, g.dtype) for g in gradients], variables)
         grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
         optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
-        optimizer.step_counter.assign(tf.where(grow, 0, tf.convert_to_tensor(optimizer.step_counter) + 1))
+        steps = tf.convert_to_tensor(optimizer.step_counter) + 1
+        optimizer.step_counter.assign(tf.where(grow, tf.zeros_like(steps), steps))
         return tf.constant(1)
 
     def skip() -> tf.Tensor:
@@ -79,7 +80,7 @@ def _step(optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], var
         if optimizer.weight_decay and optimizer._use_weight_decay(variable):
             factor = tf.cast(rate * optimizer.weight_decay, variable.dtype)
             variable.assign(variable - variable * factor)
-    for gradient, variable in zip(gradients, variables):
+    for gradient, variable in zip(gradients, variables, strict=True):
         optimizer.update_step(gradient, variable, rate)
     for variable in variables:
         if variable.constraint is not None:
@@ -95,5 +96,5 @@ def _average(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variab
         return
     due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
     averages: list[Any] = optimizer._model_variables_moving_average
-    for variable, average in zip(optimizer._trainable_variables, averages):
+    for variable, average in zip(optimizer._trainable_variables, averages, strict=True):
         variable.assign(ops.where(due, average, variable))
