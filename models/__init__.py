@@ -23,8 +23,8 @@ _SPECS = {
     # The original's initial values are made for unscaled pixels.
     "alexnet": _Spec(functools.partial(alexnet.alexnet, batch_norm=False), 227, 67, std=1.0),
     "alexnet_bn": _Spec(functools.partial(alexnet.alexnet, batch_norm=True), 227, 67),
-    "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=False), 32, 16),
-    "alexnet_small_bn": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
+    "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
+    "alexnet_small_lrn": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=False), 32, 16),
     "resnet18": _Spec(resnet.resnet18, 32, 8),
     "resnet50": _Spec(resnet.resnet50, 224, 32),
 }

@@ -15,8 +15,8 @@ import models
 from models.alexnet import GroupedConv2D
 from models.lrn import LocalResponseNormalization
 
-SMALL = ("alexnet_small", "alexnet_small_bn")
-TRAINABLE = ("alexnet_small", "alexnet_small_bn", "resnet18")
+SMALL = ("alexnet_small", "alexnet_small_lrn")
+TRAINABLE = ("alexnet_small", "alexnet_small_lrn", "resnet18")
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,7 +58,7 @@ class RegistryTest(ModelTestCase):
                 "alexnet": 227,
                 "alexnet_bn": 227,
                 "alexnet_small": 32,
-                "alexnet_small_bn": 32,
+                "alexnet_small_lrn": 32,
                 "resnet18": 32,
                 "resnet50": 224,
             },
@@ -179,7 +179,7 @@ class BehaviourTest(ModelTestCase):
         for sync in (False, True):
             model = models.get(name, num_classes=4, input_shape=(16, 16, 1), sync_batch_norm=sync)
             flags = [layer.synchronized for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-            self.assertEqual(bool(flags), name != "alexnet_small")
+            self.assertEqual(bool(flags), name != "alexnet_small_lrn")
             self.assertEqual(set(flags), {sync} if flags else set())
 
     @parameterized.product(name=TRAINABLE, policy=("mixed_bfloat16", "mixed_float16"))
@@ -229,7 +229,7 @@ class BehaviourTest(ModelTestCase):
 import jax, keras, numpy as np, models
 x = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), dtype="uint8")
 y = np.arange(8) % 4
-for name in ("alexnet_small", "alexnet_small_bn", "resnet18"):
+for name in ("alexnet_small", "alexnet_small_lrn", "resnet18"):
     model = models.get(name, num_classes=4, input_shape=(16, 16, 1), seed=0)
     def loss(trainable, fixed):
         logits, _ = model.stateless_call(trainable, fixed, x, training=True)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import urllib.parse
 from typing import Any
 
 import tensorflow as tf
@@ -91,9 +93,17 @@ def _multi_worker() -> tf.distribute.Strategy:
 def _tpu(tpu: str | None) -> tf.distribute.Strategy:
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu or "local")
+        _probe(resolver.master())
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
-    except (ValueError, tf.errors.OpError, RuntimeError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except (ValueError, RuntimeError, OSError, tf.errors.OpError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].split(": No OpKernel")[0]
         raise UsageError(f"--strategy=tpu found no TPU at --tpu={tpu or 'local'}: {reason}") from e
     return tf.distribute.TPUStrategy(resolver)
+
+
+def _probe(master: str) -> None:
+    """Raises OSError where nothing listens: TensorFlow itself would wait for ever."""
+    address = urllib.parse.urlsplit(master)
+    if address.hostname and address.port:
+        socket.create_connection((address.hostname, address.port), timeout=30).close()
