@@ -39,7 +39,7 @@ demo: setup
 	$(BIN)/python train.py --flagfile=flags/demo.flags
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: setup
 	$(BIN)/ruff check .

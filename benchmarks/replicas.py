@@ -52,12 +52,13 @@ def measure(model_name: str, replicas: int, microbatches: int) -> dict[str, floa
     images = rng.integers(0, 256, (BATCH, 16, 16, 1), dtype="uint8")
     labels = np.eye(10, dtype="float32")[rng.integers(0, 10, BATCH)]
     clock = [time.perf_counter()]
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: clock.append(time.perf_counter()))
     Trainer(model, batch_size=BATCH, microbatch_size=BATCH // replicas // microbatches).fit(
         tf.data.Dataset.from_tensors((images, labels)).repeat(),
         epochs=1,
         steps_per_epoch=UPDATES,
         verbose=0,
-        callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: clock.append(time.perf_counter()))],
+        callbacks=[watch],
     )
     return {
         "replicas": replicas,
@@ -86,9 +87,10 @@ def main() -> None:
         for microbatches in (1, 4):
             row = measure(args.model, replicas, microbatches)
             rows.append(row)
+            share = row["bytes_per_update"] / row["bytes_of_weights"]
             print(
-                f"{replicas:>8}  {microbatches:>13}  {row['milliseconds']:>9.1f}  {row['reductions_per_update']:>17.2f}  "
-                f"{row['bytes_per_update']:>12,.0f}  {row['bytes_per_update'] / row['bytes_of_weights']:>14.3f}",
+                f"{replicas:>8}  {microbatches:>13}  {row['milliseconds']:>9.1f}  "
+                f"{row['reductions_per_update']:>17.2f}  {row['bytes_per_update']:>12,.0f}  {share:>14.3f}",
                 flush=True,
             )
     if args.out:

@@ -172,6 +172,23 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllClose(history["loss"], expected_history["loss"], rtol=1e-6)
 
 
+class EpochsTest(tf.test.TestCase):
+    def test_an_epoch_shorter_than_an_update(self):
+        """Only epochs that end with an update of their own are seen, and scored once."""
+        model = cases.linear()
+        model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+        data = tf.data.Dataset.from_tensor_slices(cases.examples(1)).batch(64)
+        seen = []
+        record = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: seen.append(
+                (epoch, model.optimizer.iterations.numpy(), "val_loss" in logs)
+            )
+        )
+        trainer = Trainer(model, batch_size=64)
+        trainer.fit(data, epochs=7, steps_per_epoch=0.4, validation_data=data, callbacks=[record], verbose=0)
+        self.assertEqual(seen, [(0, 1, True), (2, 2, True), (5, 3, True)])
+
+
 class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.product(strategy=STRATEGIES, n=(1, 63, 64, 129), regularizer=(None, "l2"))
     def test_every_example_once(self, strategy, n, regularizer):

@@ -36,6 +36,7 @@ def wait(processes, seconds=300):
     finally:
         for p in processes:
             p.kill()
+            p.communicate()
 
 
 def main(out):

@@ -114,6 +114,8 @@ class Trainer:
         update, logs = first_update, {}
         for epoch in range(math.floor(first_update / steps_per_epoch + 1e-9), math.ceil(epochs)):
             end = min(math.ceil((epoch + 1) * steps_per_epoch - 1e-9), total)
+            if end == update:
+                continue  # the update before covered this epoch as well
             self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             losses: list[float] = []

@@ -1,0 +1,141 @@
+"""Strategies by name, and what a TPU asks of the step: static shapes that XLA takes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest.mock
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+from absl.testing import parameterized
+
+import models
+from lars_keras import LARS
+from lars_keras.data.prepare import prepare
+from lars_keras.training.errors import EXIT_WORKER_LOST, UsageError
+from lars_keras.training.strategy import make_strategy
+from lars_keras.training.tensorflow_engine import TensorFlowEngine
+from tests import step_cases as cases
+from tests import workers
+
+IMAGE_SIZES = {"alexnet": 227, "alexnet_bn": 227, "resnet50": 64}
+
+
+class StrategyTest(parameterized.TestCase, tf.test.TestCase):
+    def test_one(self):
+        for name in ("one", "auto"):
+            self.assertIsInstance(make_strategy(name), tf.distribute.OneDeviceStrategy)
+
+    def test_multi_worker_needs_its_environment(self):
+        for value, message in (
+            ("", "TF_CONFIG unset"),
+            ("{}", "TF_CONFIG unset"),
+            ("{", "not the JSON"),
+            ("[1]", "JSON"),
+        ):
+            with (
+                unittest.mock.patch.dict(os.environ, {"TF_CONFIG": value}),
+                self.assertRaisesRegex(UsageError, message),
+            ):
+                make_strategy("multi_worker")
+
+    @parameterized.parameters("grpc://127.0.0.1:9", "local")
+    def test_unreachable_tpu(self, address):
+        with self.assertRaisesRegex(UsageError, f"no TPU at --tpu={address}"):
+            make_strategy("tpu", tpu=address)
+
+    @parameterized.product(strategy=("mirrored2", "mirrored8"), microbatch_size=(4, None))
+    def test_one_reduction_an_update(self, strategy, microbatch_size):
+        """Counted while it runs, whatever the number of micro-batches."""
+
+        class Counting(tf.distribute.ReductionToOneDevice):
+            calls = tf.Variable(0)
+
+            def batch_reduce_implementation(self, *args):
+                self.calls.assign_add(1)
+                return super().batch_reduce_implementation(*args)
+
+        counting = Counting()
+        replicas = int(strategy.removeprefix("mirrored"))
+        mirrored = tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)], cross_device_ops=counting)
+        cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"], mirrored, microbatch_size=microbatch_size)
+        self.assertEqual(counting.calls.numpy(), cases.UPDATES)
+
+
+class XlaTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.product(name=models.names(), policy=("float32", "mixed_bfloat16"))
+    def test_replica_gradient_has_static_shapes(self, name, policy):
+        """The compiler for TPUs refuses a dynamic shape; so does the first stage of XLA anywhere."""
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        keras.config.set_dtype_policy(policy)
+        size = IMAGE_SIZES.get(name, 32)
+        model = models.get(name, num_classes=8, input_shape=(size, size, 3), seed=0)
+        model.compile(LARS(), keras.losses.CategoricalCrossentropy(from_logits=True))
+        batch = tf.zeros([2, size, size, 3], tf.uint8), tf.zeros([2, 8])
+        data = tf.data.Dataset.from_tensors(batch)
+        engine = TensorFlowEngine(model, data, microbatches=2, jit_compile=True)
+        values = [[tf.convert_to_tensor(v) for v in part] for part in engine._state()]
+        hlo = engine._gradient.experimental_get_compiler_ir(*values, *batch, None, tf.constant(0), tf.constant(1.0))(
+            stage="hlo"
+        )
+        self.assertNotIn("<=", hlo)  # a bound, as in f32[<=2], marks a dynamic dimension
+        self.assertIn("bf16" if policy == "mixed_bfloat16" else "f32", hlo)
+
+
+class WorkersTest(tf.test.TestCase):
+    """`train.py` in two real processes on loopback."""
+
+    def setUp(self):
+        super().setUp()
+        self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        prepare("digits", self.dir)
+        self.command = [
+            sys.executable,
+            "train.py",
+            "--flagfile=flags/demo.flags",
+            f"--data_dir={self.dir}",
+            "--batch_size=512",
+            "--microbatch_size=64",
+            "--warmup_epochs=0",
+            "--jit_compile=off",
+        ]
+
+    def test_equals_two_mirrored_replicas(self):
+        two = workers.start(2, [*self.command, "--steps=4", "--strategy=multi_worker", f"--run_dir={self.dir}/two"])
+        for process, output in zip(two, workers.wait(two), strict=True):
+            self.assertEqual(process.returncode, 0, output)
+        mirrored = [*self.command, "--steps=4", "--strategy=mirrored", "--replicas=2", f"--run_dir={self.dir}/mirrored"]
+        subprocess.run(mirrored, cwd=workers.ROOT, check=True, capture_output=True)
+        results = [json.loads((self.dir / name / "results.json").read_text()) for name in ("two", "mirrored")]
+        self.assertEqual(*(r["n"] for r in results))
+        self.assertEqual(*(r["updates"] for r in results))
+        for key in ("loss", "top1", "top5"):
+            self.assertAllClose(*(r[key] for r in results), rtol=1e-5)
+
+    def test_a_killed_worker_stops_the_other(self):
+        run_dir = self.dir / "run"
+        two = workers.start(2, [*self.command, "--epochs=1000", "--strategy=multi_worker", f"--run_dir={run_dir}"])
+        try:
+            deadline = time.monotonic() + 240
+            while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+                self.assertLess(time.monotonic(), deadline, "no update was logged")
+                self.assertIsNone(two[0].poll())
+                time.sleep(0.5)
+            two[1].send_signal(signal.SIGKILL)
+            output = two[0].communicate(timeout=120)[0]
+        finally:
+            for process in two:
+                process.kill()
+                process.communicate()
+        self.assertEqual(two[0].returncode, EXIT_WORKER_LOST, output)
+        self.assertIn("another worker is gone", output)
+        self.assertNotIn("Traceback", output)
+
+
+if __name__ == "__main__":
+    tf.test.main()
