@@ -7,12 +7,13 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test test-all lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
 	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits"
 	@echo "make test    run the tests"
+	@echo "make test-all  run them over the whole of every table; takes about twice as long"
 	@echo "make lint    check style, format and types"
 	@echo "make lock    resolve requirements/dev.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, caches and build output"
@@ -39,7 +40,10 @@ demo: setup
 	$(BIN)/python train.py --flagfile=flags/demo.flags
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+test-all: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m ""
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ import itertools
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -66,9 +67,19 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         for a, e in zip(actual, expected, strict=True):
             self.assertLess(cases.relative_error(a, e), tolerance, f"{a.path} of {message}")
 
-    @parameterized.parameters(*itertools.product(cases.VARIANTS, MODES))
+    @parameterized.parameters(*itertools.product(cases.VARIANTS, ("eager", "graph")))
     def test_twenty_updates(self, variant, mode):
         self.check(cases.all_cases(variant), mode)
+
+    @parameterized.parameters(*cases.VARIANTS)
+    def test_twenty_updates_in_xla(self, variant):
+        names = ("plain", "clip", "excluded_rate") + (("nesterov",) if variant != "ratio_on_momentum" else ())
+        self.check([cases.make_case(variant, name) for name in names], "xla")
+
+    @parameterized.parameters(*cases.VARIANTS)
+    @pytest.mark.slow
+    def test_twenty_updates_of_every_case_in_xla(self, variant):
+        self.check(cases.all_cases(variant), "xla")
 
     @parameterized.parameters("plain", "nesterov", "epsilon", "clip", "nothing_excluded")
     def test_problem_separates_the_variants(self, name):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -230,6 +231,7 @@ class BehaviourTest(ModelTestCase):
             self.assertGreater(norm, 0, msg=v.path)
             self.assertLess(np.linalg.norm(xla - gradient), 1e-4 * norm, msg=v.path)
 
+    @pytest.mark.slow
     def test_jax_backend(self):
         script = """
 import jax, keras, numpy as np, models
