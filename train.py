@@ -16,6 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of
 import keras
 import tensorflow as tf
 from absl import flags as absl_flags
+from absl import logging
 
 import flags
 import models
@@ -160,6 +161,7 @@ def make_feeds(data: ImageData, element: int, seed: int):
 
 def run(argv: list[str]) -> int:
     """Runs `main` with the flags in `argv`, and gives the process's exit code."""
+    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
     values = flags.define()
     try:
         arguments = values(argv)[1:]

@@ -125,18 +125,20 @@ def alexnet_small(
     """AlexNet's sequence of layers at a small width, for images of 16 to 64 pixels.
 
     Ours, not a published network. The first convolution is 5x5 without padding and of stride 1;
-    groups are 1, pools are padded, dropout is 0.1, kernels are `CentredHeNormal`. Pixels are
-    expected in about [-1, 1]. At that scale the activations are some 10 times smaller than the
-    original's, so that alpha is 100 times larger to give the response normalisation the same
-    effect; its constant k is 1. With `batch_norm`, as in `alexnet`.
+    groups are 1, pools are padded, dropout is 0.1. Kernels are He initialised; with response
+    normalisation as `CentredHeNormal`, with which LARS learns faster. Pixels are expected in about
+    [-1, 1]. At that scale the activations are some 10 times smaller than the original's, so that
+    alpha is 100 times larger to give the response normalisation the same effect; its constant k is
+    1. With `batch_norm`, as in `alexnet`.
     """
+    initializer = keras.initializers.HeNormal if batch_norm else CentredHeNormal
     for i, (filters, size) in enumerate(((16, 5), (32, 5), (48, 3), (48, 3), (48, 3)), start=1):
         x = keras.layers.Conv2D(
             filters,
             size,
             padding="valid" if i == 1 else "same",
             use_bias=not batch_norm,
-            kernel_initializer=CentredHeNormal(next(seeds)),
+            kernel_initializer=initializer(next(seeds)),
             name=f"conv{i}",
         )(x)
         if batch_norm:
@@ -151,13 +153,13 @@ def alexnet_small(
         x = keras.layers.Dense(
             128,
             activation="relu",
-            kernel_initializer=CentredHeNormal(next(seeds)),
+            kernel_initializer=initializer(next(seeds)),
             name=f"fc{i}",
         )(x)
         x = keras.layers.Dropout(0.1, seed=next(seeds), name=f"drop{i}")(x)
     return keras.layers.Dense(
         num_classes,
-        kernel_initializer=CentredHeNormal(next(seeds)),
+        kernel_initializer=initializer(next(seeds)),
         dtype="float32",
         name="fc8",
     )(x)
