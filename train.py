@@ -24,7 +24,6 @@ from flags import plan
 from flags.run_dir import open_run_dir, write_plan, write_results
 from lars_keras import data as datasets
 from lars_keras.data import ImageData
-from lars_keras.schedules import duration_in_updates
 from lars_keras.training import Trainer, make_optimizer, make_schedule
 from lars_keras.training.errors import EXIT_DIVERGED, EXIT_USAGE, EXIT_WORKER_LOST, Diverged, UsageError, usage_errors
 from lars_keras.training.guard import StopWhenDiverged
@@ -51,9 +50,7 @@ def main(config: flags.RunConfig) -> None:
         total_updates = config.total_updates(data.num_train)
 
         # ---- Model and optimizer
-        warmup_updates = duration_in_updates(
-            config.warmup_duration, batch_size=config.batch_size, num_examples=data.num_train
-        )
+        warmup_updates = config.warmup_updates(data.num_train)
         schedule = make_schedule(
             config.schedule,
             peak=config.learning_rate,

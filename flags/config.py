@@ -58,13 +58,17 @@ class RunConfig:
     steps: int | None = _whole(None, "Updates; takes the place of --epochs.")
     # The optimizer.
     optimizer: str = _choice("lars", OPTIMIZERS, "Optimizer; lamb is Keras's.")
-    learning_rate: float = _real(10.0, "Peak of the learning rate.")
+    learning_rate: float = _real(15.0, "Peak of the learning rate.")
     schedule: str = _choice(
         "polynomial", SCHEDULES, "Decay after the warm-up. step: a tenth from 1/3, 2/3 and 8/9 of the run on."
     )
     power: float = _real(2.0, "Exponent of the polynomial decay.")
     end_learning_rate: float = _real(0.0, "Last rate of a polynomial or cosine decay.")
-    warmup_epochs: str = _text("0", "Linear warm-up: epochs, or a duration such as '100 steps' or '1e6 examples'.")
+    warmup_epochs: str | None = _text(
+        None,
+        "Linear warm-up: epochs, or a duration such as '100 steps' or '1e6 examples'. Default: an epoch, but at most a "
+        "fifth of the run.",
+    )
     momentum: float = _real(0.9, "Momentum of lars and momentum; beta_1 of lamb and adam.")
     nesterov: bool = _switch("Nesterov momentum, for lars and momentum.")
     weight_decay: float = _real(5e-4, "Weight decay: inside the rule of lars, decoupled for the others.")
@@ -78,7 +82,7 @@ class RunConfig:
         "Regular expressions of variables that are neither adapted nor decayed. Default: bias and normalisation "
         "variables. Empty: nothing is excluded.",
     )
-    excluded_lr_scale: float = _real(1.0, "Factor on the learning rate of variables that are not adapted.")
+    excluded_lr_scale: float = _real(0.05, "Factor on the learning rate of variables that are not adapted.")
     global_clipnorm: float | None = _real(None, "Largest norm of all gradients together, of the whole batch.")
     label_smoothing: float = _real(0.0, "Share of the label spread over all classes.", high=1.0)
     # Where and how it runs.
@@ -125,12 +129,13 @@ class RunConfig:
 
     @property
     def warmup_duration(self) -> str:
-        """`warmup_epochs` with its unit."""
+        """`warmup_epochs` with its unit; one epoch where there is none."""
+        text = self.warmup_epochs or "1"
         try:
-            float(self.warmup_epochs)
+            float(text)
         except ValueError:
-            return self.warmup_epochs
-        return f"{self.warmup_epochs} epochs"
+            return text
+        return f"{text} epochs"
 
     @property
     def excluded(self) -> tuple[str, ...]:
@@ -147,6 +152,13 @@ class RunConfig:
     def total_updates(self, num_train: int) -> int:
         """Updates of the whole run."""
         return self.steps or max(1, math.ceil(self.epochs * num_train / self.batch_size - 1e-9))
+
+    def warmup_updates(self, num_train: int) -> int:
+        """Updates of the warm-up."""
+        updates = schedules.duration_in_updates(
+            self.warmup_duration, batch_size=self.batch_size, num_examples=num_train
+        )
+        return updates if self.warmup_epochs else min(updates, self.total_updates(num_train) // 5)
 
     def as_flags(self) -> str:
         """The flagfile that repeats the run: one line for each flag that has a value."""

@@ -64,7 +64,7 @@ def text(
     per_epoch = data.num_train / config.batch_size
     peak = int(rate.argmax())
     rows = [
-        ("data", f"{data.description}; {data.num_train:,} train, {data.num_test:,} test"),
+        ("data", f"{config.dataset}: {data.description}"),
         ("model", f"{config.model}, {model.count_params():,} parameters, {config.precision}"),
         (
             "batch",
