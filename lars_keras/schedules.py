@@ -4,6 +4,7 @@ Update `t` is the `t`-th call of the optimizer, from 0. With micro-batches an up
 the optimizer, so the schedules below never see micro-batches.
 """
 
+import abc
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import keras
 from keras import ops
 
 
-class _Warmup(keras.optimizers.schedules.LearningRateSchedule):
+class _Warmup(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
     """`start + (peak - start) * (t + 1) / warmup_updates`, then `decay(t - warmup_updates)`.
 
     The last update of the warm-up runs at the peak. Goyal et al. 2017 (arXiv 1706.02677), section 2.2.
@@ -30,9 +31,9 @@ class _Warmup(keras.optimizers.schedules.LearningRateSchedule):
         after = self.decay(ops.maximum(t - self.warmup_updates, 0.0))
         return ops.where(t < self.warmup_updates, ramp, after)
 
+    @abc.abstractmethod
     def decay(self, t: Any) -> Any:
         """The rate `t` updates after the warm-up, a float32 scalar."""
-        raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
         return {"peak": self.peak, "warmup_updates": self.warmup_updates, "start": self.start}
