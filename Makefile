@@ -7,16 +7,17 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo test test-all lint lock clean
+.PHONY: help setup demo test test-all test-tpu-wheel lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
 	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits"
 	@echo "make test    run the tests"
 	@echo "make test-all  run them over the whole of every table; takes about twice as long"
+	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
 	@echo "make lint    check style, format and types"
-	@echo "make lock    resolve requirements/dev.txt again (needs uv); LOCK=--upgrade takes newer versions"
-	@echo "make clean   remove .venv, caches and build output"
+	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
+	@echo "make clean   remove .venv, .venv-tpu, caches and build output"
 	@echo "demo, test and lint run setup first where needed. PYTHON=python3.12 chooses its interpreter."
 
 setup: $(STAMP)
@@ -45,18 +46,29 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m ""
 
+# The TPU build runs on the CPU where libtpu is absent, so what it says it requires is not asked.
+test-tpu-wheel: setup
+	@if [ "$$(uname -sm)" != "Linux x86_64" ]; then \
+	    echo "SKIPPED: tensorflow-tpu has wheels for Linux on x86-64 only, this is $$(uname -sm)"; exit 0; fi; set -e; \
+	$(PYTHON) -m venv .venv-tpu; \
+	.venv-tpu/bin/python $(PIP) --no-deps --require-hashes -r requirements/tpu.txt; \
+	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .; \
+	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 LOCK =
+COMPILE = $(UV) pip compile pyproject.toml --extra train --extra jax --extra dev $(LOCK) \
+    --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+    --annotation-style line --custom-compile-command "make lock" --quiet
 lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	$(UV) pip compile pyproject.toml --extra cpu --extra train --extra jax --extra dev $(LOCK) \
-	    --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
-	    --annotation-style line --custom-compile-command "make lock" --quiet --output-file requirements/dev.txt
+	$(COMPILE) --extra cpu --output-file requirements/dev.txt
+	$(COMPILE) --extra tpu --no-emit-package libtpu --output-file requirements/tpu.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tpu build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,7 +29,7 @@ from lars_keras.training.errors import EXIT_DIVERGED, EXIT_USAGE, EXIT_WORKER_LO
 from lars_keras.training.guard import StopWhenDiverged
 from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
-from lars_keras.training.strategy import is_chief, make_strategy
+from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy
 
 
 def main(config: flags.RunConfig) -> None:
@@ -45,7 +45,9 @@ def main(config: flags.RunConfig) -> None:
         image_size = config.image_size
         if config.dataset == "imagenet2012" and image_size is None:
             image_size = models.default_image_size(config.model)
-        data = datasets.load(config.dataset, data_dir=config.data_dir, image_size=image_size)
+        data = datasets.load(
+            config.dataset, data_dir=config.data_dir, image_size=image_size, remote=hosts_are_remote(strategy)
+        )
         steps_per_epoch = data.num_train / config.batch_size
         total_updates = config.total_updates(data.num_train)
 
@@ -144,8 +146,8 @@ def make_feeds(data: ImageData, element: int, seed: int):
     def shard(worker: tf.distribute.InputContext) -> tuple[int, int]:
         return worker.input_pipeline_id, worker.num_input_pipelines
 
-    def one_hot(x: tf.Tensor, y: tf.Tensor, *mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return x, tf.one_hot(y, data.num_classes), *mask
+    def one_hot(x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return x, tf.one_hot(y, data.num_classes), mask
 
     def train_feed(worker: tf.distribute.InputContext) -> tf.data.Dataset:
         return data.train_batches(element, seed=seed, shard=shard(worker)).map(one_hot)

@@ -13,7 +13,8 @@ from absl.testing import parameterized
 
 import lars_keras.data
 from lars_keras.data import order
-from lars_keras.data.augment import pad_crop_flip, uniforms
+from lars_keras.data.augment import pad_crop_flip
+from lars_keras.data.keyed import keys, uniforms
 from lars_keras.data.prepare import main
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -50,42 +51,71 @@ class OrderTest(tf.test.TestCase, parameterized.TestCase):
         data = small_arrays()
         whole = [x for x in data.train_numpy(7, count=30, seed=3)]
         for first in range(0, 30, 4):
-            order.permutation.cache_clear()
             tail = list(data.train_numpy(7, first=first, count=30 - first, seed=3))
             self.assertLen(tail, 30 - first)
-            for (a, b), (c, d) in zip(whole[first:], tail, strict=True):
-                self.assertAllEqual(a, c)
-                self.assertAllEqual(b, d)
+            for expected, got in zip(whole[first:], tail, strict=True):
+                for a, b in zip(expected, got, strict=True):
+                    self.assertAllEqual(a, b)
 
     def test_positions_far_away(self):
-        ids, epochs = order.example_ids(np.array([10**15, 10**15 + 1]), 1_281_167, 0)
-        self.assertAllEqual(epochs, [10**15 // 1_281_167] * 2)
-        place = 10**15 % 1_281_167
-        expected = np.random.default_rng([0, epochs[0]]).permutation(1_281_167)
-        self.assertAllEqual(ids, expected[place : place + 2])
+        n = 1_281_167
+        positions = np.arange(10**15 // n * n, 10**15 // n * n + 1000, dtype=np.uint64)
+        ids, epochs = order.example_ids(positions, n, 0)
+        self.assertAllEqual(epochs, np.full(1000, 10**15 // n))
+        self.assertLen(set(ids), 1000)
+        self.assertLess(ids.max(), n)
+        self.assertGreater(ids.max(), 0.98 * n)
+
+    @parameterized.parameters(1, 2, 3, 10, 450, 1024, 49_153)
+    def test_permutation(self, n):
+        """Every place once, the same bits in NumPy and in a TensorFlow graph."""
+        places, key = np.arange(n, dtype=np.uint64), keys(5, np.full(n, 7, np.uint64))
+        ids = order.permuted(places, key, n)
+        self.assertAllEqual(np.sort(ids), places)
+        graph = tf.function(order.permuted)
+        self.assertAllEqual(graph(tf.constant(places), tf.constant(key), n), ids)
+
+    def test_permutations_are_like_random_ones(self):
+        n, epochs = 60, 6000
+        positions = np.arange(n * epochs, dtype=np.uint64)
+        ids = order.example_ids(positions, n, 3)[0].astype(int).reshape(epochs, n)
+        self.assertLen(np.unique(ids, axis=0), epochs)
+        # Each id is in each place equally often: (n - 1)^2 = 3481 degrees of freedom, standard deviation 83.
+        counts = np.zeros((n, n))
+        np.add.at(counts, (np.arange(n), ids), 1)
+        self.assertBetween(((counts - epochs / n) ** 2 / (epochs / n)).sum(), 3481 - 4 * 83, 3481 + 4 * 83)
+        # Neighbours stay neighbours 2 (n - 1) / n times a permutation by chance; so does every other distance.
+        for distance in (1, 7):
+            steps = np.abs(ids[:, distance:] - ids[:, :-distance])
+            expected = 2 * (n - 1) / (n * (n - 1)) * (n - distance)
+            self.assertAllClose((steps == 1).sum(1).mean(), expected, rtol=0.05)
+        # An epoch's order says nothing of the next one's.
+        self.assertLess(abs(np.corrcoef(ids[:-1].reshape(-1), ids[1:].reshape(-1))[0, 1]), 0.01)
 
     def test_shards_merged_are_the_single_stream(self):
         data = small_arrays()
         single = list(data.train_numpy(24, count=5))
         for workers in (2, 3, 4):
             parts = [list(data.train_numpy(24, count=5, shard=(w, workers))) for w in range(workers)]
-            for i, (images, labels) in enumerate(single):
-                self.assertAllEqual(np.concatenate([p[i][0] for p in parts]), images)
-                self.assertAllEqual(np.concatenate([p[i][1] for p in parts]), labels)
+            for i, whole in enumerate(single):
+                for j, expected in enumerate(whole):
+                    self.assertAllEqual(np.concatenate([p[i][j] for p in parts]), expected)
 
 
 class AugmentTest(tf.test.TestCase):
     def test_uniforms_are_keyed_by_seed_epoch_and_id(self):
-        ids, epochs = np.arange(50_000), np.full(50_000, 3)
-        draws = uniforms(7, epochs, ids, 4)
+        ids, epochs = np.arange(50_000, dtype=np.uint64), np.full(50_000, 3, np.uint64)
+        draws = uniforms(keys(7, epochs, ids), 4)
         shuffled = np.random.default_rng(0).permutation(50_000)
-        self.assertAllEqual(uniforms(7, epochs, shuffled, 4), draws[shuffled])
-        self.assertAllEqual(uniforms(7, epochs[:1], ids[5:6], 4), draws[5:6])
-        for other in (uniforms(8, epochs, ids, 4), uniforms(7, epochs + 1, ids, 4)):
-            self.assertLess(np.mean(other == draws), 1e-3)
+        self.assertAllEqual(uniforms(keys(7, epochs, ids[shuffled]), 4), draws[shuffled])
+        self.assertAllEqual(uniforms(keys(7, epochs[:1], ids[5:6]), 4), draws[5:6])
+        for other in (keys(8, epochs, ids), keys(7, epochs + np.uint64(1), ids), keys(7, ids, epochs)):
+            self.assertLess(np.mean(uniforms(other, 4) == draws), 1e-3)
+        self.assertAllEqual(uniforms(keys(7, tf.constant(epochs), tf.constant(ids)), 4), draws)
 
     def test_uniforms_are_uniform_and_independent(self):
-        draws = uniforms(0, np.repeat(np.arange(5), 20_000), np.tile(np.arange(20_000), 5), 3)
+        epochs, ids = np.divmod(np.arange(100_000, dtype=np.uint64), np.uint64(20_000))
+        draws = uniforms(keys(0, epochs, ids), 3)
         self.assertEqual(draws.dtype, np.float32)
         self.assertAllInRange(draws, 0, 1, open_upper_bound=True)
         for column in draws.T:  # 99.99 % point of chi-squared with 63 degrees of freedom: 116
@@ -110,6 +140,8 @@ class AugmentTest(tf.test.TestCase):
         self.assertAllEqual(flipped, images[1, :, ::-1])
         self.assertAllEqual(up, np.pad(images[2, :4, :4], ((4, 0), (4, 0), (0, 0))))
         self.assertAllEqual(down, np.pad(images[3, 4:, 4:], ((0, 4), (0, 4), (0, 0))))
+        in_a_graph = tf.function(pad_crop_flip)(tf.constant(images[:4]), tf.constant(draws))
+        self.assertAllEqual(in_a_graph, [same, flipped, up, down])
 
     def test_an_example_looks_the_same_at_any_batch_size_and_shard(self):
         data = small_arrays()
@@ -118,7 +150,7 @@ class AugmentTest(tf.test.TestCase):
             count = 74 // batch_size
             ids = data.train_ids(batch_size, count=count, shard=shard)
             rows = batch_size // shard[1]
-            for i, (images, _) in enumerate(data.train_numpy(batch_size, count=count, shard=shard)):
+            for i, (images, _, _) in enumerate(data.train_numpy(batch_size, count=count, shard=shard)):
                 start = i * batch_size + shard[0] * rows
                 for position, k, image in zip(range(start, 74), ids[i], images, strict=False):
                     key = (position // 37, int(k))
@@ -129,8 +161,8 @@ class AugmentTest(tf.test.TestCase):
 
     def test_augmentation_can_be_switched_off(self):
         data = small_arrays()
-        images, _ = next(data.train_numpy(37, augment=False))
-        augmented, _ = next(data.train_numpy(37))
+        images, _, _ = next(data.train_numpy(37, augment=False))
+        augmented, _, _ = next(data.train_numpy(37))
         self.assertAllEqual(images, data._train[0][data.train_ids(37)[0]])
         self.assertNotAllEqual(images, augmented)
 
@@ -140,15 +172,16 @@ class ArrayDataTest(tf.test.TestCase, parameterized.TestCase):
         data = small_arrays()
         options = {"first": 2, "count": 6, "seed": 9, "shard": (1, 2)}
         dataset = data.train_batches(10, **options)
-        self.assertEqual([s.shape for s in dataset.element_spec], [(5, 8, 8, 3), (5,)])
-        self.assertEqual([s.dtype for s in dataset.element_spec], [tf.uint8, tf.int32])
-        pairs = zip(dataset, data.train_numpy(10, **options), strict=True)
-        for a, b in pairs:
-            self.assertAllEqual(a[0], b[0])
-            self.assertAllEqual(a[1], b[1])
-        for a, b in zip(data.test_batches(10), data.test_numpy(10), strict=True):
-            for x, y in zip(a, b, strict=True):
-                self.assertAllEqual(x, y)
+        self.assertEqual([s.shape for s in dataset.element_spec], [(5, 8, 8, 3), (5,), (5,)])
+        self.assertEqual([s.dtype for s in dataset.element_spec], [tf.uint8, tf.int32, tf.float32])
+        for in_graph, in_numpy in (
+            (dataset, data.train_numpy(10, **options)),
+            (data.test_batches(10), data.test_numpy(10)),
+        ):
+            for a, b in zip(in_graph, in_numpy, strict=True):
+                for x, y in zip(a, b, strict=True):
+                    self.assertAllEqual(x, y)
+                    self.assertEqual(x.dtype, y.dtype)
 
     def test_endless(self):
         self.assertEqual(small_arrays().train_batches(4).cardinality(), tf.data.INFINITE_CARDINALITY)
@@ -184,7 +217,7 @@ data = importlib.import_module("lars_keras.data")
 import numpy as np
 split = np.zeros((9, 4, 4, 1), np.uint8), np.arange(9)
 arrays = data.ArrayData("x", split, split, 9)
-images, labels = next(arrays.train_numpy(6))
+images, labels, mask = next(arrays.train_numpy(6))
 assert images.shape == (6, 4, 4, 1) and len(set(labels)) == 6
 assert sum(mask.sum() for _, _, mask in arrays.test_numpy(6)) == 9
 """

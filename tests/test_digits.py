@@ -118,7 +118,7 @@ class DigitsTest(tf.test.TestCase):
         train, test = self.train, self.test
         self.assertAllClose(data.mean, [train["image"].mean()], rtol=1e-12)
         self.assertAllClose(data.std, [train["image"].std(dtype=np.float64)], rtol=1e-9)
-        images, labels = next(data.train_numpy(512))
+        images, labels, _ = next(data.train_numpy(512))
         ids = data.train_ids(512)[0]
         self.assertAllEqual(images, train["image"][ids])
         self.assertAllEqual(labels, train["label"][ids])

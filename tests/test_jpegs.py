@@ -15,7 +15,7 @@ from PIL import Image
 
 import lars_keras.data
 from lars_keras.data import jpegs
-from lars_keras.data.augment import uniforms
+from lars_keras.data.keyed import keys, uniforms
 from lars_keras.data.prepare import main
 from lars_keras.data.records import TFRecords
 
@@ -113,7 +113,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
     def test_random_crop(self, height, width):
         data = self.plain_jpeg(height, width)
         pixels = tf.io.decode_jpeg(data).numpy().astype(np.float64)
-        draws = uniforms(0, np.arange(40), np.arange(40), jpegs.NUM_DRAWS)
+        draws = uniforms(keys(0, np.arange(40, dtype=np.uint64)), jpegs.NUM_DRAWS)
         crop = tf.function(lambda d: jpegs.random_crop(data, d, 24))
         for draw in draws:
             top, left, h, w = reference_window((height, width), draw)
@@ -124,7 +124,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
             self.assertLess(np.abs(actual.numpy() - expected).max(), 0.51)  # the rounding
 
     def test_random_crops_are_as_the_source_says(self):
-        draws = uniforms(1, np.zeros(4000, int), np.arange(4000), jpegs.NUM_DRAWS)
+        draws = uniforms(keys(1, np.arange(4000, dtype=np.uint64)), jpegs.NUM_DRAWS)
         top, left, h, w = np.array([reference_window((375, 500), d) for d in draws]).T
         area, ratio = h * w / (375 * 500), w / h
         self.assertAllInRange(area, 0.075, 1.0)
@@ -194,7 +194,8 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
     def test_static_shapes(self):
         data = self.load()
         for augment in (True, False):
-            images, labels = data.train_batches(8, shard=(1, 2), augment=augment).element_spec
+            images, labels, mask = data.train_batches(8, shard=(1, 2), augment=augment).element_spec
+            self.assertEqual(mask, tf.TensorSpec((4,), tf.float32))
             self.assertEqual(images, tf.TensorSpec((4, 24, 24, 3), tf.uint8))
             self.assertEqual(labels, tf.TensorSpec((4,), tf.int32))
         images, labels, mask = data.test_batches(8, shard=(1, 2)).element_spec
@@ -205,11 +206,12 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
     def test_an_example_looks_the_same_at_any_batch_size_and_shard(self):
         data = self.load()
         single = list(data.train_numpy(58, count=1))[0]
-        images, labels = (np.concatenate(parts) for parts in zip(*data.train_numpy(5, count=11), strict=True))
+        images, labels, mask = (np.concatenate(parts) for parts in zip(*data.train_numpy(5, count=11), strict=True))
         self.assertAllEqual(images, single[0][:55])
         self.assertAllEqual(labels, single[1][:55])
+        self.assertAllEqual(mask, np.ones(55))
         shards = [next(data.train_numpy(29, first=1, shard=(w, 29))) for w in (0, 7, 28)]
-        for worker, (image, label) in zip((0, 7, 28), shards, strict=True):
+        for worker, (image, label, _) in zip((0, 7, 28), shards, strict=True):
             self.assertAllEqual(image[0], single[0][29 + worker])
             self.assertEqual(label[0], single[1][29 + worker])
         # In another epoch it looks different, but for the five images of one pixel.
@@ -220,7 +222,7 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_without_augmentation_images_are_those_of_evaluation(self):
         data = self.load()
-        images, labels = next(data.train_numpy(29, augment=False))
+        images, labels, _ = next(data.train_numpy(29, augment=False))
         for i, image, label in zip(data.train_ids(29)[0], images, labels, strict=True):
             jpeg, expected = parse(data, data._train.read([i])[0])
             self.assertAllEqual(image, jpegs.central_crop(jpeg, 24))
@@ -294,7 +296,8 @@ class RealDataTest(tf.test.TestCase):
         records = read_all(data, "_train")
         found = [parse(data, r) for r in [*records, *read_all(data, "_test")]]
         self.assertCountEqual(found, read_with_tfds(root))
-        images, labels = next(data.train_numpy(201))
+        images, labels, mask = next(data.train_numpy(201))
+        self.assertAllEqual(mask, np.ones(201))
         self.assertEqual(images.shape, (201, 227, 227, 3))
         ids = data.train_ids(201)[0]
         self.assertAllEqual(labels, [found[i][1] for i in ids])

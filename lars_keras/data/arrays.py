@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_keras.data.image_data import ImageData, check_arguments
+from lars_keras.data.image_data import ImageData, check_arguments, positions
+from lars_keras.data.keyed import Array
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -22,8 +24,8 @@ class ArrayData(ImageData):
         train, test: pairs of images, uint8 `(n, height, width, channels)`, and integer labels
             `(n,)`. The arrays are used as they are, not copied.
         num_classes: number of classes.
-        augment: `augment(images, draws) -> images`, with `draws` float32 `(n, 3)` uniform in
-            [0, 1); `None` for no augmentation.
+        augment: `augment(images, draws) -> images`, of NumPy arrays and of tensors, with `draws` float32
+            `(n, 3)` uniform in [0, 1); `None` for no augmentation.
         description: one line for people.
 
     Raises:
@@ -37,7 +39,7 @@ class ArrayData(ImageData):
         test: tuple[np.ndarray, np.ndarray],
         num_classes: int,
         *,
-        augment: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+        augment: Callable[[Array, Array], Array] | None = None,
         description: str = "",
     ):
         for images, labels in (train, test):
@@ -72,39 +74,53 @@ class ArrayData(ImageData):
     ) -> Iterator[tuple[np.ndarray, ...]]:
         check_arguments(batch_size, shard, seed, first)
         indices = itertools.count(first) if count is None else range(first, first + count)
-        return (self._train_block(batch_size, seed, shard, augment, i) for i in indices)
+        return (self._train_arrays(np.uint64(i), batch_size, seed, shard, augment) for i in indices)
 
     def test_numpy(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, ...]]:
         check_arguments(batch_size, shard)
-        count = -(-self.num_test // batch_size)
-        return (self._test_block(batch_size, shard, i) for i in range(count))
+        indices = range(-(-self.num_test // batch_size))
+        return (self._test_arrays(positions(np.uint64(i), batch_size, shard)) for i in indices)
+
+    def _train_arrays(self, *batch: Any) -> tuple[np.ndarray, ...]:
+        ids, draws = self._train_draws(*batch)
+        images, labels = (array[ids] for array in self._train)
+        if self._augment and draws.shape[1]:
+            images = self._augment(images, draws)
+        return images, labels, np.ones(len(ids), np.float32)
+
+    def _test_arrays(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        real = ids < self.num_test
+        images, labels = (array[np.where(real, ids, 0)] for array in self._test)
+        return images * real[:, None, None, None], labels * real, real.astype(np.float32)
 
     _num_draws = 3
 
-    def _read_train(self, ids: np.ndarray, draws: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        images, labels = (array[ids] for array in self._train)
-        if draws is not None and self._augment is not None:
-            images = self._augment(images, draws)
-        return images, labels
-
-    def _read_test(self, ids: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
-        block = []
-        for array in self._test:
-            padded = np.zeros((rows, *array.shape[1:]), array.dtype)
-            padded[: len(ids)] = array[ids]
-            block.append(padded)
-        return tuple(block)
-
-    def _block_dtypes(self, random: bool) -> list[type]:
-        return [np.uint8, np.int32]
-
-    def _finish(self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool) -> tf.data.Dataset:
+    def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
         import tensorflow as tf
 
-        shapes = [(rows, *self.image_shape), (rows,), (rows,)]
-        return blocks.map(
-            lambda *block: tuple(tf.ensure_shape(part, shape) for part, shape in zip(block, shapes, strict=False))
-        )
+        images, labels = (tf.gather(tensor, tf.cast(ids, tf.int64)) for tensor in self._tensors["train"])
+        if self._augment and draws.shape[1]:
+            images = self._augment(images, draws)
+        return images, labels, tf.ones_like(labels, tf.float32)
+
+    def _test_examples(self, ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        import tensorflow as tf
+
+        real = ids < self.num_test
+        ids = tf.where(real, tf.cast(ids, tf.int64), 0)
+        images, labels = (tf.gather(tensor, ids) for tensor in self._tensors["test"])
+        images *= tf.cast(real, images.dtype)[:, None, None, None]
+        return images, labels * tf.cast(real, labels.dtype), tf.cast(real, tf.float32)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, list[tf.Tensor]]:
+        """The arrays in TensorFlow's memory, beside the graphs and not in them."""
+        import tensorflow as tf
+
+        with tf.init_scope():
+            return {
+                name: [tf.constant(a) for a in part] for name, part in (("train", self._train), ("test", self._test))
+            }
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -21,7 +21,13 @@ _TEST_SPLIT = {"digits": "test", "cifar10": "test", "imagenet2012": "validation"
 NAMES = tuple(_TEST_SPLIT)
 
 
-def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: int | None = None) -> ImageData:
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    image_size: int | None = None,
+    remote: bool = False,
+) -> ImageData:
     """Loads a data set that tensorflow-datasets has prepared. Nothing is ever downloaded.
 
     Args:
@@ -31,6 +37,7 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
             `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
         image_size: height and width of the images in pixels. Free for `"imagenet2012"` (`None`:
             227); the other two have their own (`None`: 16 and 32).
+        remote: whether batches are made on other hosts than this process's; see `JpegData`.
 
     Returns:
         The data set.
@@ -71,6 +78,7 @@ def load(name: str, *, data_dir: str | os.PathLike | None = None, image_size: in
             num_classes,
             image_size=size,
             description=f"{counts}, JPEG decoded to {size}x{size}x3 ({origin})",
+            remote=remote,
         )
     height, width, channels = builder.info.features["image"].shape
     if image_size not in (None, height):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_keras.data.augment import uniforms
+from lars_keras.data.keyed import Array, keys, uniforms
 from lars_keras.data.order import example_ids
 
 if TYPE_CHECKING:
@@ -60,9 +59,9 @@ class ImageData(abc.ABC):
         Arguments are those of `train_batches`.
         """
         check_arguments(batch_size, shard, seed, first)
-        rows = [_positions(first + i, batch_size, shard) for i in range(count)]
-        ids, _ = example_ids(np.reshape(rows, (count, -1)), self.num_train, seed)
-        return ids
+        batches = np.arange(first, first + count, dtype=np.uint64)[:, None]
+        ids, _ = example_ids(positions(batches, batch_size, shard), self.num_train, seed)
+        return ids.astype(np.int64)
 
     def train_batches(
         self,
@@ -87,15 +86,19 @@ class ImageData(abc.ABC):
                 (seed, epoch, example id) alone.
 
         Returns:
-            A `tf.data.Dataset` of `(images, labels)`: uint8 `(batch_size / W, h, w, c)` and int32
-            `(batch_size / W,)`, with static shapes.
+            A `tf.data.Dataset` of `(images, labels, mask)`: uint8 `(batch_size / W, h, w, c)`, int32 and
+            float32 `(batch_size / W,)`, with static shapes. `mask` is 1 for a real image, 0 for one that could not be
+            read (see `JpegData`).
 
         Raises:
             ValueError: an argument is out of range, or `W` does not divide `batch_size`.
         """
         check_arguments(batch_size, shard, seed, first)
-        block = functools.partial(self._train_block, batch_size, seed, shard, augment)
-        return self._dataset(block, first, count, batch_size // shard[1], random=augment)
+
+        def block(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return self._train_examples(*self._train_draws(index, batch_size, seed, shard, augment))
+
+        return _dataset(block, first, count)
 
     def test_batches(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> tf.data.Dataset:
         """Returns the test split, every image exactly once, in order.
@@ -112,9 +115,11 @@ class ImageData(abc.ABC):
             ValueError: an argument is out of range, or `W` does not divide `batch_size`.
         """
         check_arguments(batch_size, shard)
-        block = functools.partial(self._test_block, batch_size, shard)
-        count = -(-self.num_test // batch_size)
-        return self._dataset(block, 0, count, batch_size // shard[1], masked=True)
+
+        def block(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return self._test_examples(positions(index, batch_size, shard))
+
+        return _dataset(block, 0, -(-self.num_test // batch_size))
 
     def train_numpy(
         self,
@@ -134,73 +139,47 @@ class ImageData(abc.ABC):
         """Yields the batches of `test_batches` as NumPy arrays."""
         return self.test_batches(batch_size, shard=shard).as_numpy_iterator()
 
-    # A block is what NumPy contributes to a batch: tuples of arrays with equal first dimension.
-    # `_dataset` runs blocks inside tf.data and `_finish` makes batches of them there.
+    def _train_draws(
+        self, index: Array, batch_size: int, seed: int, shard: tuple[int, int], augment: bool
+    ) -> tuple[Array, Array]:
+        """The example ids of batch `index`, and the random numbers of each."""
+        ids, epochs = example_ids(positions(index, batch_size, shard), self.num_train, seed)
+        return ids, uniforms(keys(seed, epochs, ids), self._num_draws if augment else 0)
 
-    def _train_block(
-        self, batch_size: int, seed: int, shard: tuple[int, int], augment: bool, index: int
-    ) -> tuple[np.ndarray, ...]:
-        positions = _positions(int(index), batch_size, shard)
-        ids, epochs = example_ids(positions, self.num_train, seed)
-        draws = uniforms(seed, epochs, ids, self._num_draws) if augment else None
-        return self._read_train(ids, draws)
-
-    def _test_block(self, batch_size: int, shard: tuple[int, int], index: int) -> tuple[np.ndarray, ...]:
-        ids = _positions(int(index), batch_size, shard)
-        mask = ids < self.num_test
-        return *self._read_test(ids[mask], len(ids)), mask.astype(np.float32)
-
-    def _dataset(
-        self,
-        block: Callable[[int], tuple[np.ndarray, ...]],
-        first: int,
-        count: int | None,
-        rows: int,
-        *,
-        random: bool = False,
-        masked: bool = False,
-    ) -> tf.data.Dataset:
-        import tensorflow as tf
-
-        indices = tf.data.Dataset.counter(first)
-        if count is not None:
-            indices = indices.take(count)
-        dtypes = [*self._block_dtypes(random), *([np.float32] if masked else [])]
-        blocks = indices.map(lambda index: tf.numpy_function(block, [index], dtypes), num_parallel_calls=2)
-        batches = self._finish(blocks, rows, random=random, masked=masked)
-        options = tf.data.Options()
-        options.deterministic = True
-        # Each worker already reads its own rows.
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        return batches.with_options(options).prefetch(2)
-
-    @property
-    @abc.abstractmethod
-    def _num_draws(self) -> int:
-        """How many random numbers the augmentation of one example takes."""
+    _num_draws: int  # how many random numbers the augmentation of one example takes
 
     @abc.abstractmethod
-    def _read_train(self, ids: np.ndarray, draws: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Returns a block of training examples."""
+    def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Images, labels and mask of training examples: TensorFlow operations only, so that any host can run them.
+
+        `ids` is uint64 `(rows,)`, `draws` float32 `(rows, _num_draws)`, or `(rows, 0)` for no augmentation.
+        """
 
     @abc.abstractmethod
-    def _read_test(self, ids: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
-        """Returns a block of test examples, filled up to `rows`."""
-
-    @abc.abstractmethod
-    def _block_dtypes(self, random: bool) -> list[type]:
-        """Returns the dtypes of a block."""
-
-    @abc.abstractmethod
-    def _finish(self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool) -> tf.data.Dataset:
-        """Makes batches of static shape from blocks."""
+    def _test_examples(self, ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Images, labels and mask of test examples; an id beyond the last is padding."""
 
 
-def _positions(index: int, batch_size: int, shard: tuple[int, int]) -> np.ndarray:
+def positions(index: Array, batch_size: int, shard: tuple[int, int]) -> Array:
+    """Positions in the stream of a worker's rows of batch `index`, uint64."""
     worker, workers = shard
     rows = batch_size // workers
-    start = index * batch_size + worker * rows
-    return np.arange(start, start + rows)
+    return index * np.uint64(batch_size) + np.arange(worker * rows, (worker + 1) * rows, dtype=np.uint64)
+
+
+def _dataset(block: Callable[[Any], Any], first: int, count: int | None) -> tf.data.Dataset:
+    """The batches that `block` makes of the numbers from `first` on, in this order."""
+    import tensorflow as tf
+
+    indices = tf.data.Dataset.counter(first)
+    if count is not None:
+        indices = indices.take(count)
+    batches = indices.map(lambda index: block(tf.cast(index, tf.uint64)), num_parallel_calls=2)
+    options = tf.data.Options()
+    options.deterministic = True
+    # Each worker already reads its own rows.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return batches.with_options(options).prefetch(2)
 
 
 def check_arguments(batch_size: int, shard: tuple[int, int], seed: int = 0, first: int = 0) -> None:

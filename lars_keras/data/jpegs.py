@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lars_keras.data.bad_images import BadImages
 from lars_keras.data.image_data import ImageData
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ class Records(Protocol):
 
     def read(self, ids: np.ndarray) -> list[bytes]: ...
 
+    def record(self, i: tf.Tensor) -> tf.Tensor: ...
+
+    def where(self, i: int) -> str: ...
+
 
 class JpegData(ImageData):
     """JPEG records, decoded as they are used.
@@ -36,6 +42,9 @@ class JpegData(ImageData):
     delivered as uint8 RGB. Grayscale and CMYK files become RGB. A rotation in the EXIF tag is
     ignored.
 
+    An image that cannot be read is delivered in the mean colour with label 0 and mask 0, so that it counts in no
+    loss, gradient or score, and is noted in `bad_images`.
+
     Args:
         name: name of the data set.
         train, test: random access to the serialised examples of the split.
@@ -43,6 +52,8 @@ class JpegData(ImageData):
         num_classes: number of classes.
         image_size: height and width of the images delivered, in pixels.
         description: one line for people.
+        remote: whether batches are made on other hosts than this process's, as for a TPU pod. No Python function can
+            run there, so a host prints on its own terminal which image it could not read.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class JpegData(ImageData):
         *,
         image_size: int = 227,
         description: str = "",
+        remote: bool = False,
     ):
         if image_size < 1:
             raise ValueError(f"`image_size` must be positive. Received: image_size={image_size}")
@@ -65,53 +77,67 @@ class JpegData(ImageData):
         self.num_train, self.num_test = len(train), len(test)
         self.mean, self.std = _IMAGENET_MEAN, _IMAGENET_STD
         self.description = description or name
+        self.bad_images = BadImages()
+        self._remote = remote
 
     _num_draws = NUM_DRAWS
 
-    def _read_train(self, ids: np.ndarray, draws: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        records = np.array(self._train.read(ids), dtype=object)
-        return (records,) if draws is None else (records, draws)
-
-    def _read_test(self, ids: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
-        return (np.array(self._test.read(ids) + [b""] * (rows - len(ids)), dtype=object),)
-
-    def _block_dtypes(self, random: bool) -> list[type]:
-        import tensorflow as tf
-
-        return [tf.string, np.float32] if random else [tf.string]
-
-    def _finish(self, blocks: tf.data.Dataset, rows: int, *, random: bool, masked: bool) -> tf.data.Dataset:
-        import tensorflow as tf
-
+    def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
         size = self.image_shape[0]
 
-        def train_example(record, draws=None):
-            jpeg, label = self._parse(record)
-            image = central_crop(jpeg, size) if draws is None else random_crop(jpeg, draws, size)
-            return image, tf.cast(label, tf.int32)
+        def load(i, draw):
+            jpeg, label = self._parse(self._train.record(i))
+            image = random_crop(jpeg, draw, size) if draw.shape[0] else central_crop(jpeg, size)
+            return image, label, 1.0
 
-        def test_example(record, mask):
-            image, label = tf.cond(
-                mask > 0,
-                lambda: train_example(record),
-                lambda: (tf.zeros(self.image_shape, tf.uint8), tf.zeros((), tf.int32)),
-            )
-            return tf.ensure_shape(image, self.image_shape), label, mask
+        return self._block(load, (ids, draws), self._train)
 
-        def with_shapes(record, *numbers):  # numpy_function loses them, and unbatch needs the rank
-            shape = (rows, NUM_DRAWS) if random else (rows,)
-            return tf.ensure_shape(record, (rows,)), *(tf.ensure_shape(x, shape) for x in numbers)
+    def _test_examples(self, ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        import tensorflow as tf
 
-        return (
-            blocks.map(with_shapes)
-            .unbatch()
-            .map(
-                test_example if masked else train_example,
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
-            .batch(rows, drop_remainder=True)
+        def decode(i):
+            jpeg, label = self._parse(self._test.record(i))
+            return central_crop(jpeg, self.image_shape[0]), label, 1.0
+
+        def load(i):
+            padding = lambda: (tf.zeros(self.image_shape, tf.uint8), tf.zeros((), tf.int64), 0.0)  # noqa: E731
+            return tf.cond(i < self.num_test, lambda: decode(i), padding)
+
+        return self._block(load, (ids,), self._test)
+
+    def _block(
+        self, load: Callable[..., Any], arguments: tuple[tf.Tensor, ...], records: Records
+    ) -> tuple[tf.Tensor, ...]:
+        """`load` of each row of `arguments`, in parallel; row by row where that fails, to see which of them it is."""
+        import tensorflow as tf
+
+        mean = np.broadcast_to(np.round(self.mean), self.image_shape).astype(np.uint8)
+
+        def example(i, *draw):
+            image, label, mask = load(tf.cast(i, tf.int64), *draw)
+            return tf.ensure_shape(image, self.image_shape), tf.cast(label, tf.int32), mask
+
+        def note(i, *draw):
+            self.bad_images.note(records.where(int(i)), lambda: example(i, *draw))
+            return np.float32(0.0)
+
+        def instead(*row):
+            if self._remote:
+                tf.print("left out an image that cannot be read, number", row[0], output_stream=sys.stderr)
+                return mean, 0, 0.0
+            return mean, 0, tf.ensure_shape(tf.numpy_function(note, row, tf.float32), [])
+
+        def example_or_instead(*row):
+            one = tf.data.Dataset.from_tensors(row)
+            return one.map(example).ignore_errors().concatenate(one.map(instead)).take(1)
+
+        rows = arguments[0].shape[0]
+        examples = tf.data.Dataset.from_tensor_slices(arguments)
+        fast = examples.map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(
+            rows, drop_remainder=True
         )
+        careful = examples.flat_map(example_or_instead).batch(rows, drop_remainder=True)
+        return fast.ignore_errors().concatenate(careful).take(1).get_single_element()
 
 
 def random_crop(jpeg: tf.Tensor, draws: tf.Tensor, size: int) -> tf.Tensor:

@@ -4,12 +4,19 @@ Ids count the records of the split in the order of its files. Nothing is stored 
 folder will do.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
+import functools
 import os
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 _HEADER = struct.Struct("<QI")  # length of the data, masked CRC-32C of these 8 bytes
 _FOOTER = 4  # masked CRC-32C of the data
@@ -62,6 +69,34 @@ class TFRecords:
         """Returns the data of the records `ids`."""
         return [self._read(int(i)) for i in ids]
 
+    def record(self, i: tf.Tensor) -> tf.Tensor:
+        """The data of record `i` in a graph, its checksum verified."""
+        import tensorflow as tf
+
+        paths, files, starts = self._tensors
+        # The op takes the offset of a record; `tf.data.TFRecordDataset` does not let it through.
+        variant = tf.raw_ops.TFRecordDatasetV2(
+            filenames=[paths[files[i]]],
+            compression_type="",
+            buffer_size=tf.constant(0, tf.int64),
+            byte_offsets=[starts[i]],
+        )
+        record = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+        return record.take(1).get_single_element()
+
+    def where(self, i: int) -> str:
+        """Which record `i` is, for people."""
+        path = self._paths[self._file[i]]
+        return f"record {i - np.searchsorted(self._file, self._file[i])} of {path}"
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[tf.Tensor, ...]:
+        """The table of records in TensorFlow's memory, beside the graphs and not in them."""
+        import tensorflow as tf
+
+        with tf.init_scope():
+            return tf.constant(self._paths), tf.constant(self._file), tf.constant(self._start - _HEADER.size)
+
     def _read(self, i: int) -> bytes:
         path, length = self._paths[self._file[i]], int(self._length[i])
         # Opened anew each time (10 us): ImageNet has more files than a process may hold open.
@@ -86,11 +121,10 @@ class ArrayRecords:
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        self._folder = os.path.dirname(paths[0])
         self._source = ArrayRecordDataSource([os.fspath(path) for path in paths])
         if len(self._source) != sum(counts):
-            raise ValueError(
-                f"{os.path.dirname(paths[0])} holds {len(self._source)} records, dataset_info.json says {sum(counts)}."
-            )
+            raise ValueError(f"{self._folder} holds {len(self._source)} records, dataset_info.json says {sum(counts)}.")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -98,3 +132,13 @@ class ArrayRecords:
     def read(self, ids: np.ndarray) -> list[bytes]:
         """Returns the data of the records `ids`."""
         return list(self._source.__getitems__([int(i) for i in ids]))
+
+    def record(self, i: tf.Tensor) -> tf.Tensor:
+        """The data of record `i` in a graph, read by Python: of no use on other hosts than this one."""
+        import tensorflow as tf
+
+        return tf.ensure_shape(tf.numpy_function(lambda i: self._source[int(i)], [i], tf.string), [])
+
+    def where(self, i: int) -> str:
+        """Which record `i` is, for people."""
+        return f"record {i} of {self._folder}"

@@ -46,6 +46,13 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
 
 
+def hosts_are_remote(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the input of some replica is made on another host, which runs no Python of this program: a TPU pod."""
+    return isinstance(strategy, tf.distribute.TPUStrategy) and any(
+        "localhost" not in device for device in strategy.extended.worker_devices
+    )
+
+
 def _choose(gpus: int, replicas: int | None, tpu: str | None) -> str:
     if tpu:
         return "tpu"

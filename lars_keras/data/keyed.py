@@ -1,0 +1,53 @@
+"""Random numbers as pure functions of what they are for, in NumPy and in TensorFlow graphs alike.
+
+The functions use operators only, so they take either kind of uint64 array and give the same bits.
+"""
+
+from typing import Any
+
+import numpy as np
+
+Array = Any  # np.ndarray or tf.Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def mix(z: Array) -> Array:
+    """The finaliser of SplitMix64: a bijection of uint64 that scatters its input.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 14.
+    """
+    z = (z ^ (z // np.uint64(2**30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z // np.uint64(2**27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z // np.uint64(2**31))
+
+
+def keys(seed: int, *words: Array) -> Array:
+    """One uint64 key for each tuple of words: uint64 arrays of one shape."""
+    key = words[0] * np.uint64(0) + np.uint64(seed)
+    for word in words:
+        key = mix(key + np.uint64(GOLDEN)) ^ word
+    return mix(key)
+
+
+def uniforms(key: Array, count: int) -> Array:
+    """Returns `count` random numbers for each key.
+
+    Args:
+        key: uint64 of shape `(n,)`.
+        count: how many.
+
+    Returns:
+        float32 of shape `(n, count)`, uniform in [0, 1), of 24 bits: exact, and below 1, in float32.
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    bits = mix(key[:, None] + steps) // np.uint64(2**40)
+    return _float32(bits) * np.float32(2.0**-24)
+
+
+def _float32(x: Array) -> Array:
+    if isinstance(x, np.ndarray):
+        return x.astype(np.float32)
+    import tensorflow as tf
+
+    return tf.cast(x, tf.float32)
