@@ -3,13 +3,16 @@
     python train.py --flagfile=flags/demo.flags
     python train.py --flagfile=flags/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
 
-All flags: `python train.py --help`. Exit codes: 0 done; 2 a bad flag, or a device or file
-that is not there; 3 the loss is no longer a number; 4 another worker is gone.
+The same --run_dir goes on with a run that was interrupted. All flags: `python train.py --help`. Exit codes: 0 done;
+2 a bad flag, or a device or file that is not there; 3 diverged; 4 another worker is gone; 5 too many images cannot be
+read; 6 the disk took no checkpoint or result; 75 stopped by a signal and saved.
 """
 
+import dataclasses
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
 
@@ -25,16 +28,34 @@ from flags.run_dir import open_run_dir, write_plan, write_results
 from lars_keras import data as datasets
 from lars_keras.data import ImageData
 from lars_keras.training import Trainer, make_optimizer, make_schedule
-from lars_keras.training.errors import EXIT_DIVERGED, EXIT_USAGE, EXIT_WORKER_LOST, Diverged, UsageError, usage_errors
-from lars_keras.training.guard import StopWhenDiverged
+from lars_keras.training.checkpoint import Checkpoint, CheckpointFolder, Every
+from lars_keras.training.errors import (
+    EXIT_BAD_DATA,
+    EXIT_DIVERGED,
+    EXIT_NOT_SAVED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    EXIT_WORKER_LOST,
+    Diverged,
+    Preempted,
+    TooManyBadImages,
+    UsageError,
+    usage_errors,
+)
+from lars_keras.training.guard import BoundBadImages, Guard
+from lars_keras.training.preemption import StopOnSignal
 from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
+from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
 from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy
 
 
 def main(config: flags.RunConfig) -> None:
     with usage_errors():
         run_dir = open_run_dir(config)
+        folder = CheckpointFolder(
+            run_dir / "checkpoints", keep=config.keep_checkpoints, keep_hours=config.keep_checkpoint_hours
+        )
 
         # ---- Strategy: first of all, because a TPU must be initialised before any tensor exists.
         strategy = make_strategy(config.strategy, replicas=config.replicas, tpu=config.tpu)
@@ -77,35 +98,67 @@ def main(config: flags.RunConfig) -> None:
             microbatch_size=config.microbatch_size,
             updates_per_call=config.updates_per_call,
             jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
+            layer_norms=True,
         )
-        train_feed, test_feed = make_feeds(data, trainer.replicas * trainer.microbatch_size, config.seed)
+        train_feed, test_feed = make_feeds(data, trainer, config.seed)
 
     # ---- Evaluation only
     if config.eval_only:
         print(plan.scores(trainer.evaluate(test_feed)))
         return
 
+    # ---- Where the run is
+    about = {"flags": dataclasses.asdict(config), "replicas": trainer.replicas, "rollbacks": []}
+    notes = []
+    with usage_errors():
+        checkpoint = folder.latest()
+        if checkpoint:
+            about["rollbacks"] = checkpoint.info["rollbacks"]
+            notes = resume(config, trainer, checkpoint, train_feed)
+        data.bad_images.load(run_dir / "bad_images.json")
+
     # ---- Plan
     chief = is_chief(strategy)  # of several workers, one prints and writes
     rate = plan.rates(model.optimizer, total_updates)
     warnings = plan.warnings(config, model, data, rate)
-    text = plan.text(config, data, trainer, rate, warmup_updates, run_dir, warnings)
+    text = plan.text(config, data, trainer, rate, warmup_updates, run_dir, warnings + notes)
     if chief:
         write_plan(run_dir, config, text, warnings, model.optimizer)
         print(text, flush=True)
 
     # ---- Training
     started = time.perf_counter()
-    progress = Progress()
-    history = trainer.fit(
-        train_feed,
-        epochs=total_updates / steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-        validation_data=test_feed,
-        validation_freq=config.eval_every,
-        callbacks=[*([progress, MetricsLog(run_dir)] if chief else []), StopWhenDiverged()],
-        verbose=0,
-    )
+    progress, log = Progress(), MetricsLog(run_dir)
+    for note in notes:
+        log.note(trainer.position.update, note)
+
+    def on_rollback(rollback: dict[str, Any]) -> None:
+        text = f"went back to update {rollback['update']}: {rollback['reason']}"
+        print(text, file=sys.stderr, flush=True)
+        log.note(rollback["update"], text)
+
+    def on_bad_image(update: int, where: str, reason: str) -> None:
+        data.bad_images.save(run_dir / "bad_images.json")
+        log.note(update, f"left out an image that cannot be read, {where}: {reason}")
+
+    with StopOnSignal() as stop:
+        history = fit_and_survive(
+            train_feed,
+            SaveCheckpoints(trainer, folder, Every(config.checkpoint_updates, config.checkpoint_minutes), about),
+            max_rollbacks=config.max_rollbacks,
+            on_rollback=on_rollback if chief else lambda rollback: None,
+            epochs=total_updates / steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_data=test_feed,
+            validation_freq=config.eval_every,
+            callbacks=[
+                Guard(trainer),
+                *([progress, log] if chief else []),
+                BoundBadImages(data.bad_images, config.max_bad_images, on_bad_image if chief else lambda *_: None),
+                stop,
+            ],
+            verbose=0,
+        )
 
     # ---- Results: the last evaluation came after the last update.
     if not chief:
@@ -118,6 +171,8 @@ def main(config: flags.RunConfig) -> None:
         updates=total_updates,
         seconds=round(time.perf_counter() - started, 3),
         images_per_second=progress.images_per_second,
+        rollbacks=about["rollbacks"],
+        bad_images=len(data.bad_images.found),
     )
     print(plan.scores(final))
     print(f"report: {write_report(run_dir)}")
@@ -136,12 +191,33 @@ def make_model(config: flags.RunConfig, data: ImageData) -> keras.Model:
     )
 
 
+def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, train_feed: Any) -> list[str]:
+    """Puts the trainer where the checkpoint was made, and says so.
+
+    Raises:
+        UsageError: if the run would not go on exactly as it began, and that is not allowed.
+    """
+    before = checkpoint.info["flags"]
+    changes = config.changes(before)
+    if checkpoint.info["replicas"] != trainer.replicas:
+        changes.append(f"{trainer.replicas} replicas were {checkpoint.info['replicas']}")
+    if changes and not config.allow_inexact_resume:
+        raise UsageError(
+            f"--run_dir={config.run_dir} holds a run that began otherwise: {'; '.join(changes)}. Give it the same "
+            "flags, or none, to go on exactly, another --run_dir to begin again, or --allow_inexact_resume."
+        )
+    trainer.restore(checkpoint.arrays, checkpoint.info["position"], train_feed)
+    notes = [f"went on after update {checkpoint.update}, from {checkpoint.path.name}"]
+    return notes + [f"went on inexactly: {'; '.join(changes)}"] * bool(changes)
+
+
 def load_model(run_dir: os.PathLike) -> keras.Model:
     return keras.models.load_model(os.path.join(run_dir, "model.keras"), compile=False)
 
 
-def make_feeds(data: ImageData, element: int, seed: int):
+def make_feeds(data: ImageData, trainer: Trainer, seed: int):
     """Training and test examples as functions of the worker; an element has one ghost batch for each replica."""
+    element = trainer.replicas * trainer.microbatch_size
 
     def shard(worker: tf.distribute.InputContext) -> tuple[int, int]:
         return worker.input_pipeline_id, worker.num_input_pipelines
@@ -149,8 +225,9 @@ def make_feeds(data: ImageData, element: int, seed: int):
     def one_hot(x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
         return x, tf.one_hot(y, data.num_classes), mask
 
-    def train_feed(worker: tf.distribute.InputContext) -> tf.data.Dataset:
-        return data.train_batches(element, seed=seed, shard=shard(worker)).map(one_hot)
+    def train_feed(worker: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
+        first = first_update * trainer.microbatches
+        return data.train_batches(element, first=first, seed=seed, shard=shard(worker)).map(one_hot)
 
     def test_feed(worker: tf.distribute.InputContext) -> tf.data.Dataset:
         return data.test_batches(element, shard=shard(worker)).map(one_hot)
@@ -161,9 +238,8 @@ def make_feeds(data: ImageData, element: int, seed: int):
 def run(argv: list[str]) -> int:
     """Runs `main` with the flags in `argv`, and gives the process's exit code."""
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
-    values = flags.define()
     try:
-        arguments = values(argv)[1:]
+        values, arguments = flags.parse(argv)
         if values["help"].value:
             print(f"{__doc__}\n{values.get_help()}")
             return 0
@@ -176,8 +252,18 @@ def run(argv: list[str]) -> int:
         print(f"train.py: error: {e}", file=sys.stderr)
         return EXIT_USAGE
     except Diverged as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        hint = "A lower --learning_rate or a longer --warmup_epochs may help; the checkpoints are from before."
+        print(f"train.py: {e} {hint}", file=sys.stderr)
         return EXIT_DIVERGED
+    except TooManyBadImages as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return EXIT_BAD_DATA
+    except Preempted as e:
+        print(f"train.py: {e}, saved; start it again with the same --run_dir to go on", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except OSError as e:
+        print(f"train.py: cannot write: {e}. Checkpoints that were written before are whole.", file=sys.stderr)
+        return EXIT_NOT_SAVED
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as e:
         print(f"train.py: another worker is gone: {str(e).splitlines()[0]}", file=sys.stderr)
         return EXIT_WORKER_LOST

@@ -3,6 +3,6 @@
 The files `flags/*.flags` are recipes: `train.py --flagfile=flags/alexnet_bn_8k.flags`.
 """
 
-from flags.config import RunConfig, define, read
+from flags.config import RunConfig, define, parse, read
 
-__all__ = ["RunConfig", "define", "read"]
+__all__ = ["RunConfig", "define", "parse", "read"]

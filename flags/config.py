@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -14,28 +15,29 @@ from lars_keras.roles import DEFAULT_EXCLUDE
 from lars_keras.training.optimizers import OPTIMIZERS, SCHEDULES
 
 
-def _flag(default: Any, kind: str, text: str, **options: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "options": options})
+def _flag(default: Any, kind: str, text: str, free: bool = False, **options: Any) -> Any:
+    """A field with its flag; `free`: it may differ when a run is resumed, because no number depends on it."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "free": free, "options": options})
 
 
-def _choice(default: str, values: Sequence[str], text: str) -> Any:
-    return _flag(default, "enum", text, enum_values=list(values))
+def _choice(default: str, values: Sequence[str], text: str, free: bool = False) -> Any:
+    return _flag(default, "enum", text, free, enum_values=list(values))
 
 
-def _whole(default: int | None, text: str, low: int = 1) -> Any:
-    return _flag(default, "integer", text, lower_bound=low)
+def _whole(default: int | None, text: str, low: int = 1, free: bool = False) -> Any:
+    return _flag(default, "integer", text, free, lower_bound=low)
 
 
-def _real(default: float | None, text: str, high: float | None = None) -> Any:
-    return _flag(default, "float", text, lower_bound=0.0, upper_bound=high)
+def _real(default: float | None, text: str, high: float | None = None, free: bool = False) -> Any:
+    return _flag(default, "float", text, free, lower_bound=0.0, upper_bound=high)
 
 
-def _text(default: str | None, text: str) -> Any:
-    return _flag(default, "string", text)
+def _text(default: str | None, text: str, free: bool = False) -> Any:
+    return _flag(default, "string", text, free)
 
 
-def _switch(text: str) -> Any:
-    return _flag(False, "bool", text)
+def _switch(text: str, free: bool = False) -> Any:
+    return _flag(False, "bool", text, free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,16 @@ class RunConfig:
     # What is trained on what.
     model: str = _choice("alexnet_small", models.names(), "Network.")
     dataset: str = _choice("digits", data.NAMES, "Data set.")
-    data_dir: str | None = _text(None, "Folder of the prepared data sets. Default: that of tensorflow-datasets.")
+    data_dir: str | None = _text(
+        None, "Folder of the prepared data sets. Default: that of tensorflow-datasets.", free=True
+    )
     image_size: int | None = _whole(None, "Height and width in pixels, for imagenet2012. Default: the model's.", low=8)
-    run_dir: str | None = _text(None, "Folder for all results, without a run in it. Default: runs/<time>-<names>.")
-    eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.")
+    run_dir: str | None = _text(
+        None,
+        "Folder for all results; an unfinished run in it goes on, with its own flags. Default: runs/<time>-<names>.",
+        free=True,
+    )
+    eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.", free=True)
     # How long, and in what portions.
     batch_size: int = _whole(8192, "Global batch: examples in an update.")
     microbatch_size: int | None = _whole(
@@ -84,17 +92,32 @@ class RunConfig:
     )
     excluded_lr_scale: float = _real(0.05, "Factor on the learning rate of variables that are not adapted.")
     global_clipnorm: float | None = _real(None, "Largest norm of all gradients together, of the whole batch.")
+    ema: float | None = _real(
+        None, "Momentum of a moving average of the weights, which is what is evaluated and saved.", high=1.0
+    )
     label_smoothing: float = _real(0.0, "Share of the label spread over all classes.", high=1.0)
     # Where and how it runs.
-    strategy: str = _choice("auto", ("auto", "one", "mirrored", "multi_worker", "tpu"), "tf.distribute strategy.")
-    replicas: int | None = _whole(None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.")
-    tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.")
+    strategy: str = _choice(
+        "auto", ("auto", "one", "mirrored", "multi_worker", "tpu"), "tf.distribute strategy.", free=True
+    )
+    replicas: int | None = _whole(
+        None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.", free=True
+    )
+    tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.", free=True)
     precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Keras dtype policy.")
     sync_batch_norm: bool = _switch("Batch statistics over all replicas, instead of each ghost batch's own.")
     jit_compile: str = _choice("auto", ("auto", "on", "off"), "XLA for the gradients; auto: on GPU and TPU.")
-    updates_per_call: int = _whole(1, "Updates that run without returning to Python.")
+    updates_per_call: int = _whole(1, "Updates that run without returning to Python.", free=True)
     eval_every: int = _whole(1, "Epochs between evaluations; the end of the run is always evaluated.")
     seed: int = _whole(0, "Seed of weights, order, augmentation and dropout.", low=0)
+    # What a run does when something goes wrong.
+    checkpoint_minutes: float = _real(10.0, "Minutes between checkpoints.", free=True)
+    checkpoint_updates: int | None = _whole(None, "Updates between checkpoints, beside the minutes.", free=True)
+    keep_checkpoints: int = _whole(3, "How many of the newest checkpoints to keep.", free=True)
+    keep_checkpoint_hours: float | None = _real(None, "Of the older, keep one for every so many hours.", free=True)
+    allow_inexact_resume: bool = _switch("Go on with a run although flags differ from those it began with.", free=True)
+    max_rollbacks: int = _whole(3, "How often a run that diverges goes back to its last checkpoint.", 0, free=True)
+    max_bad_images: int = _whole(100, "How many images that cannot be read are left out.", 0, free=True)
 
     def __post_init__(self) -> None:
         """Checks what one flag cannot know of another.
@@ -146,8 +169,9 @@ class RunConfig:
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of `lars_keras.training.make_optimizer` beside the rate."""
         shared = ("momentum", "nesterov", "weight_decay", "global_clipnorm")
+        ema = {} if self.ema is None else {"use_ema": True, "ema_momentum": self.ema}
         own = ("trust_coefficient", "epsilon", "variant", "trust_clip", "excluded_lr_scale")
-        return {"exclude": self.excluded, **{name: getattr(self, name) for name in shared + own}}
+        return {"exclude": self.excluded, **ema, **{name: getattr(self, name) for name in shared + own}}
 
     def total_updates(self, num_train: int) -> int:
         """Updates of the whole run."""
@@ -160,12 +184,22 @@ class RunConfig:
         )
         return updates if self.warmup_epochs else min(updates, self.total_updates(num_train) // 5)
 
+    def changes(self, before: Mapping[str, Any]) -> list[str]:
+        """What makes this run another than the one whose fields were `before`, a phrase each."""
+        found = []
+        for field in dataclasses.fields(self):
+            now, then = getattr(self, field.name), before.get(field.name, field.default)
+            then = tuple(then) if isinstance(then, list) else then
+            if now != then and not field.metadata["free"]:
+                found.append(f"--{field.name}={now} was {then}")
+        return found
+
     def as_flags(self) -> str:
         """The flagfile that repeats the run: one line for each flag that has a value."""
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name == "run_dir":
+            if value is None or field.name in ("run_dir", "eval_only", "allow_inexact_resume"):
                 continue
             if isinstance(value, tuple):
                 value = ",".join(value)
@@ -182,6 +216,21 @@ def define() -> flags.FlagValues:
         make(field.name, field.default, help=text, flag_values=values, **options)
     flags.DEFINE_bool("help", False, "Show all flags.", short_name="h", flag_values=values)
     return values
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The flags in `argv`, on top of those of the run that is in `--run_dir`, and the arguments that are no flags.
+
+    Raises:
+        absl.flags.Error: for a flag that is unknown or out of range.
+    """
+    values = define()
+    arguments = values(argv)
+    own = Path(values["run_dir"].value or "") / "flags.txt"
+    if values["run_dir"].value and own.is_file():
+        values = define()
+        arguments = values([argv[0], f"--flagfile={own}", *argv[1:]])
+    return values, arguments[1:]
 
 
 def read(values: flags.FlagValues) -> RunConfig:

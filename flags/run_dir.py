@@ -30,7 +30,7 @@ def open_run_dir(config: RunConfig) -> Path:
     """Path of the run's folder, which is not created before the run is known to be able to start.
 
     Raises:
-        UsageError: if it holds a run already, or, for `--eval_only`, if it holds none.
+        UsageError: if its run is finished, or, for `--eval_only`, if it holds none.
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
@@ -39,8 +39,11 @@ def open_run_dir(config: RunConfig) -> Path:
     if config.eval_only:
         if not (path / "model.keras").is_file():
             raise UsageError(f"--eval_only found no model.keras in --run_dir={path}")
-    elif (path / "flags.txt").exists():
-        raise UsageError(f"--run_dir={path} holds a run already, and nothing is written over. Name another folder.")
+    elif (path / "results.json").exists():
+        raise UsageError(
+            f"--run_dir={path} holds a finished run, and nothing is written over. Name another folder, or give "
+            "--eval_only to score its model."
+        )
     elif path.exists() and not path.is_dir():
         raise UsageError(f"--run_dir={path} is not a folder.")
     return path
@@ -52,10 +55,9 @@ def write_plan(
     """Creates the folder with `flags.txt`, `config.json` and `plan.txt`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "flags.txt").write_text(config.as_flags())
+        _replace(path / "plan.txt", plan + "\n")
     except OSError as e:
         raise UsageError(f"--run_dir={path} cannot be written: {e.strerror}") from e
-    (path / "plan.txt").write_text(plan + "\n")
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     rows = optimizer.layer_plan() if hasattr(optimizer, "layer_plan") else []
     settings = {
@@ -63,15 +65,21 @@ def write_plan(
         "warnings": warnings,
         "layer_plan": [dataclasses.asdict(row) for row in rows],
     }
-    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _replace(path / "config.json", json.dumps(settings, indent=2) + "\n")
+    _replace(path / "flags.txt", config.as_flags())
 
 
 def write_results(path: Path, scores: dict[str, float], **measured: Any) -> None:
     """Writes `results.json`: the last scores, what was measured on the way, and the versions of everything."""
     results = {**scores, "n": round(scores["n"]), **measured, "versions": versions()}
-    temporary = path / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, path / "results.json")
+    _replace(path / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file at once: a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

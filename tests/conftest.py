@@ -21,7 +21,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
 )
 
-TPU_BUILD = any(d.metadata["Name"] == "tensorflow-tpu" for d in importlib.metadata.distributions())
+TPU_BUILD = any(d.name.replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
 
 
 @pytest.hookimpl(wrapper=True)

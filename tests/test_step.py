@@ -158,6 +158,23 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         expected, _ = self.reference(cases.hidden, "lars", "float32")
         self.assertLess(difference(cases.state(trainer), expected), (FLOAT32,))
 
+    def test_no_pass_is_lost_between_replicas(self):
+        """The loss of the same batch, 150 times; other threads run in between. Sums in variables lost some of it."""
+        with cases.strategy("mirrored2").scope():
+            model = cases.batch_norm()()
+            model.compile(LARS(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
+        trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16, layer_norms=True)
+        losses = []
+
+        def after_update(batch, logs):
+            losses.append(logs["step_loss"])
+            trainer.snapshot()
+
+        batch = tf.data.Dataset.from_tensors(tuple(a[: cases.BATCH] for a in cases.examples()))
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=after_update)
+        trainer.fit(batch, epochs=150, verbose=0, callbacks=[watch])
+        self.assertAllClose(losses, [losses[0]] * 150, rtol=1e-6)
+
     def test_subclassed_model_built_by_the_trainer(self):
         class Subclassed(keras.Model):
             def __init__(self):

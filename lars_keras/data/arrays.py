@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lars_keras.data.bad_images import BadImages
 from lars_keras.data.image_data import ImageData, check_arguments, positions
 from lars_keras.data.keyed import Array
 
@@ -61,6 +62,7 @@ class ArrayData(ImageData):
         self.num_train, self.num_test = len(train[0]), len(test[0])
         self.mean, self.std = _statistics(train[0])
         self.description = description or name
+        self.bad_images = BadImages()  # none: they were all read before
 
     def train_numpy(
         self,

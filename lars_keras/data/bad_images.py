@@ -1,7 +1,10 @@
 """The images of a run that could not be read."""
 
+import json
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -30,3 +33,16 @@ class BadImages:
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             self.found[where] = reason
             logging.error("left out an image that cannot be read, %s: %s", where, reason)
+
+    def load(self, path: Path) -> None:
+        """Adds what `save` wrote, if there is such a file."""
+        if path.exists():
+            self.found.update(json.loads(path.read_text(encoding="utf-8")))
+
+    def save(self, path: Path) -> None:
+        """Writes `found` as JSON."""
+        with self._lock:
+            text = json.dumps(self.found, indent=2) + "\n"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lars_keras.data.bad_images import BadImages
 from lars_keras.data.keyed import Array, keys, uniforms
 from lars_keras.data.order import example_ids
 
@@ -34,6 +35,7 @@ class ImageData(abc.ABC):
         num_train, num_test: number of examples of each split.
         mean, std: per channel, over the training split, of pixel values 0 to 255.
         description: one line for people.
+        bad_images: those that could not be read so far.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ImageData(abc.ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     description: str
+    bad_images: BadImages
 
     def train_ids(
         self,

@@ -4,8 +4,11 @@ import contextlib
 from collections.abc import Iterator
 
 EXIT_USAGE = 2  # a bad flag or a missing device or file: nothing was started
-EXIT_DIVERGED = 3  # the loss is no longer a number
+EXIT_DIVERGED = 3  # the run diverged; its last checkpoint is from before
 EXIT_WORKER_LOST = 4  # another process of a multi-worker run is gone
+EXIT_BAD_DATA = 5  # more images could not be read than --max_bad_images allows
+EXIT_NOT_SAVED = 6  # the disk took no checkpoint or result
+EXIT_PREEMPTED = 75  # stopped by a signal, saved: start it again to go on
 
 
 class UsageError(ValueError):
@@ -13,7 +16,23 @@ class UsageError(ValueError):
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite."""
+    """The numbers of a run are not finite, or exploding.
+
+    Attributes:
+        update: the first bad update, from 1.
+    """
+
+    def __init__(self, message: str, update: int):
+        super().__init__(message)
+        self.update = update
+
+
+class Preempted(RuntimeError):
+    """A signal asked the run to stop."""
+
+
+class TooManyBadImages(RuntimeError):
+    """More images could not be read than are allowed."""
 
 
 @contextlib.contextmanager

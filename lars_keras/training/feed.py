@@ -6,24 +6,41 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-# A tf.data.Dataset, or a function from tf.distribute.InputContext to one worker's own.
-Feed: TypeAlias = Any | Callable[[Any], Any]
+# A tf.data.Dataset, or a function of tf.distribute.InputContext (and, for training, of the number of the first update)
+# that gives one worker's own.
+Feed: TypeAlias = Any | Callable[..., Any]
 
 
-def training_iterator(feed: Feed, strategy: tf.distribute.Strategy, microbatch_size: int) -> Any:
+def element_spec(feed: Feed, *first_update: int) -> Any:
+    """Shapes and dtypes of the feed's batches."""
+    dataset = feed if isinstance(feed, tf.data.Dataset) else feed(tf.distribute.InputContext(), *first_update)
+    return dataset.element_spec
+
+
+def training_iterator(
+    feed: Feed, strategy: tf.distribute.Strategy, microbatch_size: int, microbatches: int, first_update: int
+) -> Any:
     """An iterator whose `next` gives each replica its next ghost batch.
 
     Args:
         feed: a dataset of `(x, y)` or `(x, y, sample_weight)` batches of any size, read by every worker, which
             keeps its own part; or a function of `tf.distribute.InputContext` that returns the
-            dataset of one worker's own examples, in order.
+            dataset of one worker's own examples from an update on, in order.
         strategy: the strategy of the model.
         microbatch_size: examples in a ghost batch.
+        microbatches: ghost batches that a replica takes in an update.
+        first_update: number of the update to begin with.
     """
 
     def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        dataset = _own_part(feed, context, microbatch_size).repeat()
-        return dataset.rebatch(microbatch_size, drop_remainder=True).prefetch(2)
+        replicas = context.num_replicas_in_sync // context.num_input_pipelines
+        if isinstance(feed, tf.data.Dataset):
+            dataset = _own_part(feed, context, microbatch_size).repeat()
+            dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
+            dataset = dataset.skip(first_update * microbatches * replicas)
+        else:
+            dataset = feed(context, first_update).repeat().rebatch(microbatch_size, drop_remainder=True)
+        return dataset.prefetch(2)
 
     return iter(strategy.distribute_datasets_from_function(per_replica, _FETCH))
 
@@ -39,7 +56,7 @@ def scoring_batches(feed: Feed, strategy: tf.distribute.Strategy, batch_size: in
         whole = batch_size * context.num_replicas_in_sync
         if isinstance(feed, tf.data.Dataset):
             own = _own_part(_padded(feed, whole), context, batch_size)
-        else:
+        else:  # of one argument: it always begins at the start
             own = _padded(feed(context), whole // context.num_input_pipelines)
         return own.rebatch(batch_size, drop_remainder=True)
 
@@ -50,10 +67,8 @@ def scoring_batches(feed: Feed, strategy: tf.distribute.Strategy, batch_size: in
 _FETCH = tf.distribute.InputOptions(experimental_fetch_to_device=False)
 
 
-def _own_part(feed: Feed, context: tf.distribute.InputContext, size: int) -> tf.data.Dataset:
+def _own_part(feed: tf.data.Dataset, context: tf.distribute.InputContext, size: int) -> tf.data.Dataset:
     """The examples of this worker, in blocks of one ghost batch for each of its replicas."""
-    if not isinstance(feed, tf.data.Dataset):
-        return feed(context)
     workers = context.num_input_pipelines
     if workers == 1:
         return feed

@@ -1,19 +1,123 @@
-"""Stops a run that has diverged."""
+"""Watches a run for what no later update can repair."""
 
+import collections
 import math
+import statistics
+from collections.abc import Callable
 
 import keras
+import numpy as np
 
-from lars_keras.training.errors import Diverged
+from lars_keras.data.bad_images import BadImages
+from lars_keras.training.errors import Diverged, TooManyBadImages
+from lars_keras.training.trainer import Trainer
 
 
-class StopWhenDiverged(keras.callbacks.Callback):
-    """Raises `Diverged` after an update whose loss is not finite: no later update can repair the weights."""
+class Guard(keras.callbacks.Callback):
+    """Raises `Diverged` after an update that is not finite, or explodes, naming the update and the layer.
+
+    Watched are the loss and, of a `Trainer(layer_norms=True)`, the norms of every gradient and weight. A loss or a
+    gradient of all layers together explodes when it is `explosion` times its median over the last
+    `window` updates; a weight when one update makes it `explosion` times as long.
+
+    It works in any `fit`: `model.fit(..., callbacks=[Guard()])` watches the loss.
+
+    Args:
+        trainer: for the norms of the layers.
+        explosion: factor above which a value counts as exploding.
+        window: updates that the median is taken over; nothing explodes before there are as many.
+    """
+
+    def __init__(self, trainer: Trainer | None = None, *, explosion: float = 100.0, window: int = 20):
+        super().__init__()
+        if explosion <= 1:
+            raise ValueError(f"`explosion` must be above 1. Received: explosion={explosion}")
+        self._trainer, self._explosion, self._window = trainer, explosion, window
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._recent = {
+            name: collections.deque[float](maxlen=self._window) for name in ("loss", "norm of the gradient")
+        }
+        self._weights: np.ndarray | None = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        loss = (logs or {}).get("step_loss", 0.0)
-        if not math.isfinite(loss):
+        norms = self._trainer.layer_norms if self._trainer else {}
+        gradients, weights = norms.get("gradient", np.zeros([1, 0])), norms.get("weight", np.zeros([1, 0]))
+        first = batch + 2 - len(gradients)
+        for update, (g, w) in enumerate(zip(gradients, weights, strict=True), first):
+            self._check_layers(update, "gradient", g)
+            self._check_layers(update, "value", w)
+            if self._weights is not None:
+                grown = (w > self._explosion * self._weights) & (self._weights > 0)
+                if grown.any():
+                    i = int(grown.argmax())
+                    raise Diverged(
+                        f"Update {update} made the weights of {self._path(i)} {w[i] / self._weights[i]:.3g} times as "
+                        f"long.",
+                        update,
+                    )
+            self._weights = w
+            if g.size:
+                self._check_value(update, "norm of the gradient", float(np.linalg.norm(g)))
+        logs = logs or {}
+        self._check_value(batch + 1, "loss", logs.get("step_loss", logs.get("loss", 0.0)))
+
+    def _check_layers(self, update: int, what: str, norms: np.ndarray) -> None:
+        bad = ~np.isfinite(norms)
+        if bad.any():
+            i = int(bad.argmax())
+            others = f", and of {bad.sum() - 1} variables after it," if bad.sum() > 1 else ""
+            raise Diverged(f"The {what} of {self._path(i)}{others} is not finite in update {update}.", update)
+
+    def _check_value(self, update: int, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise Diverged(f"The {name} is {value} in update {update}.", update)
+        recent = self._recent[name]
+        if len(recent) == self._window and value > self._explosion * statistics.median(recent) > 0:
             raise Diverged(
-                f"The loss is {loss} at update {batch + 1}. "
-                "A lower --learning_rate or a longer --warmup_epochs may help."
+                f"The {name} is {value:.4g} in update {update}, {value / statistics.median(recent):.3g} times its "
+                f"median over the last {self._window} updates.",
+                update,
+            )
+        recent.append(value)
+
+    def _path(self, i: int) -> str:
+        assert self._trainer
+        return self._trainer.model.trainable_variables[i].path
+
+
+class BoundBadImages(keras.callbacks.Callback):
+    """Raises `TooManyBadImages` when more than `maximum` different images could not be read.
+
+    Args:
+        bad_images: of the data set.
+        maximum: how many are allowed.
+        on_new: is told of each, once, after the update in or before which it was met.
+    """
+
+    def __init__(self, bad_images: BadImages, maximum: int, on_new: Callable[[int, str, str], None] = lambda *_: None):
+        super().__init__()
+        self._bad_images, self._maximum, self._on_new = bad_images, maximum, on_new
+        self._known = set(bad_images.found)
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._update = self.params.get("first_update", 0)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._update = batch + 1
+        self._check()
+
+    def on_test_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        where, reason = "", ""
+        for where, reason in list(self._bad_images.found.items()):
+            if where not in self._known:
+                self._known.add(where)
+                self._on_new(self._update, where, reason)
+        if len(self._known) > self._maximum:
+            raise TooManyBadImages(
+                f"{len(self._known)} images cannot be read, more than --max_bad_images={self._maximum}. The last: "
+                f"{where}: {reason}"
             )

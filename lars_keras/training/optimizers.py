@@ -49,9 +49,10 @@ def make_optimizer(
         name: one of `OPTIMIZERS`.
         learning_rate: a number or a schedule.
         variables: the model's trainable variables.
-        **options: any of `momentum`, `nesterov`, `weight_decay`, `global_clipnorm`, `exclude` and the further
-            arguments of `LARS`; an optimizer takes those that it has. Keras's optimizers apply `weight_decay`
-            decoupled (`w -= lr * weight_decay * w`), and not to the variables that `exclude` matches.
+        **options: any of `momentum`, `nesterov`, `weight_decay`, `global_clipnorm`, `use_ema`, `ema_momentum`,
+            `exclude` and the further arguments of `LARS`; an optimizer takes those that it has. Keras's optimizers
+            apply `weight_decay` decoupled (`w -= lr * weight_decay * w`), and not to the variables that `exclude`
+            matches.
 
     Raises:
         ValueError: for an unknown name, or a pattern that matches nothing.
@@ -70,7 +71,8 @@ def make_optimizer(
 def _make(name: str, learning_rate: Any, options: dict[str, Any]) -> keras.optimizers.Optimizer:
     if name == "lars":
         return LARS(learning_rate, **options)
-    shared = {k: options[k] for k in ("weight_decay", "global_clipnorm") if options.get(k)}
+    names = ("weight_decay", "global_clipnorm", "use_ema", "ema_momentum")
+    shared = {name: options[name] for name in names if options.get(name)}
     momentum = options.get("momentum", 0.9)
     if name == "sgd":
         return keras.optimizers.SGD(learning_rate, **shared)

@@ -172,6 +172,10 @@ class MetricsLog(keras.callbacks.Callback):
 
         {"event": "eval", "update": 18, "epoch": 3.0, "loss": ..., "top1": ..., "top5": ..., "n": 450}
 
+    and for what else a reader should know (see `note`)
+
+        {"event": "note", "update": 18, "text": "..."}
+
     Accuracies are fractions. A value that is not finite is null. What was logged beyond the update at which a resumed
     run starts is dropped, so no update comes twice.
 
@@ -185,6 +189,7 @@ class MetricsLog(keras.callbacks.Callback):
         self._run_dir = Path(run_dir)
         self._path = self._run_dir / "metrics.jsonl"
         self._clock = clock
+        self._writers: dict[str, Any] = {}
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._finished = self.params["first_update"]
@@ -197,6 +202,8 @@ class MetricsLog(keras.callbacks.Callback):
         self._began = self._clock() - earlier
         self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
         # A resumed run writes new event files; TensorBoard lets their steps replace the older ones.
+        for writer in self._writers.values():
+            writer.close()
         self._writers = _tensorboard_writers(self._run_dir / "tensorboard")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -224,15 +231,23 @@ class MetricsLog(keras.callbacks.Callback):
         for writer in self._writers.values():
             writer.close()
 
+    def note(self, update: int, text: str) -> None:
+        """Adds a line of text, once, as of an update; it is shown in the report."""
+        event = {"event": "note", "update": update, "text": text}
+        if event not in read_metrics(self._path):
+            self._append(event)
+
     def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
         epoch = self._finished / self.params["steps_per_epoch"]
-        line = _line({"event": event, "update": self._finished, "epoch": epoch, **values, **more})
-        with open(self._path, "a", encoding="utf-8") as file:  # closed, so kept, whatever happens next
-            file.write(line)
+        self._append({"event": event, "update": self._finished, "epoch": epoch, **values, **more})
         if run in self._writers:
             for name, value in values.items():
                 if math.isfinite(value):
                     self._writers[run].add_scalar(name, value, self._finished)
+
+    def _append(self, event: dict[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:  # closed, so kept, whatever happens next
+            file.write(_line(event))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     updates = [e for e in events if e["event"] == "update"]
     evals = [e for e in events if e["event"] == "eval"]
     layers, warnings = config.pop("layer_plan", []), list(config.pop("warnings", []))
+    warnings += [f"Update {e['update']}: {e['text']}" for e in events if e["event"] == "note"]
     versions = results.get("versions") or config.get("versions") or {}
     config.pop("versions", None)
 

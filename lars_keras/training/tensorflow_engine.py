@@ -1,8 +1,11 @@
 """One update over any number of replicas and micro-batches, on TensorFlow."""
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
@@ -21,28 +24,36 @@ class TensorFlowEngine:
 
     Args:
         model: compiled, created under the strategy's scope.
-        feed: data to train or evaluate on, for the shapes of its examples.
+        element_spec: shapes and dtypes of the batches to train or evaluate on.
         microbatches: k, passes per update.
         jit_compile: compile the gradient computation with XLA: True, False, or "auto", on a GPU or TPU.
+        layer_norms: measure the norms of gradients and weights.
     """
 
-    def __init__(self, model: keras.Model, feed: Feed, *, microbatches: int, jit_compile: bool | str):
+    def __init__(
+        self,
+        model: keras.Model,
+        element_spec: Any,
+        *,
+        microbatches: int,
+        jit_compile: bool | str,
+        layer_norms: bool = False,
+    ):
         check_options(model.optimizer)
         self.model = model
         self.optimizer = model.optimizer
         self.strategy = model.distribute_strategy
         self.replicas = self.strategy.num_replicas_in_sync
         self.microbatches = microbatches
+        self._measure = layer_norms
         if jit_compile == "auto":
             jit_compile = any(d.device_type in ("GPU", "TPU") for d in tf.config.list_logical_devices())
         with self.strategy.scope():
-            _build(model, feed)
+            _build(model, element_spec)
         self.ghost = GhostBatch(model)
         with self.strategy.scope():
             if not self.optimizer.built:
                 self.optimizer.build(self.ghost.trainable)
-            # Without micro-batches nothing is summed over time, and the sums would only cost memory.
-            self._sums = self._make_sums() if microbatches > 1 else []
             self._scored_loss = tf.Variable(0.0, trainable=False, **_LOCAL)
             self._scored = tf.Variable(0.0, trainable=False, **_LOCAL)
         # A pure function: XLA can compile it inside the replica's step, which as a whole it could not.
@@ -50,64 +61,62 @@ class TensorFlowEngine:
         self._train_fn = tf.function(self._train)
         self._score_fn = tf.function(self._score)
         self._results_fn = tf.function(self._results)
+        self._snapshot_fn = tf.function(self._replica_values)
 
     # -- training ------------------------------------------------------------------------------
 
-    def training_iterator(self, feed: Feed, microbatch_size: int) -> Any:
-        """An iterator over `feed` for `train`."""
-        return training_iterator(feed, self.strategy, microbatch_size)
+    def training_iterator(self, feed: Feed, microbatch_size: int, first_update: int = 0) -> Any:
+        """An iterator over `feed`, from an update on, for `train`."""
+        return training_iterator(feed, self.strategy, microbatch_size, self.microbatches, first_update)
 
-    def train(self, iterator: Any, updates: int) -> tuple[list[float], list[float], dict[str, float]]:
+    def train(
+        self, iterator: Any, updates: int
+    ) -> tuple[list[float], list[float], dict[str, float], dict[str, np.ndarray]]:
         """Runs `updates` updates in one host call.
 
         Returns:
-            The loss and the learning rate of each update, and the metrics since their last reset.
+            The loss and the learning rate of each update, the metrics since their last reset, and the norms of each
+            update, if they are measured.
         """
-        losses, rates, metrics = self._train_fn(iterator, tf.constant(updates))
-        return losses.numpy().tolist(), rates.numpy().tolist(), {k: float(v) for k, v in metrics.items()}
+        losses, rates, metrics, norms = self._train_fn(iterator, tf.constant(updates))
+        names = ("gradient", "weight") if self._measure else ()
+        return (
+            losses.numpy().tolist(),
+            rates.numpy().tolist(),
+            {k: float(v) for k, v in metrics.items()},
+            dict(zip(names, norms.numpy().transpose(1, 0, 2), strict=True)) if names else {},
+        )
 
-    def _train(self, iterator: Any, updates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _train(self, iterator: Any, updates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """The body of `train`, in cross-replica context."""
         losses = tf.TensorArray(tf.float32, size=updates)
         rates = tf.TensorArray(tf.float32, size=updates)
+        norms = tf.TensorArray(tf.float32, size=updates)
         for u in tf.range(updates):
             rates = rates.write(u, tf.cast(self.optimizer.learning_rate, tf.float32))
-            if self.microbatches == 1:
-                outcome = self.strategy.run(self._update, args=(next(iterator),))
-            else:
-                for i in tf.range(self.microbatches):
-                    self.strategy.run(self._accumulate, args=(next(iterator), i))
-                outcome = self.strategy.run(self._finish)
-            loss, taken = (self.strategy.experimental_local_results(o)[0] for o in outcome)
+            # The sums are values, not variables: nothing but the data's own way orders the passes.
+            sums = self.strategy.run(self._no_sums)
+            for i in tf.range(self.microbatches):
+                sums = self.strategy.run(self._add_ghost_batch, args=(sums, next(iterator), i))
+            outcome = self.strategy.run(self._reduce_and_apply, args=sums)
+            loss, taken, norm = (self.strategy.experimental_local_results(o)[0] for o in outcome)
             iterations = inner_optimizer(self.optimizer).iterations
             iterations.assign_add(tf.cast(taken, iterations.dtype))
             losses = losses.write(u, loss)
-        return losses.stack(), rates.stack(), self.model.get_metrics_result()
+            norms = norms.write(u, norm)
+        return losses.stack(), rates.stack(), self.model.get_metrics_result(), norms.stack()
 
-    def _update(self, data: Any) -> tuple[Tensor, Tensor]:
-        """A whole update of one replica, without micro-batches."""
-        return self._reduce_and_apply(*self._ghost_sums(data, tf.constant(0)))
-
-    def _accumulate(self, data: Any, i: Tensor) -> None:
-        """Adds pass `i` to this replica's sums."""
-        sums, counters = self._ghost_sums(data, i)
-        for total, value in zip(self._sums, sums, strict=True):
-            total.assign_add(value)
-        for total, value in zip(self._counters, counters, strict=True):
-            total.assign(value)
-
-    def _finish(self) -> tuple[Tensor, Tensor]:
-        """Reduces and applies this replica's sums, and empties them."""
-        outcome = self._reduce_and_apply([tf.identity(s) for s in self._sums], [tf.identity(c) for c in self._counters])
-        with tf.control_dependencies([tf.group(*outcome)]):
-            for total in self._sums:
-                total.assign(tf.zeros_like(total))
-        return outcome
-
-    def _make_sums(self) -> list[tf.Variable]:
-        self._counters = [tf.Variable(v, trainable=False, **_LOCAL) for v in self.ghost.counters]
+    def _no_sums(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What `_add_ghost_batch` begins with."""
         shapes = [v.shape for v in self.ghost.trainable + self.ghost.averaged] + [()]
-        return [tf.Variable(tf.zeros(s, tf.float32), trainable=False, **_LOCAL) for s in shapes]
+        return [tf.zeros(shape) for shape in shapes], [tf.convert_to_tensor(c) for c in self.ghost.counters]
+
+    def _add_ghost_batch(
+        self, sums: tuple[list[Tensor], list[Tensor]], data: Any, i: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """This replica's sums with pass `i` added to them, and the counters after it."""
+        values, counters = self._ghost_sums(data, i)
+        return [total + value for total, value in zip(sums[0], values, strict=True)], counters
 
     def _ghost_sums(self, data: Any, i: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """This replica's part of pass `i`: what is summed over all ghost batches, and the counters after it."""
@@ -155,8 +164,9 @@ class TensorFlowEngine:
         averaged = [a / (self.replicas * self.microbatches) for a in averaged]
         return gradients, averaged, counters, loss, y_pred
 
-    def _reduce_and_apply(self, sums: list[Tensor], counters: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _reduce_and_apply(self, sums: list[Tensor], counters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The only reduction over replicas of an update, then the update, the same on every replica."""
+        sums = [tf.identity(s) for s in sums]  # out of a loop they come without a device, which the reduction asks for
         sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
         trainable, averaged, _ = self._state()
         gradients, values, loss = sums[: len(trainable)], sums[len(trainable) : -1], sums[-1]
@@ -167,17 +177,97 @@ class TensorFlowEngine:
             variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.ghost.counters, counters, strict=True):
             variable.assign(value)
-        return loss, taken
+        return loss, taken, self._norms(gradients, trainable, taken)
+
+    def _norms(self, gradients: list[Tensor], variables: list[keras.Variable], taken: Tensor) -> Tensor:
+        """Norms of the gradients, 0 if their update is skipped, and of the weights; nothing if not asked for."""
+        if not self._measure:
+            return tf.zeros([2, 0])
+        scale = 1.0 / tf.cast(self.optimizer.scale_loss(tf.constant(1.0)), tf.float32)
+
+        def norms(tensors: list[Any]) -> Tensor:
+            return tf.stack([tf.sqrt(2.0 * tf.nn.l2_loss(tf.cast(t, tf.float32))) for t in tensors])
+
+        own = tf.where(taken > 0, norms(gradients) * scale, 0.0)
+        return tf.stack([own, norms([tf.convert_to_tensor(v) for v in variables])])
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """A copy of all that the next update depends on, and of the metrics since their last reset.
+
+        Weights and slots are the same on every replica; of the metrics, each replica has its own part.
+        """
+        state = {name: np.array(v.numpy()) for name, v in self._shared_state().items()}
+        # gather, not the variables' own value: that would sum what must stay apart.
+        parts = self._snapshot_fn()
+        return state | {f"metric/{i}": self.strategy.gather(part, axis=0).numpy() for i, part in enumerate(parts)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Puts back what `snapshot` returned.
+
+        Raises:
+            ValueError: if the model or optimizer has other variables; nothing is changed then.
+        """
+        shared = self._shared_state()
+        known = {name: value for name, value in state.items() if not name.startswith("metric/")}
+        for name, variable in shared.items():
+            if name not in known or known[name].shape != variable.shape or len(known) != len(shared):
+                raise ValueError(
+                    f"The saved state is that of another model or optimizer: {len(known)} variables, not "
+                    f"{len(shared)}, or not of the shape of {variable.path}."
+                )
+        for name, variable in shared.items():
+            variable.assign(known[name])
+        parts = [state[f"metric/{i}"] for i in range(len(state) - len(known))]
+        if parts and len(parts[0]) != self.replicas:  # other replicas than before: one of them takes all
+            parts = [np.concatenate([[p.sum(0)], np.zeros((self.replicas - 1, *p.shape[1:]), p.dtype)]) for p in parts]
+        self.strategy.run(self._put_back, args=(parts,))
+
+    def _shared_state(self) -> dict[str, keras.Variable]:
+        # By number: the paths have the names of model and optimizer, which count the models of a process.
+        groups = {"model": self.model.variables, "optimizer": self.optimizer.variables}
+        return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
+
+    def _metric_variables(self) -> list[keras.Variable]:
+        return [v for metric in self.model.metrics for v in metric.variables]
+
+    def _replica_values(self) -> list[Tensor]:
+        """The metrics' variables, with a first dimension for the replica."""
+        return self.strategy.run(lambda: [tf.convert_to_tensor(v)[tf.newaxis] for v in self._metric_variables()])
+
+    def _put_back(self, parts: list[np.ndarray]) -> None:
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        for variable, part in zip(self._metric_variables(), parts, strict=True):
+            variable.assign(tf.gather(tf.constant(part), replica))
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Meanwhile the model has the moving average of its weights, where the optimizer keeps one."""
+        optimizer = inner_optimizer(self.optimizer)
+        if not optimizer.use_ema or optimizer.ema_overwrite_frequency:
+            yield
+            return
+        variables = optimizer._trainable_variables
+        current = [np.array(v.numpy()) for v in variables]
+        for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
+            variable.assign(average)
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, current, strict=True):
+                variable.assign(value)
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def evaluate(self, feed: Feed, batch_size: int) -> dict[str, float]:
-        """Loss, metrics and the number of examples, each scored once."""
+    def evaluate(self, feed: Feed, batch_size: int, after_batch: Callable[[int], None]) -> dict[str, float]:
+        """Loss, metrics and the number of examples, each scored once; calls `after_batch` after each batch."""
         self.model.reset_metrics()
         self._scored_loss.assign(0.0)
         self._scored.assign(0.0)
-        for data in scoring_batches(feed, self.strategy, batch_size):
+        for i, data in enumerate(scoring_batches(feed, self.strategy, batch_size)):
             self._score_fn(data)
+            after_batch(i)
         return {name: float(value) for name, value in self._results_fn().items()}
 
     def _score(self, data: Any) -> None:
@@ -207,10 +297,9 @@ class TensorFlowEngine:
         return {**self.model.get_metrics_result(), "loss": loss / n, "n": n}
 
 
-def _build(model: keras.Model, feed: Feed) -> None:
+def _build(model: keras.Model, element_spec: Any) -> None:
     """Creates what Keras creates on the first batch, without drawing one from the data."""
-    dataset = feed if isinstance(feed, tf.data.Dataset) else feed(tf.distribute.InputContext())
-    zeros = tf.nest.map_structure(lambda s: tf.zeros([1, *s.shape[1:]], s.dtype), dataset.element_spec)
+    zeros = tf.nest.map_structure(lambda s: tf.zeros([1, *s.shape[1:]], s.dtype), element_spec)
     x, y, weight = keras.utils.unpack_x_y_sample_weight(zeros)
     if not model.built:
         model(x)

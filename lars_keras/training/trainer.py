@@ -1,10 +1,31 @@
 """`Trainer`: large global batches for any compiled Keras model, on any number of devices."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is, between two updates.
+
+    Attributes:
+        update: updates finished.
+        data_update: updates' worth of training data used or skipped.
+        epoch: the epoch that metrics are gathered for; -1 before the first.
+        losses: losses of its updates so far.
+        logs: what callbacks were last told.
+    """
+
+    update: int = 0
+    data_update: int = 0
+    epoch: int = -1
+    losses: list[float] = dataclasses.field(default_factory=list)
+    logs: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Trainer:
@@ -31,6 +52,12 @@ class Trainer:
             share of the global batch. Default, and at most: the whole share.
         updates_per_call: updates that run without returning to Python. Callbacks see the last of them.
         jit_compile: compile the gradient computation with XLA. `"auto"`: where there is a GPU or TPU.
+        layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
+
+    Attributes:
+        position: where the run is; see `Position`.
+        layer_norms: of the last host call, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
+            `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update.
 
     Raises:
         ValueError: if the model is not compiled, the sizes do not divide, or an option of the model
@@ -45,6 +72,7 @@ class Trainer:
         microbatch_size: int | None = None,
         updates_per_call: int = 1,
         jit_compile: bool | str = "auto",
+        layer_norms: bool = False,
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
@@ -57,6 +85,10 @@ class Trainer:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
+        self._measures_norms = layer_norms
+        self.layer_norms: dict[str, np.ndarray] = {}
+        self.position = Position()
+        self._resumed = False
         self._engine: Any = None
 
     def fit(
@@ -65,22 +97,21 @@ class Trainer:
         *,
         epochs: float = 1,
         steps_per_epoch: float | None = None,
-        first_update: int = 0,
         validation_data: Any = None,
         validation_freq: int = 1,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int = 1,
     ) -> keras.callbacks.History:
-        """Trains until update `ceil(epochs * steps_per_epoch)`.
+        """Trains until update `ceil(epochs * steps_per_epoch)`, from the start or from where `restore` has put the run.
 
         Args:
             data: a `tf.data.Dataset` of `(x, y)` or `(x, y, sample_weight)` batches of any size, finite or
-                endless; or a function from `tf.distribute.InputContext` to the dataset of one worker's own examples.
+                endless, the same each time it is read; or a function of `tf.distribute.InputContext` and the
+                number of an update that gives the dataset of one worker's own examples from that update on.
             epochs: how many; may be a fraction.
             steps_per_epoch: updates in an epoch; may be a fraction, because batches of an endless dataset may
                 cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. Needed
                 unless `data` is a dataset of known size, whose last partial batch is then left out.
-            first_update: where to begin, for a resumed run; `data` begins there too.
             validation_data: as for `evaluate`, scored at the end of epochs.
             validation_freq: epochs between evaluations; the end of the run is always evaluated.
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
@@ -96,7 +127,11 @@ class Trainer:
         if steps_per_epoch is None:
             data, steps_per_epoch = self._whole_batches(data)
         total = math.ceil(epochs * steps_per_epoch - 1e-9)
-        engine = self._built_engine(data)
+        engine = self._built_engine(data, 0)
+        if not self._resumed:
+            self.position = Position()
+        self._resumed = False
+        position = self.position
         callback_list = keras.callbacks.CallbackList(
             [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
             add_history=True,
@@ -105,41 +140,45 @@ class Trainer:
             steps=total,
             steps_per_epoch=steps_per_epoch,
             batch_size=self.batch_size,
-            first_update=first_update,
+            first_update=position.update,
             verbose=verbose,
         )
         self.model.stop_training = False
-        iterator = engine.training_iterator(data, self.microbatch_size)
+        iterator = engine.training_iterator(data, self.microbatch_size, position.data_update)
         callback_list.on_train_begin()
-        update, logs = first_update, {}
-        for epoch in range(math.floor(first_update / steps_per_epoch + 1e-9), math.ceil(epochs)):
-            end = min(math.ceil((epoch + 1) * steps_per_epoch - 1e-9), total)
-            if end == update:
-                continue  # the update before covered this epoch as well
-            self.model.reset_metrics()
+        ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
+        for epoch, end in enumerate(ends):
+            # A run that was resumed at an epoch's end may still have to evaluate it.
+            if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
+                continue
+            if position.epoch != epoch:
+                position.epoch, position.losses = epoch, []
+                self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
-            losses: list[float] = []
-            while update < end and not self.model.stop_training:
-                count = min(self.updates_per_call, end - update)
-                callback_list.on_train_batch_begin(update)
-                new_losses, rates, metrics = engine.train(iterator, count)
-                losses.extend(new_losses)
-                update += count
-                logs = {
+            while position.update < end and not self.model.stop_training:
+                count = min(self.updates_per_call, end - position.update)
+                callback_list.on_train_batch_begin(position.update)
+                losses, rates, metrics, self.layer_norms = engine.train(iterator, count)
+                position.losses += losses
+                position.update += count
+                position.data_update += count
+                position.logs = {
                     **metrics,
-                    "loss": math.fsum(losses) / len(losses),
-                    "step_loss": float(new_losses[-1]),
-                    "learning_rate": float(rates[-1]),
+                    "loss": math.fsum(position.losses) / len(position.losses),
+                    "step_loss": losses[-1],
+                    "learning_rate": rates[-1],
                 }
-                callback_list.on_train_batch_end(update - 1, logs)
-            if validation_data is not None and ((epoch + 1) % validation_freq == 0 or update == total):
-                scores = self.evaluate(validation_data)
+                callback_list.on_train_batch_end(position.update - 1, position.logs)
+            logs = position.logs
+            if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
+                with engine.averaged_weights():
+                    scores = self._evaluate(validation_data, callback_list)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
             callback_list.on_epoch_end(epoch, logs)
             if self.model.stop_training:
                 break
         self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
-        callback_list.on_train_end(logs)
+        callback_list.on_train_end(position.logs)
         return self.model.history
 
     def evaluate(self, data: Any) -> dict[str, float]:
@@ -156,21 +195,52 @@ class Trainer:
         Raises:
             ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch.
         """
+        return self._evaluate(data, keras.callbacks.CallbackList())
+
+    def _evaluate(self, data: Any, callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
         if (self.model.get_compile_config() or {}).get("metrics"):
             raise ValueError(
                 "Metrics passed as `metrics=` ignore weights and would count the padding of the last batch. "
                 "Compile with `weighted_metrics=` instead."
             )
-        engine = self._built_engine(data)
-        return engine.evaluate(data, self.microbatch_size)
+        return self._built_engine(data).evaluate(data, self.microbatch_size, callbacks.on_test_batch_end)
 
-    def _built_engine(self, data: Any) -> Any:
+    def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The whole state of the run between two updates: weights, optimizer, random numbers, metrics and position.
+
+        Every worker must call it. `fit` must have begun.
+
+        Returns:
+            Arrays, and the rest, which JSON can hold.
+        """
+        return self._engine.snapshot(), dataclasses.asdict(self.position)
+
+    def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
+        """Puts back what `snapshot` returned; the next `fit` goes on from there.
+
+        Args:
+            arrays, position: from `snapshot`.
+            data: as for `fit`, for the shapes of its examples.
+
+        Raises:
+            ValueError: if the model or optimizer has other variables; nothing is changed then.
+        """
+        self._built_engine(data, 0).restore(arrays)
+        self.position = Position(**{field.name: position[field.name] for field in dataclasses.fields(Position)})
+        self._resumed = True
+
+    def _built_engine(self, data: Any, *first_update: int) -> Any:
         """The compiled functions, made on first use, when the shapes of the examples are known."""
         if self._engine is None:
+            from lars_keras.training.feed import element_spec
             from lars_keras.training.tensorflow_engine import TensorFlowEngine
 
             self._engine = TensorFlowEngine(
-                self.model, data, microbatches=self.microbatches, jit_compile=self._jit_compile
+                self.model,
+                element_spec(data, *first_update),
+                microbatches=self.microbatches,
+                jit_compile=self._jit_compile,
+                layer_norms=self._measures_norms,
             )
         return self._engine
 
