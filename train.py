@@ -200,7 +200,7 @@ def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, tr
     before = checkpoint.info["flags"]
     changes = config.changes(before)
     if checkpoint.info["replicas"] != trainer.replicas:
-        changes.append(f"{trainer.replicas} replicas were {checkpoint.info['replicas']}")
+        changes.append(f"replicas: {trainer.replicas}, was {checkpoint.info['replicas']}")
     if changes and not config.allow_inexact_resume:
         raise UsageError(
             f"--run_dir={config.run_dir} holds a run that began otherwise: {'; '.join(changes)}. Give it the same "

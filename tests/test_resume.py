@@ -16,6 +16,7 @@ from lars_keras.training.checkpoint import CheckpointFolder, Every
 from lars_keras.training.errors import Diverged
 from lars_keras.training.guard import Guard
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
+from tests import kill_and_resume
 from tests import step_cases as cases
 
 UPDATES, PER_EPOCH, BATCH = 11, 4.5, 32
@@ -265,6 +266,9 @@ class GuardTest(tf.test.TestCase):
         with self.assertRaisesRegex(Diverged, "loss is 301 in update 31, 100 times its median"):
             self.check([3.0] * 30 + [301.0])
         self.check([3.0] * 5 + [301.0])  # too early to say what is usual
+        self.check([1e-6] * 30 + [9.0])  # it can be learned again
+        with self.assertRaisesRegex(Diverged, "loss is 11 in update 31"):
+            self.check([1e-6] * 30 + [11.0])
 
     def test_layers(self):
         class FakeTrainer:
@@ -284,7 +288,18 @@ class GuardTest(tf.test.TestCase):
         check([fine, bad], [fine, fine], "gradient of .*b/kernel is not finite in update 2")
         check([[np.inf] * 4], [fine], "gradient of .*a/kernel, and of 3 variables after it, is not finite in update 1")
         check([fine, fine], [fine, bad], "value of .*b/kernel is not finite in update 2")
+        check([fine] * 21 + [[900.0] * 4], [fine] * 22, "norm of the gradient is 1800 in update 22, 900 times")
+        check(
+            [[1e-4] * 4] * 21 + [[0.9] * 4] + [bad], [fine] * 23, "not finite in update 23"
+        )  # shorter than the weights
         check([fine, fine, fine], [fine, long, fine], "Update 2 made the weights of .*a/bias 101 times as long")
+
+
+class KillTest(tf.test.TestCase):
+    def test_a_killed_process(self):
+        """In short; `make prove-resume` kills 20 times, also with two replicas."""
+        result = kill_and_resume.prove(2, ["--strategy=one"], steps=40, log=lambda line: None)
+        self.assertEqual(result["relative_difference"], 0.0, result)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import io
 import json
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest.mock
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -20,6 +23,7 @@ import train
 from lars_keras import data as datasets
 from lars_keras.data import ArrayData
 from lars_keras.recipes import RECIPES
+from lars_keras.training.checkpoint import CheckpointFolder
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -137,6 +141,112 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         code, _, err = self.train(*SMALL, "--learning_rate=1e30", f"--run_dir={self.dir}/r")
         self.assertEqual(code, 3)
         self.assertRegex(err, "train.py: The .* is not finite in update [1-5]")
+
+    def test_resume(self):
+        """A run is preempted, refuses to go on as another, goes on with its own flags, and says so."""
+        run_dir = self.dir / "r"
+        stop_after = 5
+
+        def preempt(batch, logs):
+            if batch + 1 == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+
+        progress = keras.callbacks.LambdaCallback(on_train_batch_end=preempt)
+        progress.images_per_second = 1.0
+        with unittest.mock.patch.object(train, "Progress", lambda: progress):
+            code, out, err = self.train(*SMALL, f"--run_dir={run_dir}", "--ema=0.5")
+        self.assertEqual(code, 75, out + err)
+        self.assertIn("stopped after update 5, saved", err)
+        self.assertLen(list((run_dir / "checkpoints").glob("update-00000005-*.npz")), 1)
+
+        with self.subTest("other flags are refused"):
+            code, _, err = self.train(f"--run_dir={run_dir}", "--batch_size=32", "--seed=3")
+            self.assertEqual(code, 2)
+            self.assertIn("--batch_size=32 was 64; --seed=3 was 0", err)
+            self.assertIn("--allow_inexact_resume", err)
+
+        with self.subTest("other replicas are refused"):
+            folder = CheckpointFolder(run_dir / "checkpoints")
+            saved = folder.latest()
+            folder.save(6, saved.arrays, {**saved.info, "replicas": 2})
+            folder.wait()
+            code, _, err = self.train(f"--run_dir={run_dir}")
+            self.assertEqual(code, 2)
+            self.assertIn("replicas: 1, was 2", err)
+            folder.latest().path.unlink()
+
+        with self.subTest("its own flags go on exactly"):
+            shutil.copytree(run_dir, self.dir / "inexact")
+            code, out, err = self.train(f"--run_dir={run_dir}")
+            self.assertEqual(code, 0, err)
+            self.assertRegex(out, "went on after update 5, from update-00000005-.*npz")
+            report = (run_dir / "report.html").read_text()
+            self.assertIn("went on after update 5", report)
+            self.assertNotIn("inexactly", report)
+            code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/whole", "--ema=0.5")
+            self.assertEqual(code, 0, err)
+            resumed, whole = (self.metrics(name) for name in ("r", "whole"))
+            self.assertEqual(resumed, whole)
+
+        with self.subTest("other flags are allowed if it is wished, and the report says so"):
+            code, _, err = self.train(f"--run_dir={self.dir}/inexact", "--weight_decay=0.01", "--allow_inexact_resume")
+            self.assertEqual(code, 0, err)
+            self.assertIn(
+                "went on inexactly: --weight_decay=0.01 was 0.0005", (self.dir / "inexact/report.html").read_text()
+            )
+
+        with self.subTest("a damaged checkpoint is passed over"):
+            for path in (run_dir / "checkpoints").iterdir():
+                path.write_bytes(path.read_bytes()[:-9])
+            (run_dir / "results.json").unlink()
+            code, out, err = self.train(f"--run_dir={run_dir}")
+            self.assertEqual(code, 0, err)
+            self.assertNotIn("went on", out)
+
+    def metrics(self, name):
+        events = [json.loads(line) for line in (self.dir / name / "metrics.jsonl").read_text().splitlines()]
+        timed = ("seconds", "images_per_second")
+        return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] != "note"]
+
+    def test_bad_images(self):
+        data = few_digits()
+        data.bad_images.found.update({"record 3 of a": "no JPEG", "record 4 of a": "empty"})
+
+        class Found(keras.callbacks.Callback):
+            images_per_second = 1.0
+
+            def on_train_batch_end(self, batch, logs):
+                if batch == 3:
+                    data.bad_images.found["record 9 of a"] = "truncated <b>"
+
+        with unittest.mock.patch.object(train, "Progress", Found):
+            code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/r", "--max_bad_images=3", data=data)
+            self.assertEqual(code, 0, err)
+            self.assertEqual(json.loads((self.dir / "r/bad_images.json").read_text())["record 9 of a"], "truncated <b>")
+            self.assertEqual(json.loads((self.dir / "r/results.json").read_text())["bad_images"], 3)
+            page = (self.dir / "r/report.html").read_text()
+            self.assertIn("Update 4: left out an image that cannot be read, record 9 of a: truncated &lt;b&gt;", page)
+            del data.bad_images.found["record 9 of a"]
+            code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/s", "--max_bad_images=2", data=data)
+            self.assertEqual(code, 5, err)
+            self.assertIn("3 images cannot be read, more than --max_bad_images=2. The last: record 9 of a: trunc", err)
+
+    def test_two_signals_end_a_process_at_once(self):
+        """Even while Python waits for a long call: the first is noted, the second does not wait."""
+        program = """
+import hashlib, os, signal, threading, time
+from lars_keras.training.preemption import StopOnSignal
+def send():
+    for _ in range(2):
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+with StopOnSignal() as stop:
+    threading.Thread(target=send).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
+        started = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=200)
+        self.assertEqual(started.returncode, 128 + signal.SIGTERM, started.stderr.decode())
 
     @parameterized.parameters(
         (["--dataset=mnist"], "dataset"),

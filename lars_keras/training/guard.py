@@ -16,9 +16,10 @@ from lars_keras.training.trainer import Trainer
 class Guard(keras.callbacks.Callback):
     """Raises `Diverged` after an update that is not finite, or explodes, naming the update and the layer.
 
-    Watched are the loss and, of a `Trainer(layer_norms=True)`, the norms of every gradient and weight. A loss or a
-    gradient of all layers together explodes when it is `explosion` times its median over the last
-    `window` updates; a weight when one update makes it `explosion` times as long.
+    Watched are the loss and, of a `Trainer(layer_norms=True)`, the norms of every gradient and weight. The loss, or the
+    gradient of all layers together, explodes when it is `explosion` times its median over the last `window` updates,
+    and more than harmless: the loss above 10 (a uniform guess of one of 22,000 classes), the gradient longer than the
+    weights. A weight explodes when one update makes it `explosion` times as long.
 
     It works in any `fit`: `model.fit(..., callbacks=[Guard()])` watches the loss.
 
@@ -58,9 +59,9 @@ class Guard(keras.callbacks.Callback):
                     )
             self._weights = w
             if g.size:
-                self._check_value(update, "norm of the gradient", float(np.linalg.norm(g)))
+                self._check_value(update, "norm of the gradient", float(np.linalg.norm(g)), float(np.linalg.norm(w)))
         logs = logs or {}
-        self._check_value(batch + 1, "loss", logs.get("step_loss", logs.get("loss", 0.0)))
+        self._check_value(batch + 1, "loss", logs.get("step_loss", logs.get("loss", 0.0)), harmless=10.0)
 
     def _check_layers(self, update: int, what: str, norms: np.ndarray) -> None:
         bad = ~np.isfinite(norms)
@@ -69,13 +70,14 @@ class Guard(keras.callbacks.Callback):
             others = f", and of {bad.sum() - 1} variables after it," if bad.sum() > 1 else ""
             raise Diverged(f"The {what} of {self._path(i)}{others} is not finite in update {update}.", update)
 
-    def _check_value(self, update: int, name: str, value: float) -> None:
+    def _check_value(self, update: int, name: str, value: float, harmless: float) -> None:
         if not math.isfinite(value):
             raise Diverged(f"The {name} is {value} in update {update}.", update)
         recent = self._recent[name]
-        if len(recent) == self._window and value > self._explosion * statistics.median(recent) > 0:
+        usual = statistics.median(recent) if len(recent) == self._window else math.inf
+        if value > max(harmless, self._explosion * usual):
             raise Diverged(
-                f"The {name} is {value:.4g} in update {update}, {value / statistics.median(recent):.3g} times its "
+                f"The {name} is {value:.4g} in update {update}, {value / usual if usual else math.inf:.3g} times its "
                 f"median over the last {self._window} updates.",
                 update,
             )
