@@ -24,6 +24,7 @@ from absl import logging
 import flags
 import models
 from flags import plan
+from flags.dry_run import dry_run
 from flags.run_dir import open_run_dir, write_plan, write_results
 from lars_keras import data as datasets
 from lars_keras.data import ImageData
@@ -122,6 +123,11 @@ def main(config: flags.RunConfig) -> None:
     rate = plan.rates(model.optimizer, total_updates)
     warnings = plan.warnings(config, model, data, rate)
     text = plan.text(config, data, trainer, rate, warmup_updates, run_dir, warnings + notes)
+    if config.dry_run:
+        print(text)
+        with usage_errors():
+            dry_run(config, trainer, data, rate, run_dir)
+        return
     if chief:
         write_plan(run_dir, config, text, warnings, model.optimizer)
         print(text, flush=True)
@@ -212,7 +218,11 @@ def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, tr
 
 
 def load_model(run_dir: os.PathLike) -> keras.Model:
-    return keras.models.load_model(os.path.join(run_dir, "model.keras"), compile=False)
+    path = os.path.join(run_dir, "model.keras")
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as e:  # whatever the libraries make of a damaged archive
+        raise UsageError(f"{path} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
 
 
 def make_feeds(data: ImageData, trainer: Trainer, seed: int):

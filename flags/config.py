@@ -57,6 +57,9 @@ class RunConfig:
         free=True,
     )
     eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.", free=True)
+    dry_run: bool = _switch(
+        "Show sizes, rehearse two updates on synthetic images, and leave nothing behind.", free=True
+    )
     # How long, and in what portions.
     batch_size: int = _whole(8192, "Global batch: examples in an update.")
     microbatch_size: int | None = _whole(
@@ -199,7 +202,7 @@ class RunConfig:
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name in ("run_dir", "eval_only", "allow_inexact_resume"):
+            if value is None or field.name in ("run_dir", "eval_only", "dry_run", "allow_inexact_resume"):
                 continue
             if isinstance(value, tuple):
                 value = ",".join(value)
@@ -225,7 +228,10 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
         absl.flags.Error: for a flag that is unknown or out of range.
     """
     values = define()
-    arguments = values(argv)
+    try:
+        arguments = values(argv)
+    except (UnicodeDecodeError, OSError) as e:
+        raise flags.Error(f"--flagfile is not a readable text file: {e}") from e
     own = Path(values["run_dir"].value or "") / "flags.txt"
     if values["run_dir"].value and own.is_file():
         values = define()

@@ -111,16 +111,22 @@ def difference(a, b):
     return worst
 
 
+def last_update(run_dir):
+    """Number of the last update in the log, which the next process cuts back to its checkpoint."""
+    path = run_dir / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return json.loads(lines[-1])["update"] if lines else 0
+
+
 def killed(run_dir, data_dir, kills, rng, *more, log=print):
     """Runs to the end, killed `kills` times; returns where each kill came."""
     moments = []
     while len(moments) < kills:
+        metrics, first = run_dir / "metrics.jsonl", last_update(run_dir)
         process = start(run_dir, data_dir, *more)
-        metrics = run_dir / "metrics.jsonl"
-        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
-            time.sleep(0.02)  # until this process has begun to train
-        time.sleep(rng.uniform(0, 8))
+        while process.poll() is None and last_update(run_dir) <= first:
+            time.sleep(0.01)  # until this process has finished an update of its own
+        time.sleep(rng.uniform(0, 2))
         if process.poll() is not None:
             finish(process)
             raise RuntimeError(f"The run ended after {len(moments)} kills; it needs more updates.")

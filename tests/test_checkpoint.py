@@ -65,7 +65,7 @@ class CheckpointTest(tf.test.TestCase):
             else:
                 del damaged[place:]
             newest.write_bytes(damaged)
-            with self.assertLogs(level="WARNING") as logs:
+            with self.assertLogs(level="ERROR") as logs:
                 checkpoint = folder.latest()
             self.assertEqual(checkpoint.update, 1)
             self.assertAllEqual(checkpoint.arrays["0/model/a"], arrays(1)["0/model/a"])

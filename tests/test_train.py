@@ -19,6 +19,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import flags
+import models
 import train
 from lars_keras import data as datasets
 from lars_keras.data import ArrayData
@@ -231,6 +232,43 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/s", "--max_bad_images=2", data=data)
             self.assertEqual(code, 5, err)
             self.assertIn("3 images cannot be read, more than --max_bad_images=2. The last: record 9 of a: trunc", err)
+
+    def test_dry_run(self):
+        run_dir = self.dir / "r"
+        code, out, err = self.train(
+            *SMALL, f"--run_dir={run_dir}", "--dry_run", "--optimizer=adam", "--learning_rate=1"
+        )
+        self.assertEqual(code, 0, err)
+        self.assertEmpty(list(self.dir.iterdir()))
+        weights = 4 * (models.get("alexnet_small", num_classes=10, input_shape=(16, 16, 1)).count_params()) / 2**20
+        self.assertIn(f"weights per device      {weights:,.1f} MiB", out)
+        for line in (
+            r"rate, peak +1 at update 1",
+            r"rate, last .* at update 30",
+            r"optimizer per device +0\.8 MiB",
+            r"37 images once each, 11 places of padding in 3 batches",
+            r"16 images in .* s, with compiling",
+            r"the same bits",
+            r"dry run passed; nothing was written",
+        ):
+            self.assertRegex(out, line)
+
+        with self.subTest("a disk that is too small"):
+            full = shutil.disk_usage(self.dir)._replace(free=10**6)
+            with unittest.mock.patch.object(shutil, "disk_usage", lambda _: full):
+                code, _, err = self.train(*SMALL, f"--run_dir={run_dir}", "--dry_run")
+            self.assertEqual(code, 2)
+            self.assertRegex(err, "1 MiB free, and --keep_checkpoints=3 needs 4 MiB")
+
+    def test_a_full_disk_ends_with_a_message(self):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        with unittest.mock.patch.object(np, "savez", full):
+            code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/r")
+        self.assertEqual(code, 6, err)
+        self.assertIn("No space left on device", err)
+        self.assertNotIn("Traceback", err)
 
     def test_two_signals_end_a_process_at_once(self):
         """Even while Python waits for a long call: the first is noted, the second does not wait."""

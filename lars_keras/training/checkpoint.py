@@ -74,14 +74,14 @@ class CheckpointFolder:
             writing.result()
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is undamaged, or None. Each damaged one is named in a warning."""
+        """The newest checkpoint that is undamaged, or None. Each damaged one is named in the log."""
         with contextlib.suppress(OSError):
             self.wait()
         for path in self._paths():
             try:
                 return _read(path)
-            except (ValueError, OSError) as e:
-                logging.warning("checkpoint %s is left out: %s", path, e)
+            except Exception as e:  # whatever the libraries make of a file that is none of ours
+                logging.error("checkpoint %s is left out: %s", path, e)
         return None
 
     def _paths(self) -> list[Path]:
