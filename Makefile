@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo test test-all test-tpu-wheel lint lock clean
+.PHONY: help setup demo test test-all test-tpu-wheel prove-resume lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-all  run them over the whole of every table; takes about twice as long"
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
+	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; a quarter of an hour"
 	@echo "make lint    check style, format and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-tpu, caches and build output"
@@ -54,6 +55,9 @@ test-tpu-wheel: setup
 	.venv-tpu/bin/python $(PIP) --no-deps --require-hashes -r requirements/tpu.txt; \
 	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .; \
 	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope
+
+prove-resume: setup
+	$(BIN)/python -m tests.kill_and_resume --kills=20 --steps=200 --out=docs/resume.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """A run that is interrupted, preempted or thrown back ends as the run that was not."""
 
+import os
 import pathlib
+import signal
 import tempfile
+import time
 
 import keras
 import numpy as np
@@ -13,8 +16,9 @@ from lars_keras.data import ArrayData
 from lars_keras.data.augment import pad_crop_flip
 from lars_keras.training import Trainer
 from lars_keras.training.checkpoint import CheckpointFolder, Every
-from lars_keras.training.errors import Diverged
+from lars_keras.training.errors import Diverged, Preempted
 from lars_keras.training.guard import Guard
+from lars_keras.training.preemption import SIGNALS, StopOnSignal
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
 from tests import kill_and_resume
 from tests import step_cases as cases
@@ -293,6 +297,28 @@ class GuardTest(tf.test.TestCase):
             [[1e-4] * 4] * 21 + [[0.9] * 4] + [bad], [fine] * 23, "not finite in update 23"
         )  # shorter than the weights
         check([fine, fine, fine], [fine, long, fine], "Update 2 made the weights of .*a/bias 101 times as long")
+
+
+class KerasFitTest(tf.test.TestCase):
+    def test_callbacks_in_keras_own_fit(self):
+        x, y = np.ones((64, 3), "f4"), np.ones((64, 1), "f4")
+
+        def fit(loss, *callbacks):
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+            model.compile("sgd", loss)
+            model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+
+        fit("mse", Guard())
+        with self.assertRaisesRegex(Diverged, "loss is nan in update 1"):
+            fit(lambda y, p: keras.ops.sum(p) * float("nan"), Guard())
+        signal_at_3 = keras.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs: os.kill(os.getpid(), signal.SIGINT) if batch == 3 else None,
+            on_train_batch_end=lambda batch, logs: time.sleep(0.3) if batch == 3 else None,
+        )
+        handlers = [signal.getsignal(number) for number in SIGNALS]
+        with self.assertRaisesRegex(Preempted, "stopped after update 4"), StopOnSignal() as stop:
+            fit("mse", signal_at_3, stop)
+        self.assertEqual([signal.getsignal(number) for number in SIGNALS], handlers)
 
 
 class KillTest(tf.test.TestCase):

@@ -18,7 +18,7 @@ from absl.testing import parameterized
 import models
 from lars_keras import LARS
 from lars_keras.data.prepare import prepare
-from lars_keras.training.errors import EXIT_WORKER_LOST, UsageError
+from lars_keras.training.errors import EXIT_PREEMPTED, EXIT_WORKER_LOST, UsageError
 from lars_keras.training.strategy import make_strategy
 from lars_keras.training.tensorflow_engine import TensorFlowEngine
 from tests import step_cases as cases
@@ -127,15 +127,38 @@ class WorkersTest(tf.test.TestCase):
         for key in ("loss", "top1", "top5"):
             self.assertAllClose(*(r[key] for r in results), rtol=1e-5)
 
+    @pytest.mark.slow
+    def test_a_signal_to_one_worker_saves_and_stops_both(self):
+        command = [*self.command, "--strategy=multi_worker", f"--run_dir={self.dir}/run"]
+        two = workers.start(2, [*command, "--steps=40"])
+        try:
+            self.wait_for_an_update(two[0], self.dir / "run")
+            two[1].send_signal(signal.SIGTERM)
+            outputs = [p.communicate(timeout=120)[0] for p in two]
+        finally:
+            for process in two:
+                process.kill()
+                process.communicate()
+        for process, output in zip(two, outputs, strict=True):
+            self.assertEqual(process.returncode, EXIT_PREEMPTED, output)
+            self.assertIn("saved; start it again", output)
+        again = workers.start(2, command)
+        outputs = workers.wait(again)
+        self.assertEqual([p.returncode for p in again], [0, 0], outputs)
+        self.assertRegex(outputs[0], "went on after update [1-9]")
+
+    def wait_for_an_update(self, process, run_dir):
+        deadline = time.monotonic() + 240
+        while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
+            self.assertLess(time.monotonic(), deadline, "no update was logged")
+            self.assertIsNone(process.poll())
+            time.sleep(0.5)
+
     def test_a_killed_worker_stops_the_other(self):
         run_dir = self.dir / "run"
         two = workers.start(2, [*self.command, "--epochs=1000", "--strategy=multi_worker", f"--run_dir={run_dir}"])
         try:
-            deadline = time.monotonic() + 240
-            while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
-                self.assertLess(time.monotonic(), deadline, "no update was logged")
-                self.assertIsNone(two[0].poll())
-                time.sleep(0.5)
+            self.wait_for_an_update(two[0], run_dir)
             two[1].send_signal(signal.SIGKILL)
             output = two[0].communicate(timeout=120)[0]
         finally:
