@@ -122,7 +122,7 @@ def main(config: flags.RunConfig) -> None:
     chief = is_chief(strategy)  # of several workers, one prints and writes
     rate = plan.rates(model.optimizer, total_updates)
     warnings = plan.warnings(config, model, data, rate)
-    text = plan.text(config, data, trainer, rate, warmup_updates, run_dir, warnings + notes)
+    text = plan.text(config, data, trainer, rate, warmup_updates, run_dir, warnings, notes)
     if config.dry_run:
         print(text)
         with usage_errors():
@@ -135,7 +135,7 @@ def main(config: flags.RunConfig) -> None:
     # ---- Training
     started = time.perf_counter()
     progress, log = Progress(), MetricsLog(run_dir)
-    for note in notes:
+    for note in notes if chief else ():
         log.note(trainer.position.update, note)
 
     def on_rollback(rollback: dict[str, Any]) -> None:
@@ -147,24 +147,30 @@ def main(config: flags.RunConfig) -> None:
         data.bad_images.save(run_dir / "bad_images.json")
         log.note(update, f"left out an image that cannot be read, {where}: {reason}")
 
-    with StopOnSignal() as stop:
-        history = fit_and_survive(
-            train_feed,
-            SaveCheckpoints(trainer, folder, Every(config.checkpoint_updates, config.checkpoint_minutes), about),
-            max_rollbacks=config.max_rollbacks,
-            on_rollback=on_rollback if chief else lambda rollback: None,
-            epochs=total_updates / steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-            validation_data=test_feed,
-            validation_freq=config.eval_every,
-            callbacks=[
-                Guard(trainer),
-                *([progress, log] if chief else []),
-                BoundBadImages(data.bad_images, config.max_bad_images, on_bad_image if chief else lambda *_: None),
-                stop,
-            ],
-            verbose=0,
-        )
+    save = SaveCheckpoints(trainer, folder, Every(config.checkpoint_updates, config.checkpoint_minutes), about)
+    try:
+        with StopOnSignal() as stop:
+            history = fit_and_survive(
+                train_feed,
+                save,
+                max_rollbacks=config.max_rollbacks,
+                on_rollback=on_rollback if chief else lambda rollback: None,
+                epochs=total_updates / steps_per_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_data=test_feed,
+                validation_freq=config.eval_every,
+                callbacks=[
+                    Guard(trainer),
+                    *([progress, log] if chief else []),
+                    BoundBadImages(data.bad_images, config.max_bad_images, on_bad_image if chief else lambda *_: None),
+                    stop,
+                ],
+                verbose=0,
+            )
+    except (Diverged, TooManyBadImages):
+        if chief:
+            print(f"report: {write_report(run_dir)}", flush=True)
+        raise
 
     # ---- Results: the last evaluation came after the last update.
     if not chief:

@@ -57,6 +57,7 @@ def text(
     warmup_updates: int,
     run_dir: Path,
     found: list[str],
+    notes: list[str],
 ) -> str:
     """The plan as it is printed before the first step."""
     model, total = trainer.model, len(rate)
@@ -80,6 +81,7 @@ def text(
         ),
         ("evaluation", f"every {_count(config.eval_every, 'epoch')}, all {data.num_test:,} test images once each"),
         ("results", f"{run_dir}/"),
+        *(("resumed", note) for note in notes),
     ]
     lines = [f"  {name:<11}{value}" for name, value in rows]
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)

@@ -141,6 +141,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
     def test_divergence(self):
         code, _, err = self.train(*SMALL, "--learning_rate=1e30", f"--run_dir={self.dir}/r")
         self.assertEqual(code, 3)
+        self.assertIn("went back to update 0", (self.dir / "r/report.html").read_text())
         self.assertRegex(err, "train.py: The .* is not finite in update [1-5]")
 
     def test_resume(self):
