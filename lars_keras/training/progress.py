@@ -230,6 +230,7 @@ class MetricsLog(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         for writer in self._writers.values():
             writer.close()
+        self._writers = {}
 
     def note(self, update: int, text: str) -> None:
         """Adds a line of text, once, as of an update; it is shown in the report."""
