@@ -20,7 +20,7 @@ def _flag(default: Any, kind: str, text: str, free: bool = False, **options: Any
     return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "free": free, "options": options})
 
 
-def _choice(default: str, values: Sequence[str], text: str, free: bool = False) -> Any:
+def _choice(default: str | None, values: Sequence[str], text: str, free: bool = False) -> Any:
     return _flag(default, "enum", text, free, enum_values=list(values))
 
 
@@ -48,9 +48,23 @@ class RunConfig:
     model: str = _choice("alexnet_small", models.names(), "Network.")
     dataset: str = _choice("digits", data.NAMES, "Data set.")
     data_dir: str | None = _text(
-        None, "Folder of the prepared data sets. Default: that of tensorflow-datasets.", free=True
+        None,
+        "Folder of the prepared data sets, or for --dataset=folder that of train/CLASS/ and val/CLASS/. Default: that "
+        "of tensorflow-datasets.",
+        free=True,
     )
-    image_size: int | None = _whole(None, "Height and width in pixels, for imagenet2012. Default: the model's.", low=8)
+    image_size: int | None = _whole(
+        None, "Height and width in pixels, for imagenet2012 and folder. Default: the model's.", low=8
+    )
+    augment: str | None = _choice(
+        None,
+        data.AUGMENTS,
+        "What happens to training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
+    )
+    cache: str = _choice(
+        "none", data.CACHES, "Hold the image files in memory, or copies of them in --cache_dir.", free=True
+    )
+    cache_dir: str | None = _text(None, "Folder of --cache=disk. Default: ~/.cache/lars_keras.", free=True)
     run_dir: str | None = _text(
         None,
         "Folder for all results; an unfinished run in it goes on, with its own flags. Default: runs/<time>-<names>.",
@@ -133,6 +147,13 @@ class RunConfig:
                 "--microbatch_size must divide --batch_size. "
                 f"Received: --microbatch_size={self.microbatch_size} --batch_size={self.batch_size}"
             )
+        if self.augment in data.MIXES and (self.microbatch_size or self.batch_size) % 2:
+            raise ValueError(
+                f"--augment={self.augment} mixes two and two images: the micro-batch must be even. "
+                f"Received: --microbatch_size={self.microbatch_size} --batch_size={self.batch_size}"
+            )
+        if self.cache_dir and self.cache != "disk":
+            raise ValueError(f"--cache_dir goes with --cache=disk. Received: --cache={self.cache}")
         if self.steps is None and self.epochs == 0:
             raise ValueError("--epochs must be above 0. Received: --epochs=0")
         if self.eval_only and not self.run_dir:

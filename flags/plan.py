@@ -66,6 +66,7 @@ def text(
     peak = int(rate.argmax())
     rows = [
         ("data", f"{config.dataset}: {data.description}"),
+        ("input", _input(trainer, data)),
         ("model", f"{config.model}, {model.count_params():,} parameters, {config.precision}"),
         (
             "batch",
@@ -100,6 +101,12 @@ def scores(values: dict[str, float]) -> str:
         f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
         f"n={values['n']:.0f}, each test image once"
     )
+
+
+def _input(trainer: Trainer, data: ImageData) -> str:
+    ahead = 4 * trainer.replicas * trainer.microbatch_size  # two batches in the making, two ready
+    size = ahead * math.prod(data.image_shape) / 1e6
+    return f"augment: {data.augment}; {data.reading}; up to {ahead:,} images ahead ({size:,.0f} MB)"
 
 
 def _optimizer(config: RunConfig) -> str:

@@ -118,6 +118,7 @@ def _tiles(results: dict[str, Any], updates: Rows, evals: Rows) -> str:
         ("Updates", _number(work.get("updates"), ",.0f")),
         ("Training time", _duration(work.get("seconds"))),
         ("Images/s", _number(work.get("images_per_second"), ",.0f")),
+        ("Waiting for data", _number(work.get("data_wait"), ".1%")),
     ]
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles)
     if score:

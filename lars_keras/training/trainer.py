@@ -115,7 +115,8 @@ class Trainer:
             validation_data: as for `evaluate`, scored at the end of epochs.
             validation_freq: epochs between evaluations; the end of the run is always evaluated.
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
-                whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`.
+                whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
+                and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
             verbose: 0 for silence, else a progress bar.
 
         Returns:
@@ -168,7 +169,8 @@ class Trainer:
                     "step_loss": losses[-1],
                     "learning_rate": rates[-1],
                 }
-                callback_list.on_train_batch_end(position.update - 1, position.logs)
+                # Not part of the position: a resumed run waits otherwise.
+                callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": engine.data_wait})
             logs = position.logs
             if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
                 with engine.averaged_weights():
