@@ -96,7 +96,7 @@ class Run:
     def go(self, stop_after=None, callbacks=(), **options):
         def note(kind):
             def callback(index, logs):
-                self.logs[kind, index] = dict(logs)
+                self.logs[kind, index] = {k: v for k, v in logs.items() if k != "data_wait"}  # time differs
                 if kind == "update" and index + 1 == stop_after:
                     raise KeyboardInterrupt
 
