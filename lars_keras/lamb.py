@@ -26,8 +26,8 @@ class LAMB(LayerwiseOptimizer):
     The ratio is 1 where either norm is 0. Arithmetic and norms are float32 whatever the variable's dtype (float64 for
     float64 variables); what is stored has the variable's dtype.
 
-    Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to `optax.lamb`.
-    `keras.optimizers.Lamb` subtracts the decay outside the ratio.
+    Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to
+    `optax.lamb`. `keras.optimizers.Lamb` subtracts the decay outside the ratio.
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
@@ -98,7 +98,7 @@ class LAMB(LayerwiseOptimizer):
 
         ratio = ops.ones_like(lr)
         if role.adapt:
-            ratio = trust_ratio(l2_norm(w), l2_norm(r(*recomputed(m, v, w))))
+            ratio = trust_ratio(l2_norm(w), l2_norm(r(*recomputed(m, v, w)), computed=True))
             ratio = ops.minimum(ratio, 1.0) if self.trust_clip else ratio
         return w - lr * ratio * r(m, v, w), (m, v), ratio
 

@@ -1,7 +1,7 @@
-"""Runs an optimizer's whole update as one compiled program, with nothing else than the optimizer's own rule in it.
+"""Runs an optimizer's whole update as one compiled program, made of the optimizer's own rule.
 
-Operation by operation, an update reads and writes every weight many times. Compiled, it reads weights and gradients once
-for the norms and once for the step, and the new weights take the place of the old.
+Operation by operation, an update reads and writes every weight many times. Compiled, it reads weights and gradients
+once for the norms and once for the step, and the new weights take the place of the old.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import keras
 
 Tensor = Any
 # Of one variable: gradient, weights, slots, what is fixed about it, the scalars of the update, whether to measure it.
-Step = Callable[[Tensor, Any, Sequence[Any], Any, Sequence[Tensor], bool], list[Tensor]]
+Step = Callable[..., list[Tensor]]
 
 _tracing = contextvars.ContextVar("tracing", default=False)
 

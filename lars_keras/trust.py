@@ -9,35 +9,38 @@ from lars_keras import program
 
 Tensor = Any  # a tensor of whichever backend Keras runs
 
-ROWS, LANES = 32, 8
 
-
-def l2_norm(x: Tensor) -> Tensor:
+def l2_norm(x: Tensor, computed: bool = False) -> Tensor:
     """L2 norm over all elements of `x`, a scalar of the dtype of `x`.
 
     Callers pass float32 (or float64): in float16 the squares overflow above 256 and vanish below 2e-4.
+
+    Args:
+        x: any shape.
+        computed: `x` is an expression that costs more than reading a tensor; no other value comes of it.
     """
-    return ops.sqrt(_sum_of_squares(x))
+    return ops.sqrt(_sum_of_squares(x, *((1, 16) if computed else (8, 16))))
 
 
-def _sum_of_squares(x: Tensor, rows: int = ROWS) -> Tensor:
+def _sum_of_squares(x: Tensor, streams: int, rows: int, lanes: int = 8) -> Tensor:
     """In one pass over `x`, without a copy of its squares.
 
-    XLA may not reassociate a sum of floats. TensorFlow's, on a CPU, then either stores all squares or adds them one by
-    one, five times slower than memory. But it unrolls a short sum along a middle axis and runs over the last one in
-    vector registers. So `rows` neighbouring vectors of `LANES` are added first, and those sums, of the `rows`-th part
-    of the size, after that. It is also the more exact order. Other compilers do as much by themselves.
+    XLA may not reassociate a sum of floats. TensorFlow's, on a CPU, then either stores all the squares or adds them one
+    by one, at a fifth of the speed of memory. But it unrolls short sums and runs along the last axis in vector
+    registers. So vectors of `lanes` are added first, `rows` that are neighbours in each of `streams` places, and then
+    those sums, which are `streams * rows` times fewer. It is also the more exact order. A longer expression is unrolled
+    less. Other compilers do as much by themselves.
     """
     if keras.backend.backend() != "tensorflow" or program.has_accelerator():
         return ops.sum(ops.square(x))
     x = ops.reshape(x, (-1,))
     size = x.shape[0]
-    head = size - size % (rows * LANES)
+    head = size - size % (streams * rows * lanes)
     total = ops.sum(ops.square(x[head:]))
-    if not head:
-        return total
-    partial = ops.sum(ops.square(ops.reshape(x[:head], (-1, rows, LANES))), axis=1)
-    return ops.sum(ops.abs(partial)) + total  # abs, which changes nothing, keeps XLA from merging the two sums
+    if head:
+        partial = ops.sum(ops.square(ops.reshape(x[:head], (streams, -1, rows, lanes))), axis=(0, 2))
+        total = total + ops.sum(ops.abs(partial))  # abs, which changes nothing, keeps XLA from merging the two sums
+    return total
 
 
 def trust_ratio(
