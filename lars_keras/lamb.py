@@ -1,5 +1,6 @@
 """Layer-wise adaptive moments for large batches (LAMB)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ class LAMB(LayerwiseOptimizer):
         b = self.weight_decay if role.decay else 0.0
         m = self.beta_1 * m + (1 - self.beta_1) * g
         v = self.beta_2 * v + (1 - self.beta_2) * ops.square(g)
-        c1, c2 = (1 - beta**t if self.bias_correction else 1.0 for beta in (self.beta_1, self.beta_2))
+        c1, c2 = self._correction(self.beta_1, t), self._correction(self.beta_2, t)
 
         def r(m: Tensor, v: Tensor, w: Tensor) -> Tensor:
             return m / c1 / (ops.sqrt(v / c2) + self.epsilon) + b * w
@@ -101,6 +102,10 @@ class LAMB(LayerwiseOptimizer):
             ratio = trust_ratio(l2_norm(w), l2_norm(r(*recomputed(m, v, w)), computed=True))
             ratio = ops.minimum(ratio, 1.0) if self.trust_clip else ratio
         return w - lr * ratio * r(m, v, w), (m, v), ratio
+
+    def _correction(self, beta: float, t: Tensor) -> Tensor | float:
+        """`1 - beta^t`, of which a subtraction in float32 would leave four digits for beta_2 at first."""
+        return -ops.expm1(t * math.log(beta)) if self.bias_correction and beta else 1.0
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {
