@@ -1,6 +1,7 @@
 """What one update of the optimizer costs, against other optimizers and against the memory's speed.
 
     python -m benchmarks.optimizer_step --out=optimizer_step.json --plot=optimizer_step.svg
+    python -m benchmarks.optimizer_step --step_batch=64 --out=optimizer_training_step.json
     KERAS_BACKEND=jax python -m benchmarks.optimizer_step --out=optimizer_step_jax.json      # on a GPU, too
 
 Contenders take turns, one update each, in an order that changes from round to round, so that all see the same noise;
@@ -19,6 +20,7 @@ import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -262,6 +264,49 @@ def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int) -> dict[
     return {"parameters": parameters, "variables": len(shapes), "dtype": dtype, "bandwidth": bandwidth, "rows": rows}
 
 
+def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
+    """Times whole training steps of `alexnet_bn` through `Trainer`, as train.py takes them, on TensorFlow."""
+    import tensorflow as tf
+
+    from lars_keras.training import Trainer
+    from lars_keras.training.progress import MetricsLog
+    from lars_keras.training.telemetry import LayerTelemetry
+
+    size = models.default_image_size("alexnet_bn")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch_size, size, size, 3), "uint8")
+    labels = np.eye(1000, dtype="float32")[rng.integers(0, 1000, batch_size)]
+    data = tf.data.Dataset.from_tensors((images, labels)).repeat()
+
+    def runner(name: str, optimizer: keras.optimizers.Optimizer, telemetry: bool = False) -> Contender:
+        model = models.get("alexnet_bn", num_classes=1000, input_shape=(size, size, 3), seed=0)
+        model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+        trainer = Trainer(model, batch_size=batch_size, layer_norms=True, layer_ratios=telemetry)
+        log = MetricsLog(tempfile.mkdtemp())
+        callbacks = [log, LayerTelemetry(trainer, log, every=1)] if telemetry else [log]
+        return Contender(
+            name, "trainer", "", lambda: trainer.fit(data, steps_per_epoch=1, verbose=0, callbacks=callbacks)
+        )
+
+    runners = [
+        runner("Keras SGD+momentum", keras.optimizers.SGD(1e-6, momentum=0.9)),
+        runner("LARS (ours)", LARS(1e-3)),
+        runner("LARS (ours), telemetry of every update", LARS(1e-3), telemetry=True),
+    ]
+    times = take_turns(runners, rounds)
+    medians = [statistics.median(seconds) for seconds in times]
+    # Of each round, because the noise of a round is common to its steps.
+    ratios = {
+        "lars_over_sgd": statistics.median(b / a for a, b in zip(times[0], times[1], strict=True)),
+        "telemetry_over_none": statistics.median(c / b for b, c in zip(times[1], times[2], strict=True)),
+    }
+    names = [r.name for r in runners]
+    return {
+        "batch_size": batch_size,
+        "milliseconds": {n: 1e3 * m for n, m in zip(names, medians, strict=True)},
+    } | ratios
+
+
 def table(network: str, result: dict[str, Any]) -> str:
     """The measurement as text."""
     lines = [
@@ -318,6 +363,7 @@ def main() -> None:
     parser.add_argument("--networks", default="alexnet,resnet50")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--step_batch", type=int, help="time training steps of alexnet_bn at this batch size instead")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--plot", help="picture of the results, .svg or .png")
     args = parser.parse_args()
@@ -329,8 +375,11 @@ def main() -> None:
         "versions": versions(),
     }
     print(json.dumps(about))
-    results = {}
-    for network in args.networks.split(","):
+    results: dict[str, Any] = {}
+    if args.step_batch:
+        results["training step of alexnet_bn"] = measure_steps(args.step_batch, args.rounds)
+        print(json.dumps(results, indent=1))
+    for network in args.networks.split(",") if not args.step_batch else ():
         for dtype in args.dtypes.split(","):
             result = measure(shapes_of(network), dtype, args.rounds)
             results[f"{network}, {dtype}"] = result
@@ -338,9 +387,9 @@ def main() -> None:
             gc.collect()
     if args.out:
         with open(args.out, "w") as f:
-            json.dump(about | {"results": results}, f, indent=1)
+            json.dump(about | {"load_after": os.getloadavg()[0], "results": results}, f, indent=1)
             f.write("\n")
-    if args.plot:
+    if args.plot and not args.step_batch:
         plot(results, args.plot)
 
 

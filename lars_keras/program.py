@@ -79,25 +79,25 @@ class CompiledUpdate:
             What `step` returns of the variables, in their order.
         """
 
-        def loop(gradients: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
+        def loop(gradients: Any, variables: Any, slots: Any, scalars: Any) -> list[Tensor]:
             outputs = []
-            for gradient, *rest in zip(gradients, variables, slots, roles, strict=True):
-                outputs += self._step(gradient, *rest, scalars, measure)
+            for gradient, *of_variable in zip(gradients, variables, slots, roles, strict=True):
+                outputs += self._step(gradient, *of_variable, scalars, measure)
             return outputs
 
         if keras.backend.backend() != "tensorflow":
-            return loop(gradients, scalars)
+            return loop(gradients, variables, slots, scalars)
         import tensorflow as tf
 
-        variables, slots = [_local(v) for v in variables], [[_local(s) for s in of_one] for of_one in slots]
-        if not _can_compile(gradients, variables):
-            return loop(gradients, scalars)
-        key = (measure, *map(id, variables))
+        local, local_slots = [_local(v) for v in variables], [[_local(s) for s in of_one] for of_one in slots]
+        if not _can_compile(gradients, local):
+            return loop(gradients, variables, slots, scalars)
+        key = (measure, *map(id, local))
         if key not in self._programs:
 
-            def program(gradients: Sequence[Tensor], scalars: Sequence[Tensor]) -> list[Tensor]:
+            def program(gradients: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
                 with _compiling():
-                    return loop(gradients, scalars)
+                    return loop(gradients, local, local_slots, scalars)
 
             self._programs[key] = tf.function(program, jit_compile=True, autograph=False)
         return self._programs[key](list(gradients), [tf.convert_to_tensor(s) for s in scalars])
