@@ -36,6 +36,7 @@ from lars_keras import LAMB, LARS
 
 BACKEND = keras.backend.backend()
 NETWORKS = {"alexnet": "alexnet_bn", "resnet50": "resnet50"}
+MODES = ("xla", "jit", "graph", "eager")
 # Bytes per parameter of float32: reads of two norms, then gradient, weights and slots in, weights and slots out.
 TRAFFIC = {"sgd": 20, "lars": 28, "lamb": 40}
 
@@ -76,21 +77,22 @@ def keras_optimizers() -> dict[str, tuple[str, keras.optimizers.Optimizer]]:
     """By name: which rule it is, and the optimizer."""
     return {
         "Keras SGD+momentum": ("sgd", keras.optimizers.SGD(1e-6, momentum=0.9)),
-        "LARS (ours)": ("lars", LARS(1e-3)),
-        "straightforward LARS": ("lars", StraightforwardLARS(1e-3, momentum=0.9)),
+        "LARS (ours)": ("lars", LARS(1.0)),
+        "straightforward LARS": ("lars", StraightforwardLARS(1.0, momentum=0.9)),
         "LAMB (ours)": ("lamb", LAMB(1e-6)),
         "Keras Lamb": ("lamb", keras.optimizers.Lamb(1e-6)),
     }
 
 
-def contenders(shapes: Sequence[tuple[int, ...]], dtype: str) -> list[Contender]:
-    """All that can run here, on the same gradients."""
+def contenders(shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[str] = MODES) -> list[Contender]:
+    """All that can run here, in the modes asked for, on the same gradients."""
     rng = np.random.default_rng(0)
     weights = [0.02 * rng.standard_normal(s, "float32") for s in shapes]
     gradients = [0.01 * rng.standard_normal(s, "float32") for s in shapes]
     found = tensorflow_contenders(weights, gradients, dtype) if BACKEND == "tensorflow" else []
     found += jax_contenders(weights, gradients, dtype)
-    return found + torch_contenders(weights, gradients, dtype)
+    found += torch_contenders(weights, gradients, dtype)
+    return [c for c in found if c.mode in modes]
 
 
 def tensorflow_contenders(weights: list, gradients: list, dtype: str) -> list[Contender]:
@@ -238,10 +240,10 @@ def _status_bytes(key: str) -> int:
         return next(1024 * int(line.split()[1]) for line in f if line.startswith(key + ":"))
 
 
-def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int) -> dict[str, Any]:
+def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int, modes: Sequence[str] = MODES) -> dict[str, Any]:
     """Times every contender on variables of `shapes`."""
     parameters = sum(map(math.prod, shapes))
-    runners = [bandwidth_probe(parameters), *contenders(shapes, dtype)]
+    runners = [bandwidth_probe(parameters), *contenders(shapes, dtype, modes)]
     (memory, *rest) = take_turns(runners, rounds)
     bandwidth = 12 * parameters / statistics.median(memory)
     size = 2 if dtype in ("bfloat16", "float16") else 4
@@ -290,7 +292,7 @@ def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
 
     runners = [
         runner("Keras SGD+momentum", keras.optimizers.SGD(1e-6, momentum=0.9)),
-        runner("LARS (ours)", LARS(1e-3)),
+        runner("LARS (ours)", LARS(1.0)),
         runner("LARS (ours), telemetry of every update", LARS(1e-3), telemetry=True),
     ]
     times = take_turns(runners, rounds)
@@ -362,6 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default="alexnet,resnet50")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--modes", default=",".join(MODES), help="of which xla or jit, the base of the ratios, is one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--step_batch", type=int, help="time training steps of alexnet_bn at this batch size instead")
     parser.add_argument("--out", help="JSON file for the results")
@@ -381,7 +384,7 @@ def main() -> None:
         print(json.dumps(results, indent=1))
     for network in args.networks.split(",") if not args.step_batch else ():
         for dtype in args.dtypes.split(","):
-            result = measure(shapes_of(network), dtype, args.rounds)
+            result = measure(shapes_of(network), dtype, args.rounds, args.modes.split(","))
             results[f"{network}, {dtype}"] = result
             print(table(network, result), flush=True)
             gc.collect()
