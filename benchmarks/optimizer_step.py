@@ -293,7 +293,7 @@ def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
     runners = [
         runner("Keras SGD+momentum", keras.optimizers.SGD(1e-6, momentum=0.9)),
         runner("LARS (ours)", LARS(1.0)),
-        runner("LARS (ours), telemetry of every update", LARS(1e-3), telemetry=True),
+        runner("LARS (ours), telemetry of every update", LARS(1.0), telemetry=True),
     ]
     times = take_turns(runners, rounds)
     medians = [statistics.median(seconds) for seconds in times]
@@ -379,20 +379,26 @@ def main() -> None:
     }
     print(json.dumps(about))
     results: dict[str, Any] = {}
+
+    def keep() -> None:  # after each measurement, so that a run that is stopped has those before
+        if args.out:
+            with open(args.out, "w") as f:
+                json.dump(about | {"load_after": os.getloadavg()[0], "results": results}, f, indent=1)
+                f.write("\n")
+
     if args.step_batch:
         results["training step of alexnet_bn"] = measure_steps(args.step_batch, args.rounds)
         print(json.dumps(results, indent=1))
-    for network in args.networks.split(",") if not args.step_batch else ():
+        keep()
+        return
+    for network in args.networks.split(","):
         for dtype in args.dtypes.split(","):
             result = measure(shapes_of(network), dtype, args.rounds, args.modes.split(","))
             results[f"{network}, {dtype}"] = result
             print(table(network, result), flush=True)
+            keep()
             gc.collect()
-    if args.out:
-        with open(args.out, "w") as f:
-            json.dump(about | {"load_after": os.getloadavg()[0], "results": results}, f, indent=1)
-            f.write("\n")
-    if args.plot and not args.step_batch:
+    if args.plot:
         plot(results, args.plot)
 
 
