@@ -49,6 +49,7 @@ from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
 from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy
+from lars_keras.training.telemetry import LayerTelemetry
 
 
 def main(config: flags.RunConfig) -> None:
@@ -106,6 +107,7 @@ def main(config: flags.RunConfig) -> None:
             updates_per_call=config.updates_per_call,
             jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
             layer_norms=True,
+            layer_ratios=config.telemetry_every > 0,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
 
@@ -166,6 +168,11 @@ def main(config: flags.RunConfig) -> None:
                 validation_data=test_feed,
                 validation_freq=config.eval_every,
                 callbacks=[
+                    *(
+                        [LayerTelemetry(trainer, log, config.telemetry_every)]
+                        if chief and config.telemetry_every
+                        else []
+                    ),
                     Guard(trainer),
                     *([progress, log] if chief else []),
                     BoundBadImages(data.bad_images, config.max_bad_images, on_bad_image if chief else lambda *_: None),

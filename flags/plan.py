@@ -10,6 +10,7 @@ from flags.config import RunConfig
 from lars_keras import recipes
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
+from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.training.trainer import Trainer
 
 
@@ -90,6 +91,7 @@ def text(
         steps = relative_steps(config, rate)
         step = f"up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
         lines.insert(6, f"  {'step':<11}{step}")
+    if isinstance(optimizer, LayerwiseOptimizer):
         lines += ["", *_layers(optimizer)]
     lines += [f"WARNING: {warning}" for warning in found]
     return "\n".join(lines)
@@ -119,7 +121,7 @@ def _optimizer(config: RunConfig) -> str:
     )
 
 
-def _layers(optimizer: LARS) -> list[str]:
+def _layers(optimizer: LayerwiseOptimizer) -> list[str]:
     plan = optimizer.layer_plan()
     width = max(len(role.path) for role in plan)
     lines = [f"  {'variable':<{width}}  {'shape':<18} adapted  decayed  rate x"]

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -191,8 +191,8 @@ class MetricsLog(keras.callbacks.Callback):
 
         {"event": "note", "update": 18, "text": "..."}
 
-    Accuracies are fractions. A value that is not finite is null. What was logged beyond the update at which a resumed
-    run starts is dropped, so no update comes twice.
+    and, if asked for, the lines of `lars_keras.training.telemetry`. Accuracies are fractions. What is not finite
+    is null. What was logged beyond the update at which a resumed run starts is dropped, so no update comes twice.
 
     Args:
         run_dir: existing folder of the run.
@@ -253,6 +253,16 @@ class MetricsLog(keras.callbacks.Callback):
         event = {"event": "note", "update": update, "text": text}
         if event not in read_metrics(self._path):
             self._append(event)
+
+    def layers(self, update: int, paths: Sequence[str], values: dict[str, Any]) -> None:
+        """Adds a line with one number for each variable, by the name of what is measured; see `LayerTelemetry`."""
+        rounded = {name: [float(f"{v:.6g}") for v in of_layers] for name, of_layers in values.items()}
+        finite = {name: [v if math.isfinite(v) else None for v in row] for name, row in rounded.items()}
+        self._append({"event": "layers", "update": update, **finite})
+        for name, row in rounded.items() if "train" in self._writers else ():
+            for path, value in zip(paths, row, strict=True):
+                if math.isfinite(value):
+                    self._writers["train"].add_scalar(f"layers/{name}/{path}", value, update)
 
     def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
         epoch = self._finished / self.params["steps_per_epoch"]

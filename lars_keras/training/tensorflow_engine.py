@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
 from lars_keras.training.ghost import GhostBatch
 from lars_keras.training.update import apply_update, check_options, inner_optimizer
@@ -28,6 +29,7 @@ class TensorFlowEngine:
         microbatches: k, passes per update.
         jit_compile: compile the gradient computation with XLA: True, False, or "auto", on a GPU or TPU.
         layer_norms: measure the norms of gradients and weights.
+        layer_ratios: measure the trust ratios and effective rates, where the optimizer has them.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class TensorFlowEngine:
         microbatches: int,
         jit_compile: bool | str,
         layer_norms: bool = False,
+        layer_ratios: bool = False,
     ):
         check_options(model.optimizer)
         self.model = model
@@ -47,6 +50,7 @@ class TensorFlowEngine:
         self.microbatches = microbatches
         self._measure = layer_norms
         self.data_wait = 0.0
+        self._measure_ratios = layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
         if jit_compile == "auto":
             jit_compile = any(d.device_type in ("GPU", "TPU") for d in tf.config.list_logical_devices())
         with self.strategy.scope():
@@ -83,7 +87,7 @@ class TensorFlowEngine:
         """
         losses, rates, metrics, norms, waited = self._train_fn(iterator, tf.constant(updates))
         self.data_wait = float(waited)
-        names = ("gradient", "weight") if self._measure else ()
+        names = ["gradient", "weight"] * self._measure + [*MEASURES] * self._measure_ratios
         return (
             losses.numpy().tolist(),
             rates.numpy().tolist(),
@@ -180,19 +184,19 @@ class TensorFlowEngine:
         sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
         trainable, averaged, _ = self._state()
         gradients, values, loss = sums[: len(trainable)], sums[len(trainable) : -1], sums[-1]
-        taken = apply_update(
-            self.optimizer, [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)], trainable
-        )
+        own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
+        taken, measures = apply_update(self.optimizer, own, trainable, self._measure_ratios)
         for variable, value in zip(averaged, values, strict=True):
             variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.ghost.counters, counters, strict=True):
             variable.assign(value)
-        return loss, taken, self._norms(gradients, trainable, taken)
+        norms = self._norms(gradients, trainable, taken)
+        return loss, taken, tf.concat([norms, tf.transpose(tf.stack(measures))], 0) if measures else norms
 
     def _norms(self, gradients: list[Tensor], variables: list[keras.Variable], taken: Tensor) -> Tensor:
         """Norms of the gradients, 0 if their update is skipped, and of the weights; nothing if not asked for."""
         if not self._measure:
-            return tf.zeros([2, 0])
+            return tf.zeros([0, len(variables)])
         scale = 1.0 / tf.cast(self.optimizer.scale_loss(tf.constant(1.0)), tf.float32)
 
         def norms(tensors: list[Any]) -> Tensor:

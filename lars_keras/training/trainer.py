@@ -53,11 +53,14 @@ class Trainer:
         updates_per_call: updates that run without returning to Python. Callbacks see the last of them.
         jit_compile: compile the gradient computation with XLA. `"auto"`: where there is a GPU or TPU.
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
+        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too.
 
     Attributes:
         position: where the run is; see `Position`.
         layer_norms: of the last host call, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
-            `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update.
+            `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
+            `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
+            as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times the variable's rate.
 
     Raises:
         ValueError: if the model is not compiled, the sizes do not divide, or an option of the model
@@ -73,6 +76,7 @@ class Trainer:
         updates_per_call: int = 1,
         jit_compile: bool | str = "auto",
         layer_norms: bool = False,
+        layer_ratios: bool = False,
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
@@ -85,7 +89,7 @@ class Trainer:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
-        self._measures_norms = layer_norms
+        self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
         self.layer_norms: dict[str, np.ndarray] = {}
         self.position = Position()
         self._resumed = False
@@ -243,6 +247,7 @@ class Trainer:
                 microbatches=self.microbatches,
                 jit_compile=self._jit_compile,
                 layer_norms=self._measures_norms,
+                layer_ratios=self._measures_ratios,
             )
         return self._engine
 
