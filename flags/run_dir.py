@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import keras
 
 from flags.config import RunConfig
 from lars_keras.training.errors import UsageError
+from lars_keras.whole_file import write_whole
 
 _PACKAGES = (
     "lars-keras",
@@ -55,7 +55,7 @@ def write_plan(
     """Creates the folder with `flags.txt`, `config.json` and `plan.txt`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _replace(path / "plan.txt", plan + "\n")
+        write_whole(path / "plan.txt", plan + "\n")
     except OSError as e:
         raise UsageError(f"--run_dir={path} cannot be written: {e.strerror}") from e
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
@@ -65,21 +65,14 @@ def write_plan(
         "warnings": warnings,
         "layer_plan": [dataclasses.asdict(row) for row in rows],
     }
-    _replace(path / "config.json", json.dumps(settings, indent=2) + "\n")
-    _replace(path / "flags.txt", config.as_flags())
+    write_whole(path / "config.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(path / "flags.txt", config.as_flags())
 
 
 def write_results(path: Path, scores: dict[str, float], **measured: Any) -> None:
     """Writes `results.json`: the last scores, what was measured on the way, and the versions of everything."""
     results = {**scores, "n": round(scores["n"]), **measured, "versions": versions()}
-    _replace(path / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file at once: a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

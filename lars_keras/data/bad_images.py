@@ -1,13 +1,14 @@
 """The images of a run that could not be read."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import logging
+
+from lars_keras.whole_file import write_whole
 
 
 class BadImages:
@@ -43,6 +44,4 @@ class BadImages:
         """Writes `found` as JSON."""
         with self._lock:
             text = json.dumps(self.found, indent=2) + "\n"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)

@@ -18,6 +18,8 @@ import keras
 from absl import logging
 from tqdm import tqdm
 
+from lars_keras.whole_file import write_whole
+
 Clock = Callable[[], float]
 
 
@@ -209,9 +211,7 @@ class MetricsLog(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._finished = self.params["first_update"]
         events = [e for e in read_metrics(self._path) if e["update"] <= self._finished]
-        kept = self._path.with_suffix(".tmp")
-        kept.write_text("".join(map(_line, events)), encoding="utf-8")
-        os.replace(kept, self._path)
+        write_whole(self._path, "".join(map(_line, events)))
         self._evaluated = {e["update"] for e in events if e["event"] == "eval"}
         earlier = max((e["seconds"] for e in events if e["event"] == "update"), default=0.0)
         self._began = self._clock() - earlier

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lars_keras.training.charts import GRID, TRAIN, VALIDATION, inline_svg, layer_charts, svg_style
 from lars_keras.training.progress import read_metrics
+from lars_keras.whole_file import write_whole
 
 Rows = list[dict[str, Any]]
 
@@ -74,9 +75,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         status=escape(_status(results, updates)),
         sections="\n".join(filter(None, sections)),
     )
-    path, new = run_dir / "report.html", run_dir / "report.tmp"
-    new.write_text(page, encoding="utf-8")
-    os.replace(new, path)
+    path = run_dir / "report.html"
+    write_whole(path, page)
     return path
 
 
