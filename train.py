@@ -3,6 +3,8 @@
     python train.py --flagfile=flags/demo.flags
     python train.py --flagfile=flags/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
 
+    KERAS_BACKEND=jax python train.py --flagfile=flags/demo.flags
+
 The same --run_dir goes on with a run that was interrupted. All flags: `python train.py --help`. Exit codes: 0 done;
 2 a bad flag, or a device or file that is not there; 3 diverged; 4 another worker is gone; 5 too many images cannot be
 read; 6 the disk took no checkpoint or result; 75 stopped by a signal and saved.
@@ -59,7 +61,9 @@ def main(config: flags.RunConfig) -> None:
         )
 
         # ---- Strategy: first of all, because a TPU must be initialised before any tensor exists.
-        strategy = make_strategy(config.strategy, replicas=config.replicas, tpu=config.tpu)
+        strategy = make_strategy(
+            config.strategy, replicas=config.replicas, tpu=config.tpu, shard_update=config.shard_update
+        )
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.precision)
 
@@ -100,6 +104,7 @@ def main(config: flags.RunConfig) -> None:
             updates_per_call=config.updates_per_call,
             jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
             layer_norms=True,
+            reduce_dtype=config.reduce_dtype,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
 
@@ -109,7 +114,12 @@ def main(config: flags.RunConfig) -> None:
         return
 
     # ---- Where the run is
-    about = {"flags": dataclasses.asdict(config), "replicas": trainer.replicas, "rollbacks": []}
+    about = {
+        "flags": dataclasses.asdict(config),
+        "replicas": trainer.replicas,
+        "backend": keras.backend.backend(),
+        "rollbacks": [],
+    }
     notes = []
     with usage_errors():
         checkpoint = folder.latest()
@@ -213,6 +223,9 @@ def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, tr
     changes = config.changes(before)
     if checkpoint.info["replicas"] != trainer.replicas:
         changes.append(f"replicas: {trainer.replicas}, was {checkpoint.info['replicas']}")
+    backend = checkpoint.info.get("backend", "tensorflow")
+    if backend != keras.backend.backend():
+        changes.append(f"KERAS_BACKEND={keras.backend.backend()}, was {backend}")
     if changes and not config.allow_inexact_resume:
         raise UsageError(
             f"--run_dir={config.run_dir} holds a run that began otherwise: {'; '.join(changes)}. Give it the same "
