@@ -11,23 +11,15 @@ import tensorflow as tf
 from jax.experimental import multihost_utils
 
 from lars_keras.training.errors import UsageError
-from lars_keras.training.jax_step import share_axis
+from lars_keras.training.jax_mesh import in_order, mesh_of, share_sharding
 from lars_keras.training.strategy import workers_of_cluster
-
-AXIS = "batch"
 
 
 class SharedUpdate(keras.distribution.DataParallel):
     """Data parallelism in which each device keeps and updates its share of the weights and of the optimizer's slots."""
 
     def get_variable_layout(self, variable: keras.Variable) -> Any:
-        whole = super().get_variable_layout(variable)
-        axis = share_axis(variable.shape, self.device_mesh.devices.size)
-        if axis is None:
-            return whole
-        axes = [None] * len(variable.shape)
-        axes[axis] = self.device_mesh.axis_names[0]
-        return keras.distribution.TensorLayout(axes, self.device_mesh)
+        return share_sharding(variable.shape, mesh_of(self.device_mesh.backend_mesh.devices.flat))
 
 
 def make_distribution(
@@ -56,9 +48,7 @@ def make_distribution(
         devices = jax.devices()
     else:
         devices = _local_devices(name, replicas)
-    # Those of one process lie side by side: they take consecutive ghost batches.
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-    mesh = keras.distribution.DeviceMesh((len(devices),), [AXIS], np.array(devices))
+    mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], np.array(in_order(devices)))
     distribution = (SharedUpdate if shard_update else keras.distribution.DataParallel)(
         device_mesh=mesh, auto_shard_dataset=False
     )
@@ -87,8 +77,8 @@ def _local_devices(name: str, replicas: int | None) -> list[jax.Device]:
         return devices[:1]
     if name == "mirrored" and replicas is None and len(devices) == 1:
         raise UsageError(
-            f"--strategy=mirrored found one {kind} device. Use --strategy=one, or --replicas=N to try it with N logical "
-            "CPU devices."
+            f"--strategy=mirrored found one {kind} device. Use --strategy=one, or --replicas=N to try it with N "
+            "logical CPU devices."
         )
     if replicas and replicas > len(devices):
         raise UsageError(f"--replicas={replicas} asks for more devices than the {len(devices)} {kind} device(s) found.")
@@ -119,6 +109,6 @@ def _join(workers: list[str]) -> None:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as e:
         raise UsageError(
-            "--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster's workers and this task's "
-            f"type and index, or a cluster that JAX knows: {str(e).splitlines()[0]}"
+            "--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster's workers and this "
+            f"task's type and index, or a cluster that JAX knows: {str(e).splitlines()[0]}"
         ) from e

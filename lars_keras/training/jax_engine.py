@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import tensorflow as tf
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lars_keras.training.feed import Feed, ghost_batches, scoring_examples
 from lars_keras.training.ghost import build_model
-from lars_keras.training.jax_distribution import AXIS, SharedUpdate
+from lars_keras.training.jax_distribution import SharedUpdate
+from lars_keras.training.jax_mesh import mesh_of
 from lars_keras.training.jax_step import JaxStep, inner_optimizer
 from lars_keras.training.update import check_options
 
@@ -55,8 +56,8 @@ class JaxEngine:
             raise ValueError(
                 f"The distribution must be a keras.distribution.DataParallel. Received: {type(distribution).__name__}"
             )
-        self.mesh: Mesh = (
-            distribution.device_mesh.backend_mesh if distribution else Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
+        self.mesh = mesh_of(
+            distribution.device_mesh.backend_mesh.devices.flat if distribution else jax.local_devices()[:1]
         )
         self.model, self.optimizer = model, model.optimizer
         self.replicas = self.mesh.devices.size
@@ -75,7 +76,6 @@ class JaxEngine:
         )
         self.step.check_every_weight_is_used(element_spec)
         self._whole = NamedSharding(self.mesh, PartitionSpec())
-        self._scoring_sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names[0]))
         self._score_fn = jax.jit(self._score)
         self._results_fn = jax.jit(self._results)
         self._whole_fn = jax.jit(lambda values: values, out_shardings=self._whole)
@@ -83,13 +83,13 @@ class JaxEngine:
     # -- training ------------------------------------------------------------------------------
 
     def training_iterator(self, feed: Feed, microbatch_size: int, first_update: int = 0) -> Iterator[Any]:
-        """The batches of `feed` on the devices, from an update on, for `train`: one for each update."""
+        """The batches of `feed` on the devices, from an update on, for `train`: one for each pass."""
         own = ghost_batches(feed, self._input_context(), microbatch_size, self.microbatches, first_update)
         numpy = own.as_numpy_iterator()
-        count = self.microbatches * self._local_replicas()
+        count = len(self.mesh.local_devices)
 
         def batch() -> Any:
-            return self._on_devices(_stacked([next(numpy) for _ in range(count)], self.microbatches))
+            return self._on_devices(jax.tree.map(lambda *a: np.concatenate(a), *[next(numpy) for _ in range(count)]))
 
         return _ahead(batch)
 
@@ -105,7 +105,7 @@ class JaxEngine:
         state, outcomes = self._read(), []
         try:
             for _ in range(updates):
-                state, outcome = self.step.update(state, next(iterator))
+                state, outcome = self.step.update(state, iterator)
                 outcomes.append(outcome)
         finally:
             self._write(state)
@@ -124,14 +124,10 @@ class JaxEngine:
         processes = sorted({device.process_index for device in self.mesh.devices.flat})
         return tf.distribute.InputContext(len(processes), processes.index(jax.process_index()), self.replicas)
 
-    def _local_replicas(self) -> int:
-        return len(self.mesh.local_devices)
-
     def _on_devices(self, arrays: Any) -> Any:
-        """This process's rows, the second axis, as arrays over all devices."""
-        return jax.tree.map(
-            lambda a: jax.make_array_from_process_local_data(self.step.batch_sharding, a), tuple(arrays)
-        )
+        """This process's rows as arrays over all devices."""
+        put = jax.make_array_from_process_local_data
+        return jax.tree.map(lambda a: put(self.step.batch_sharding, a), tuple(arrays))
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -219,10 +215,7 @@ class JaxEngine:
         metrics = [jax.device_put(v.value, self._whole) for v in self.step.variables["metrics"]]
         totals = jax.device_put((metrics, jnp.zeros([]), jnp.zeros([])), self._whole)
         for i, data in enumerate(scoring_examples(feed, self._input_context(), batch_size).as_numpy_iterator()):
-            batch = jax.tree.map(
-                lambda a: jax.make_array_from_process_local_data(self._scoring_sharding, a), tuple(data)
-            )
-            totals = self._score_fn(weights, totals, batch)
+            totals = self._score_fn(weights, totals, self._on_devices(data))
             after_batch(i)
         metrics, loss, n = totals
         for variable, value in zip(self.step.variables["metrics"], metrics, strict=True):
@@ -232,9 +225,7 @@ class JaxEngine:
 
     def _weights(self) -> list[tuple[keras.Variable, NamedSharding]]:
         groups = ("trainable", "averaged", "counters")
-        return [
-            pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)
-        ]
+        return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
 
     def _score(self, weights: list[Tensor], totals: Any, batch: Any) -> Any:
         """Adds a padded batch over all devices to the totals; padding has weight 0."""
@@ -255,16 +246,6 @@ class JaxEngine:
     def _results(self, metrics: list[Tensor]) -> dict[str, Tensor]:
         with keras.StatelessScope(list(zip(self.step.variables["metrics"], metrics, strict=True))):
             return self.model.get_metrics_result()
-
-
-def _stacked(ghosts: list[Any], microbatches: int) -> Any:
-    """Ghost batches as arrays of the shape `(k, local replicas * microbatch_size, ...)`."""
-
-    def stack(*arrays: np.ndarray) -> np.ndarray:
-        joined = np.concatenate(arrays)
-        return joined.reshape(microbatches, -1, *joined.shape[1:])
-
-    return jax.tree.map(stack, *ghosts)
 
 
 def _ahead(make: Callable[[], Any]) -> Iterator[Any]:

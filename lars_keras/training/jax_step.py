@@ -1,9 +1,10 @@
-"""One update over any number of devices and micro-batches, on JAX: a pure function.
-
-    update(state, batch) -> (state, outcome)
+"""One update over any number of devices and micro-batches, on JAX: pure functions.
 
 An update of R devices and k micro-batches takes R * k ghost batches, device r taking number `i * R + r` in pass i. A
 device sums what its passes give; after the last, the sums are reduced over the devices, once, and the optimizer runs.
+With k = 1 that is one program; else one for a pass, run k times without waiting for it, and one for the rest, so that
+the devices hold the images of a pass or two, never of an update. (A loop inside one program is seven times slower on a
+CPU, where XLA does not hand the convolutions of a loop's body to its fast ones.)
 
 With `shard_update` the weights and the optimizer's slots lie in shares: each device keeps one R-th of every kernel and
 slot. It gathers the weights for its passes, gets its share of the summed gradients (a reduce-scatter), and updates its
@@ -13,34 +14,22 @@ between updates is that of ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.020
 """
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax import lax
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lars_keras.training.ghost import GhostBatch
+from lars_keras.training.jax_mesh import cuts, share_sharding
 
 Tensor = Any
 State = dict[str, list[Any]]
-
-SMALLEST_SHARED = 2**14  # elements: below, a collective of its own costs more than it saves
-
-
-def share_axis(shape: tuple[int, ...], devices: int) -> int | None:
-    """The axis along which a weight is cut into shares: the longest that divides; None if it stays whole.
-
-    The longest, because a share keeps the layout of the whole then: no copy is made to cut it.
-    """
-    if devices == 1 or math.prod(shape) < SMALLEST_SHARED:
-        return None
-    divides = [axis for axis, size in enumerate(shape) if size % devices == 0]
-    return max(divides, key=lambda axis: shape[axis], default=None)
 
 
 def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -53,7 +42,7 @@ class JaxStep:
 
     Args:
         model: compiled and built, with a built optimizer.
-        mesh: its only axis is that of the replicas.
+        mesh: of the replicas; see `jax_mesh`.
         microbatches: k, passes of an update.
         layer_norms: measure the norms of gradients and weights.
         shard_update: keep and update shares of the weights.
@@ -61,9 +50,8 @@ class JaxStep:
 
     Attributes:
         variables: the Keras variables of the state, in its order.
-        update: `(state, batch) -> (state, outcome)`, jitted; the state is donated. The arrays of `batch` have the
-            shape `(k, R * microbatch_size, ...)`. `outcome` has `loss`, `learning_rate` and `norms`, float32 of
-            shape `(2, variables)`: of the gradients, 0 if the update is skipped, and of the weights after it.
+        state_shardings: where the state lies, in the same order.
+        batch_sharding: where the arrays of a pass lie; their first dimension has R * microbatch_size examples.
     """
 
     def __init__(
@@ -77,7 +65,7 @@ class JaxStep:
         reduce_dtype: str = "float32",
     ):
         self.model, self.optimizer, self.mesh = model, model.optimizer, mesh
-        (self.axis,) = mesh.axis_names
+        self.axes = mesh.axis_names
         self.devices = mesh.devices.size
         self.microbatches = microbatches
         self.reduce_dtype = reduce_dtype
@@ -90,23 +78,39 @@ class JaxStep:
             "optimizer": list(self.optimizer.variables),
             "metrics": [v for metric in model.metrics for v in metric.variables],
         }
-        self._shares = [share_axis(v.shape, self.devices) if shard_update else None for v in self.ghost.trainable]
+        self._cuts = [cuts(v.shape, mesh) if shard_update else None for v in self.ghost.trainable]
         self._low_precision = _computed_in_low_precision(model) if shard_update else {}
-        shares = {"trainable", "optimizer"} if shard_update else set()
-        self.state_shardings = {
-            group: [self._sharding(v.shape, group in shares) for v in variables]
-            for group, variables in self.variables.items()
-        }
-        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, self.axis))
-        self.update = jax.jit(
-            self._update,
-            donate_argnums=0,
-            in_shardings=(self.state_shardings, self.batch_sharding),
-            out_shardings=(self.state_shardings, NamedSharding(mesh, PartitionSpec())),
-        )
+        whole = NamedSharding(mesh, _WHOLE)
+        self.state_shardings = {group: [whole] * len(variables) for group, variables in self.variables.items()}
+        if shard_update:
+            for group in ("trainable", "optimizer"):
+                self.state_shardings[group] = [share_sharding(v.shape, mesh) for v in self.variables[group]]
+        self._share_specs = [s.spec for s in self.state_shardings["trainable"]]
+        self._here = PartitionSpec(self.axes)
+        self.batch_sharding = self.sums_sharding = NamedSharding(mesh, self._here)
+        self.whole_update = jax.jit(self._whole_update, donate_argnums=0, out_shardings=(self.state_shardings, whole))
+        self.begin = jax.jit(self._begin, out_shardings=(whole, whole, self.sums_sharding))
+        self.one_pass = jax.jit(self._one_pass, donate_argnums=0, out_shardings=(self.sums_sharding, whole))
+        self.finish = jax.jit(self._finish, donate_argnums=0, out_shardings=(self.state_shardings, whole))
+
+    def update(self, state: State, batches: Iterator[Any]) -> tuple[State, dict[str, Tensor]]:
+        """Takes the next k batches; the state is donated.
+
+        Returns:
+            The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(2, variables)`: of
+            the gradients, 0 if the update is skipped, and of the weights after it.
+        """
+        if self.microbatches == 1:
+            return self.whole_update(state, next(batches))
+        weights, scale, sums = self.begin(state)
+        for i in range(self.microbatches):
+            sums, counters = self.one_pass(
+                sums, weights, state["averaged"], state["counters"], scale, next(batches), np.int32(i)
+            )
+        return self.finish(state, sums, counters)
 
     def check_every_weight_is_used(self, element_spec: Any) -> None:
-        """Raises ValueError if the loss does not depend on some trainable variable: JAX would say 0 for its gradient."""
+        """Raises ValueError if the loss does not depend on a trainable variable: JAX would take 0 for its gradient."""
         shapes = {group: [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in vs] for group, vs in self.variables.items()}
         data = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype.as_numpy_dtype), element_spec)
 
@@ -116,7 +120,9 @@ class JaxStep:
                 return self.ghost.loss(trainable, averaged, counters, x, y, sample_weight, jnp.int32(0))[0]
 
         arguments = (shapes["trainable"], shapes["averaged"], shapes["counters"], data)
-        jaxpr = jax.make_jaxpr(loss, axis_env=[(self.axis, self.devices)])(*arguments).jaxpr
+        jaxpr = jax.make_jaxpr(loss, axis_env=list(zip(self.axes, self.mesh.devices.shape, strict=True)))(
+            *arguments
+        ).jaxpr
         _, used = partial_eval.dce_jaxpr(jaxpr, [True])
         unused = [v.path for v, u in zip(self.ghost.trainable, used, strict=False) if not u]
         if unused:
@@ -125,32 +131,89 @@ class JaxStep:
                 + ", ".join(unused)
             )
 
-    def _sharding(self, shape: tuple[int, ...], shared: bool) -> NamedSharding:
-        axis = share_axis(shape, self.devices) if shared else None
-        return NamedSharding(self.mesh, _spec(axis, self.axis))
+    # -- the programs --------------------------------------------------------------------------
 
-    def _update(self, state: State, batch: Any) -> tuple[State, dict[str, Tensor]]:
-        with keras.StatelessScope(list(zip(self.variables["optimizer"], state["optimizer"], strict=True))):
-            rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)
-            scale = jnp.asarray(self.optimizer.scale_loss(jnp.float32(1.0)), jnp.float32)
+    def _whole_update(self, state: State, data: Any) -> tuple[State, dict[str, Tensor]]:
+        """An update of one pass."""
 
-        weights, whole = [_spec(axis, self.axis) for axis in self._shares], PartitionSpec()
-        gradients, (averaged, metrics, loss), counters = jax.shard_map(
-            self._sums_over_devices,
-            mesh=self.mesh,
-            in_specs=(weights, whole, whole, whole, PartitionSpec(None, self.axis)),
-            out_specs=(weights, whole, whole),
-            check_vma=False,
-        )(state["trainable"], state["averaged"], state["counters"], scale, batch)
+        def on_device(
+            shares: list[Tensor], averaged: list[Tensor], counters: list[Tensor], scale: Tensor, data: Any
+        ) -> tuple[list[Tensor], Any, list[Tensor]]:
+            weights = [self._gathered(*each) for each in zip(shares, self._cuts, self.ghost.trainable, strict=True)]
+            index = lax.axis_index(self.axes)
+            sums, counters = self._ghost_sums(weights, averaged, counters, data, index, scale)
+            return *self._reduced(sums), counters
 
-        # Each device has the same sums, or its share of them: Keras's own update is the same everywhere, and the
-        # compiler cuts it as its arguments are cut.
+        arguments = (state["trainable"], state["averaged"], state["counters"], self._loss_scale(state), data)
+        specs = (self._share_specs, _WHOLE, _WHOLE, _WHOLE, self._here)
+        gradients, others, counters = self._on_devices(on_device, specs, (self._share_specs, _WHOLE, _WHOLE))(
+            *arguments
+        )
+        return self._applied(state, gradients, others, counters)
+
+    def _begin(self, state: State) -> tuple[list[Tensor], Tensor, Any]:
+        """Of an update of several passes: the whole weights, the scale of the loss, and sums of nothing."""
+        weights = [
+            self._rounded(w, axis, v)
+            for w, axis, v in zip(state["trainable"], self._cuts, self.ghost.trainable, strict=True)
+        ]
+        groups = (self.ghost.trainable, self.ghost.averaged, self.variables["metrics"])
+        gradients, averaged, metrics = (
+            [jnp.zeros((self.devices, *v.shape), "float32" if group < 2 else v.dtype) for v in variables]
+            for group, variables in enumerate(groups)
+        )
+        return weights, self._loss_scale(state), (gradients, (averaged, metrics, jnp.zeros(self.devices)))
+
+    def _one_pass(
+        self,
+        sums: Any,
+        weights: list[Tensor],
+        averaged: list[Tensor],
+        counters: list[Tensor],
+        scale: Tensor,
+        data: Any,
+        i: Tensor,
+    ) -> tuple[Any, list[Tensor]]:
+        """Adds pass `i` to each device's sums, without any traffic between them; and the counters after it."""
+
+        def on_device(sums: Any, weights: list[Tensor], *arguments: Any) -> tuple[Any, list[Tensor]]:
+            averaged, counters, scale, data, i = arguments
+            whole = [w.astype(v.dtype) for w, v in zip(weights, self.ghost.trainable, strict=True)]
+            index = i * self.devices + lax.axis_index(self.axes)
+            own, counters = self._ghost_sums(whole, averaged, counters, data, index, scale)
+            return jax.tree.map(lambda total, value: total + value[None], sums, own), counters
+
+        specs = (self._here, _WHOLE, _WHOLE, _WHOLE, _WHOLE, self._here, _WHOLE)
+        on_devices = self._on_devices(on_device, specs, (self._here, _WHOLE))
+        return on_devices(sums, weights, averaged, counters, scale, data, i)
+
+    def _finish(self, state: State, sums: Any, counters: list[Tensor]) -> tuple[State, dict[str, Tensor]]:
+        """The reduction after the last pass, and the update."""
+
+        def on_device(sums: Any) -> tuple[list[Tensor], Any]:
+            return self._reduced(jax.tree.map(lambda total: total[0], sums))
+
+        on_devices = self._on_devices(on_device, self._here, (self._share_specs, _WHOLE))
+        gradients, others = on_devices(sums)
+        return self._applied(state, gradients, others, counters)
+
+    def _on_devices(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        arguments = (in_specs,) if isinstance(in_specs, PartitionSpec) else in_specs
+        return jax.shard_map(function, mesh=self.mesh, in_specs=arguments, out_specs=out_specs, check_vma=False)
+
+    def _applied(
+        self, state: State, gradients: list[Tensor], others: Any, counters: list[Tensor]
+    ) -> tuple[State, dict[str, Tensor]]:
+        """Keras's own update. All devices have the same sums, or their shares of them: as the arguments are cut, the
+        compiler cuts the update."""
+        averaged, metrics, loss = others
         trainable, optimizer = self.optimizer.stateless_apply(
             state["optimizer"],
             [g.astype(v.dtype) for g, v in zip(gradients, self.ghost.trainable, strict=True)],
             state["trainable"],
         )
-        i = next(i for i, v in enumerate(self.variables["optimizer"]) if v is inner_optimizer(self.optimizer).iterations)
+        iterations = inner_optimizer(self.optimizer).iterations
+        i = next(i for i, v in enumerate(self.variables["optimizer"]) if v is iterations)
         taken = optimizer[i] > state["optimizer"][i]
         new = {
             "trainable": trainable,
@@ -161,36 +224,20 @@ class JaxStep:
         }
         norms = jnp.zeros([2, 0])
         if self._measure:
+            scale = self._loss_scale(state)
             norms = jnp.stack([jnp.where(taken, _norms(gradients) / scale, 0.0), _norms(trainable)])
+        with keras.StatelessScope(self._mapping("optimizer", state)):
+            rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)
         return new, {"loss": loss, "learning_rate": rate, "norms": norms}
 
-    def _sums_over_devices(
-        self, shares: list[Tensor], averaged: list[Tensor], counters: list[Tensor], scale: Tensor, batch: Any
-    ) -> tuple[list[Tensor], Any, list[Tensor]]:
-        """On each device: gradients (its shares of them), and what else is summed, over all ghost batches."""
-        weights = [
-            self._gathered(share, axis, v)
-            for share, axis, v in zip(shares, self._shares, self.ghost.trainable, strict=True)
-        ]
-        device = lax.axis_index(self.axis)
+    # -- their parts ---------------------------------------------------------------------------
 
-        def add_ghost_batch(sums: Any, inputs: Any) -> tuple[Any, list[Tensor]]:
-            i, data = inputs
-            own, new_counters = self._ghost_sums(
-                weights, averaged, counters, data, i * self.devices + device, scale
-            )
-            return jax.tree.map(jnp.add, sums, own), new_counters
+    def _mapping(self, group: str, state: State) -> list[tuple[keras.Variable, Tensor]]:
+        return list(zip(self.variables[group], state[group], strict=True))
 
-        first = jax.tree.map(lambda a: a[0], batch)
-        if self.microbatches == 1:
-            (gradients, others), counters = self._ghost_sums(weights, averaged, counters, first, device, scale)
-        else:
-            shapes, _ = jax.eval_shape(self._ghost_sums, weights, averaged, counters, first, device, scale)
-            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            numbers = jnp.arange(self.microbatches, dtype=jnp.int32)
-            (gradients, others), every = lax.scan(add_ghost_batch, nothing, (numbers, batch))
-            counters = [c[-1] for c in every]
-        return self._reduced(gradients), lax.psum(others, self.axis), counters
+    def _loss_scale(self, state: State) -> Tensor:
+        with keras.StatelessScope(self._mapping("optimizer", state)):
+            return jnp.asarray(self.optimizer.scale_loss(jnp.float32(1.0)), jnp.float32)
 
     def _ghost_sums(
         self,
@@ -225,22 +272,34 @@ class JaxStep:
             self.model.compute_metrics(x, y, y_pred, sample_weight)
             return [scope.get_current_value(v) for v in variables]
 
-    def _gathered(self, share: Tensor, axis: int | None, variable: keras.Variable) -> Tensor:
-        """The whole weight. Where the layer rounds it anyway, the share is rounded before its way, half as long."""
-        if axis is None:
-            return share
-        dtype = self._low_precision.get(id(variable), share.dtype)
-        return lax.all_gather(share.astype(dtype), self.axis, axis=axis, tiled=True).astype(share.dtype)
+    def _rounded(self, share: Tensor, cut: Any, variable: keras.Variable) -> Tensor:
+        """A share as it is sent: where the layer rounds the weight anyway, it is rounded before, and half as long."""
+        return share.astype(self._low_precision.get(id(variable), share.dtype)) if cut else share
 
-    def _reduced(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The only reduction of the gradients in an update."""
-        traffic = [g.astype(self.reduce_dtype) for g in gradients]
-        whole = iter(lax.psum([g for g, axis in zip(traffic, self._shares, strict=True) if axis is None], self.axis))
+    def _gathered(self, share: Tensor, cut: Any, variable: keras.Variable) -> Tensor:
+        """The whole weight, on each device."""
+        weight = self._rounded(share, cut, variable)
+        for name, dimension in reversed(list(zip(self.axes, cut or (), strict=False))):
+            weight = lax.all_gather(weight, name, axis=dimension, tiled=True)
+        return weight.astype(share.dtype)
+
+    def _reduced(self, sums: Any) -> tuple[list[Tensor], Any]:
+        """The only reduction over devices in an update: of each gradient the whole, or this device's share."""
+        gradients, others = sums
+        sent = [g.astype(self.reduce_dtype) for g in gradients]
+        whole, others = lax.psum(
+            ([g for g, cut in zip(sent, self._cuts, strict=True) if cut is None], others), self.axes
+        )
+        rest = iter(whole)
         summed = [
-            next(whole) if axis is None else lax.psum_scatter(g, self.axis, scatter_dimension=axis, tiled=True)
-            for g, axis in zip(traffic, self._shares, strict=True)
+            next(rest) if cut is None else self._scattered(g, cut) for g, cut in zip(sent, self._cuts, strict=True)
         ]
-        return [g.astype(jnp.float32) for g in summed]
+        return [g.astype(jnp.float32) for g in summed], others
+
+    def _scattered(self, gradient: Tensor, cut: Sequence[int]) -> Tensor:
+        for name, dimension in zip(self.axes, cut, strict=True):
+            gradient = lax.psum_scatter(gradient, name, scatter_dimension=dimension, tiled=True)
+        return gradient
 
     @contextlib.contextmanager
     def _synchronized_moments(self) -> Iterator[None]:
@@ -258,7 +317,7 @@ class JaxStep:
                 weight = jnp.broadcast_to(weight, x.shape)
                 axes = layer._reduction_axes
                 own = [jnp.sum(t * weight, axes) for t in (jnp.ones_like(x), x, x * x)]
-                count, total, squares = lax.psum(own, self.axis)
+                count, total, squares = lax.psum(own, self.axes)
                 mean = total / jnp.maximum(count, 1.0)
                 variance = jnp.maximum(squares / jnp.maximum(count, 1.0) - mean * mean, 0.0)
                 return mean.astype(inputs.dtype), variance.astype(inputs.dtype)
@@ -274,8 +333,7 @@ class JaxStep:
                 del layer._moments
 
 
-def _spec(axis: int | None, name: str) -> PartitionSpec:
-    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)
+_WHOLE = PartitionSpec()
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

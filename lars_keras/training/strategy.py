@@ -44,11 +44,15 @@ def make_strategy(
             )
         from lars_keras.training.jax_distribution import make_distribution
 
-        return make_distribution("tpu" if tpu and name == "auto" else name, replicas=replicas, shard_update=shard_update)
+        return make_distribution(
+            "tpu" if tpu and name == "auto" else name, replicas=replicas, shard_update=shard_update
+        )
     if backend != "tensorflow":
         raise UsageError(f"Training runs with KERAS_BACKEND=tensorflow or jax. Received: KERAS_BACKEND={backend}")
     if shard_update:
-        raise UsageError("--shard_update needs the JAX engine: set KERAS_BACKEND=jax. Received: KERAS_BACKEND=tensorflow")
+        raise UsageError(
+            "--shard_update needs the JAX engine: set KERAS_BACKEND=jax. Received: KERAS_BACKEND=tensorflow"
+        )
     gpus = tf.config.list_physical_devices("GPU")
     if name == "auto":
         name = _choose(len(gpus), replicas, tpu)

@@ -48,8 +48,8 @@ class Trainer:
     One device, N replicas and k micro-batches take the same step; `lars_keras.training.ghost` says how that is
     defined. The optimizer runs once for each global batch, and schedules count those updates.
 
-    On JAX (KERAS_BACKEND=jax) `keras.distribution.set_distribution(keras.distribution.DataParallel())` takes the place of
-    the strategy.
+    On JAX (KERAS_BACKEND=jax) `keras.distribution.set_distribution(keras.distribution.DataParallel())` takes the place
+    of the strategy.
 
     Args:
         model: a compiled `keras.Model`, created under the strategy it is to run on.
@@ -242,21 +242,22 @@ class Trainer:
     def _built_engine(self, data: Any, *first_update: int) -> Any:
         """The compiled functions, made on first use, when the shapes of the examples are known."""
         if self._engine is None:
+            engine: Any
             options: dict[str, Any] = {
                 "microbatches": self.microbatches,
                 "jit_compile": self._jit_compile,
                 "layer_norms": self._measures_norms,
             }
             if keras.backend.backend() == "jax":
-                from lars_keras.training.jax_engine import JaxEngine as Engine
+                from lars_keras.training.jax_engine import JaxEngine as engine
 
                 options["reduce_dtype"] = self._reduce_dtype
             else:
-                from lars_keras.training.tensorflow_engine import TensorFlowEngine as Engine
+                from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
 
                 if self._reduce_dtype != "float32":
                     raise ValueError(f"On TensorFlow gradients are reduced in float32. Received: {self._reduce_dtype}")
-            self._engine = Engine(self.model, element_spec(data, *first_update), **options)
+            self._engine = engine(self.model, element_spec(data, *first_update), **options)
         return self._engine
 
     def _whole_batches(self, data: Any) -> tuple[Any, int]:
