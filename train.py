@@ -76,27 +76,12 @@ def main(config: flags.RunConfig) -> None:
         )
         steps_per_epoch = data.num_train / config.batch_size
         total_updates = config.total_updates(data.num_train)
+        warmup_updates = config.warmup_updates(data.num_train)
 
         # ---- Model and optimizer
-        warmup_updates = config.warmup_updates(data.num_train)
-        schedule = make_schedule(
-            config.schedule,
-            peak=config.learning_rate,
-            warmup_updates=warmup_updates,
-            total_updates=total_updates,
-            power=config.power,
-            end=config.end_learning_rate,
-        )
         with strategy.scope():
             model = load_model(run_dir) if config.eval_only else make_model(config, data)
-            model.compile(
-                make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
-                loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
-                weighted_metrics=[
-                    keras.metrics.CategoricalAccuracy(name="top1"),
-                    keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
-                ],
-            )
+            compile_model(model, config, data)
         trainer = Trainer(
             model,
             batch_size=config.batch_size,
@@ -210,6 +195,25 @@ def make_model(config: flags.RunConfig, data: ImageData) -> keras.Model:
         std=None if config.model == "alexnet" else data.std,
         sync_batch_norm=config.sync_batch_norm,
         seed=config.seed,
+    )
+
+
+def compile_model(model: keras.Model, config: flags.RunConfig, data: ImageData) -> None:
+    schedule = make_schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        warmup_updates=config.warmup_updates(data.num_train),
+        total_updates=config.total_updates(data.num_train),
+        power=config.power,
+        end=config.end_learning_rate,
+    )
+    model.compile(
+        make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
+        weighted_metrics=[
+            keras.metrics.CategoricalAccuracy(name="top1"),
+            keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
+        ],
     )
 
 

@@ -50,7 +50,7 @@ class JaxStep:
 
     Attributes:
         variables: the Keras variables of the state, in its order.
-        state_shardings: where the state lies, in the same order.
+        state_shardings: where the state lies, in the same order; `whole`: what each device has all of.
         batch_sharding: where the arrays of a pass lie; their first dimension has R * microbatch_size examples.
     """
 
@@ -80,7 +80,7 @@ class JaxStep:
         }
         self._cuts = [cuts(v.shape, mesh) if shard_update else None for v in self.ghost.trainable]
         self._low_precision = _computed_in_low_precision(model) if shard_update else {}
-        whole = NamedSharding(mesh, _WHOLE)
+        self.whole = whole = NamedSharding(mesh, _WHOLE)
         self.state_shardings = {group: [whole] * len(variables) for group, variables in self.variables.items()}
         if shard_update:
             for group in ("trainable", "optimizer"):

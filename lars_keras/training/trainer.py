@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -182,7 +182,7 @@ class Trainer:
             logs = position.logs
             if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
                 with engine.averaged_weights():
-                    scores = self._evaluate(validation_data, callback_list)
+                    scores = self._evaluate(validation_data, callback_list.on_test_batch_end)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
             callback_list.on_epoch_end(epoch, logs)
             if self.model.stop_training:
@@ -205,15 +205,15 @@ class Trainer:
         Raises:
             ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch.
         """
-        return self._evaluate(data, keras.callbacks.CallbackList())
+        return self._evaluate(data, lambda batch: None)
 
-    def _evaluate(self, data: Any, callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
+    def _evaluate(self, data: Any, after_batch: Callable[[int], None]) -> dict[str, float]:
         if (self.model.get_compile_config() or {}).get("metrics"):
             raise ValueError(
                 "Metrics passed as `metrics=` ignore weights and would count the padding of the last batch. "
                 "Compile with `weighted_metrics=` instead."
             )
-        return self._built_engine(data).evaluate(data, self.microbatch_size, callbacks.on_test_batch_end)
+        return self._built_engine(data).evaluate(data, self.microbatch_size, after_batch)
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The whole state of the run between two updates: weights, optimizer, random numbers, metrics and position.
