@@ -116,7 +116,6 @@ CASES = {
     "batch_norm, lars": ("batch_norm", "lars", {"microbatch_size": 8}),
     "synchronized, lars": ("synchronized", "lars", {}),
     "wide, lars": ("wide", "lars", {}),
-    "wide, momentum": ("wide", "momentum", {}),
 }
 
 
@@ -166,11 +165,9 @@ class EngineTest(parameterized.TestCase):
         ("hidden, lars", 8, False),
         ("hidden, ema", 2, False),
         ("hidden, adam", 0, False),
-        ("batch_norm, lars", 0, False),
         ("batch_norm, lars", 8, False),
         ("synchronized, lars", 8, False),
         ("wide, lars", 8, True),
-        ("wide, momentum", 8, True),
     )
     def test_as_tensorflow(self, name, devices, shard_update):
         model, optimizer, options = CASES[name]
@@ -178,7 +175,7 @@ class EngineTest(parameterized.TestCase):
         # Synchronised statistics are differences of two sums, added up in another order.
         self.check(actual, self.expected[name], 2e-5 if model == "synchronized" else ENGINES)
 
-    @parameterized.product(optimizer=("lars", "ema", "adam"), microbatch_size=(None, 2))
+    @parameterized.parameters(("lars", None), ("ema", 2), ("adam", None))
     def test_shares_change_nothing(self, optimizer, microbatch_size):
         options = {"microbatch_size": microbatch_size}
         *whole, _ = trained("wide", optimizer, 8, **options)
@@ -213,20 +210,26 @@ class EngineTest(parameterized.TestCase):
 
     def test_loss_scaling(self):
         """A value that is not finite on one device skips the update on all, and halves the scale."""
-        OPTIMIZERS["scaled"] = lambda: keras.optimizers.LossScaleOptimizer(
-            cases.OPTIMIZERS["lars"](), initial_scale=1e38
-        )
-        values, _, trainer = trained("hidden", "scaled", 8)
-        optimizer = trainer.model.optimizer
-        self.assertLess(float(optimizer.dynamic_scale.value), 1e38)
-        self.assertLess(int(optimizer.iterations.value), cases.UPDATES)
-        self.assertTrue(all(np.isfinite(v).all() for v in values))
+        with distribution(8):
+            model = cases.hidden()
+            optimizer = keras.optimizers.LossScaleOptimizer(cases.OPTIMIZERS["lars"](), initial_scale=8.0)
+            model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+            x, y = (a.copy() for a in cases.examples())
+            x[2 * cases.BATCH + 20] = np.inf
+            norms = []
+            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True)
+            watch = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: norms.append(trainer.layer_norms["gradient"][0])
+            )
+            trainer.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(64), epochs=1, verbose=0, callbacks=[watch])
+        self.assertEqual([bool(n.any()) for n in norms], [True, True, False, True, True])
+        self.assertEqual(int(optimizer.iterations.value), cases.UPDATES - 1)
+        self.assertEqual(float(optimizer.dynamic_scale.value), 4.0)
+        self.assertTrue(all(np.isfinite(w).all() for w in model.get_weights()))
 
     @parameterized.parameters((None, False), (None, True), (2, False), (2, True))
     def test_one_reduction_of_the_gradients(self, microbatch_size, shard_update):
         """In the compiled programs of an update: all gradients once, after the last pass."""
-        import jax
-
         *_, trainer = trained("wide", "lars", 8, microbatch_size=microbatch_size, shard_update=shard_update)
         engine = trainer._engine
         state = engine._read()
@@ -250,7 +253,6 @@ class EngineTest(parameterized.TestCase):
         kernels = sum(v.value.size for v in trainer.model.trainable_variables)
         self.assertBetween(reduced, kernels, kernels + 64)
         self.assertEqual("reduce-scatter" in text, shard_update)
-        del jax
 
     def test_what_is_refused(self):
         def compiled(model, optimizer):
@@ -263,12 +265,13 @@ class EngineTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "jit_compile=False"):
             Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
         x = keras.Input((cases.FEATURES,))
-        unused = keras.layers.Dense(3, name="unused")
-        y = keras.layers.Dense(cases.CLASSES)(x) + 0 * keras.ops.stop_gradient(keras.ops.mean(unused(x)))
-        with self.assertRaisesRegex(ValueError, "unused/kernel"):
-            Trainer(compiled(keras.Model(x, y), LARS()), batch_size=64).fit(data)
+        model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
+        model.extra = keras.layers.Dense(3, name="forgotten")
+        model.extra.build((None, 3))
+        with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
+            Trainer(compiled(model, LARS()), batch_size=64).fit(data)
 
-    @parameterized.parameters((0, False), (8, False), (8, True))
+    @parameterized.parameters((0, False), (8, True))
     def test_resume_to_the_last_bit(self, devices, shard_update):
         """With batch normalisation, dropout, a moving average, and a break within an epoch."""
         x, y = cases.examples(11)
