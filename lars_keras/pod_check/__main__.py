@@ -9,11 +9,9 @@ or a program that does not compile.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,12 +28,6 @@ from lars_keras.training.errors import EXIT_USAGE, UsageError
 MIB = 2**20
 ENGINES = ("jax", "tensorflow")
 EXIT_DOES_NOT_FIT = 1
-_COMPILE_ONLY = {  # libtpu then asks no TPU of this machine for anything
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "JAX_PLATFORMS": "cpu",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 def check(config: Any, topology: str, engine: str, *, search: bool = True) -> dict[str, Any]:
@@ -80,7 +72,6 @@ def check(config: Any, topology: str, engine: str, *, search: bool = True) -> di
         "largest_microbatch_size": largest,
         "roofline": bound,
         "flags": {**dataclasses.asdict(config)},
-        "versions": _versions(),
     }
 
 
@@ -91,7 +82,7 @@ def _compiled(config: Any, topology: str, engine: str, search: bool) -> dict[str
         request.write_text(json.dumps({"flags": dataclasses.asdict(config), "topology": topology, "search": search}))
         process = subprocess.run(
             [sys.executable, "-m", "lars_keras.pod_check.programs", os.fspath(request), os.fspath(out)],
-            env={**os.environ, **_COMPILE_ONLY, "KERAS_BACKEND": engine},
+            env={**os.environ, "KERAS_BACKEND": engine, "TF_CPP_MIN_LOG_LEVEL": "3"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -122,7 +113,7 @@ def text(result: dict[str, Any], chip: Chip, batch_size: int) -> str:
                 p["name"] + times,
                 f"arguments {p['arguments'] / MIB:,.0f} MiB, temporaries {p['temporaries'] / MIB:,.0f} MiB, "
                 f"code {p['code'] / MIB:,.0f} MiB; {p['flops'] / 1e12:.3f} TFLOP, "
-                f"{p['bytes_accessed'] / 1e9:.2f} GB accessed",
+                f"{p['hbm_bytes'] / 1e9:.2f} GB moved ({p['bytes_accessed'] / 1e9:.2f} by XLA's count)",
             )
         )
         for c in p["collectives"]:
@@ -155,17 +146,6 @@ _DIFFERENCES = """Where the engines differ:
   read from the compiled program. Both reduce once an update. Batch statistics are each device's own on both; with
   --sync_batch_norm TensorFlow reduces them at run time, JAX in the program. What has to be kept in shares
   (--shard_update) is for JAX only."""
-
-
-def _versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "libtpu", "keras", "tensorflow", "tensorflow-cpu")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def read_config(arguments: list[str]) -> Any:

@@ -9,6 +9,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
 
 @dataclasses.dataclass
@@ -43,7 +45,8 @@ class Program:
         times: how often it runs in an update.
         arguments, outputs, aliased, temporaries, code: its memory; outputs that lie in arguments' place are aliased.
         flops: floating-point operations.
-        bytes_accessed: read and written, as XLA counts it. Prefetches into on-chip memory count more than once.
+        hbm_bytes: read from and written to HBM, each transfer once; see `hbm_bytes`.
+        bytes_accessed: XLA's own count of the same, in which a prefetch in slices counts several times.
         collectives: in the order of the program.
     """
 
@@ -55,6 +58,7 @@ class Program:
     temporaries: int
     code: int
     flops: float
+    hbm_bytes: float
     bytes_accessed: float
     collectives: list[Collective]
 
@@ -68,6 +72,7 @@ def program(name: str, times: int, compiled: Any) -> Program:
     """The figures of a `jax.stages.Compiled`, or of an executable with the same methods."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
+    text = compiled.as_text()
     return Program(
         name=name,
         times=times,
@@ -77,8 +82,9 @@ def program(name: str, times: int, compiled: Any) -> Program:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         flops=float(cost.get("flops", 0.0)),
+        hbm_bytes=float(hbm_bytes(text)),
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
     )
 
 
@@ -112,6 +118,38 @@ def collectives(hlo: str) -> list[Collective]:
         key = (channel and channel[1], chain[1]) if chain else number
         found.setdefault(key, Collective(kind, size, group, sorted({d for d, _ in tensors})))
     return [c for c in found.values() if c.group > 1]
+
+
+def hbm_bytes(hlo: str) -> int:
+    """Bytes that the entry computation of a scheduled TPU program reads from and writes to HBM.
+
+    An instruction reads its operands and writes its results, less what lies in on-chip memory (memory space 1). A copy
+    or slice between the two that goes on beside other work is counted at its start: what it moves, once on each side
+    that is HBM. XLA's own "bytes accessed" counts the whole operand of each slice at the start, and again at its end.
+    """
+    total, results = 0, {}
+    for line in hlo.partition("\nENTRY")[2].splitlines():
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        name, result, operation, rest = match.groups()
+        results[name] = sum(size for size, on_chip in _tensors(result) if not on_chip)
+        if operation in _MOVES_NOTHING or operation.endswith("-done"):
+            continue
+        if operation in ("copy-start", "slice-start"):  # (target, source, ...) and ((source), target, ...)
+            first, second = _tensors(result)[:2]
+            target, source = (first, second) if operation == "copy-start" else (second, first)
+            total += target[0] * ((not target[1]) + (not source[1]))
+        else:
+            operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+            total += results[name] + sum(results.get(operand, 0) for operand in operands)
+    return total
+
+
+def _tensors(text: str) -> list[tuple[int, bool]]:
+    """Size of each tensor in the text of a type, and whether it lies in on-chip memory."""
+    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text)
+    return [(_size(dtype, dims), "S(1)" in layout) for dtype, dims, layout in found if dtype in _BYTES]
 
 
 def _size(dtype: str, dims: str) -> int:

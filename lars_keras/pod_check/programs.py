@@ -4,13 +4,19 @@ KERAS_BACKEND=jax python -m lars_keras.pod_check.programs REQUEST.json ANSWER.js
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import os
+import platform
 import sys
 import time
 import types
 from pathlib import Path
 from typing import Any
+
+# libtpu then asks for no TPU, on this machine or on the network.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu")
 
 import jax
 import keras
@@ -82,7 +88,7 @@ def jax_programs(
     from lars_keras.training.jax_step import JaxStep
 
     model, _, spec = model_of(config)
-    options = {"shard_update": config.shard_update, "reduce_dtype": config.reduce_dtype}
+    options: dict[str, Any] = {"shard_update": config.shard_update, "reduce_dtype": config.reduce_dtype}
     step = JaxStep(model, mesh_of(devices), microbatches=k, layer_norms=True, **options)
 
     def shaped(tree: Any, shardings: Any) -> Any:
@@ -213,11 +219,24 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "programs": [dataclasses.asdict(p) for p in programs],
         "smaller": {"microbatch_size": smaller, "memory": max(p.memory for p in small)} if small else None,
         "compile_seconds": round(seconds, 1),
+        "versions": versions(),
     }
 
 
 def _averaged(model: keras.Model) -> list[keras.Variable]:
     return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that has a part in a compiled program."""
+    names = ("jax", "jaxlib", "libtpu", "keras", "tensorflow", "tensorflow-cpu")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def main(arguments: list[str]) -> int:

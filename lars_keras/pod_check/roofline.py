@@ -20,7 +20,7 @@ def roofline(programs: list[Program], chip: Chip, cores: int, batch_size: int, u
     """
     work = {
         "compute": sum(p.times * p.flops for p in programs) * cores / chip.flops,
-        "memory": sum(p.times * p.bytes_accessed for p in programs) * cores / chip.hbm_bandwidth,
+        "memory": sum(p.times * p.hbm_bytes for p in programs) * cores / chip.hbm_bandwidth,
         "interconnect": sum(p.times * c.sent for p in programs for c in p.collectives) * cores / chip.ici_bandwidth,
     }
     seconds = max(work.values())
