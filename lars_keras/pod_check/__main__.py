@@ -180,6 +180,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--topology", required=True, help="chip and shape of the slice, such as v5e:16x16")
     parser.add_argument("--engine", choices=(*ENGINES, "both"), default="both", help="whose step")
+    parser.add_argument(
+        "--one_size", action="store_true", help="do not look for the largest micro-batch: half the time"
+    )
     parser.add_argument("--out", help="JSON file for the results (default: beside the run folders, in runs/)")
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -193,7 +196,7 @@ def main(arguments: list[str]) -> int:
             if engine == "tensorflow" and (config.shard_update or config.reduce_dtype != "float32"):
                 print("tensorflow: left out, --shard_update and --reduce_dtype are for JAX")
                 continue
-            results[engine] = check(config, options.topology, engine)
+            results[engine] = check(config, options.topology, engine, search=not options.one_size)
             print(f"\n{engine}\n{text(results[engine], chip, config.batch_size)}", flush=True)
     except UsageError as e:
         print(f"pod_check: error: {e}", file=sys.stderr)

@@ -15,8 +15,10 @@ import types
 from pathlib import Path
 from typing import Any
 
-# libtpu then asks for no TPU, on this machine or on the network.
-os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu")
+# libtpu then asks for no TPU, on this machine or on the network, and shares the machine with others that compile.
+os.environ.update(
+    TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu"
+)
 
 import jax
 import keras
