@@ -51,6 +51,7 @@ from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
 from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy
+from lars_keras.training.telemetry import LayerTelemetry
 
 
 def main(config: flags.RunConfig) -> None:
@@ -69,10 +70,16 @@ def main(config: flags.RunConfig) -> None:
 
         # ---- Data
         image_size = config.image_size
-        if config.dataset == "imagenet2012" and image_size is None:
+        if config.dataset in datasets.ANY_SIZE and image_size is None:
             image_size = models.default_image_size(config.model)
         data = datasets.load(
-            config.dataset, data_dir=config.data_dir, image_size=image_size, remote=hosts_are_remote(strategy)
+            config.dataset,
+            data_dir=config.data_dir,
+            image_size=image_size,
+            augment=config.augment,
+            cache=config.cache,
+            cache_dir=config.cache_dir,
+            remote=hosts_are_remote(strategy),
         )
         steps_per_epoch = data.num_train / config.batch_size
         total_updates = config.total_updates(data.num_train)
@@ -90,6 +97,7 @@ def main(config: flags.RunConfig) -> None:
             jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
             layer_norms=True,
             reduce_dtype=config.reduce_dtype,
+            layer_ratios=config.telemetry_every > 0,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
 
@@ -155,6 +163,11 @@ def main(config: flags.RunConfig) -> None:
                 validation_data=test_feed,
                 validation_freq=config.eval_every,
                 callbacks=[
+                    *(
+                        [LayerTelemetry(trainer, log, config.telemetry_every)]
+                        if chief and config.telemetry_every
+                        else []
+                    ),
                     Guard(trainer),
                     *([progress, log] if chief else []),
                     BoundBadImages(data.bad_images, config.max_bad_images, on_bad_image if chief else lambda *_: None),
@@ -178,6 +191,7 @@ def main(config: flags.RunConfig) -> None:
         updates=total_updates,
         seconds=round(time.perf_counter() - started, 3),
         images_per_second=progress.images_per_second,
+        data_wait=progress.data_wait,
         rollbacks=about["rollbacks"],
         bad_images=len(data.bad_images.found),
     )
@@ -256,7 +270,7 @@ def make_feeds(data: ImageData, trainer: Trainer, seed: int):
         return worker.input_pipeline_id, worker.num_input_pipelines
 
     def one_hot(x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return x, tf.one_hot(y, data.num_classes), mask
+        return x, y if y.shape.rank == 2 else tf.one_hot(y, data.num_classes), mask
 
     def train_feed(worker: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
         first = first_update * trainer.microbatches

@@ -20,7 +20,7 @@ def _flag(default: Any, kind: str, text: str, free: bool = False, **options: Any
     return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "free": free, "options": options})
 
 
-def _choice(default: str, values: Sequence[str], text: str, free: bool = False) -> Any:
+def _choice(default: str | None, values: Sequence[str], text: str, free: bool = False) -> Any:
     return _flag(default, "enum", text, free, enum_values=list(values))
 
 
@@ -48,9 +48,23 @@ class RunConfig:
     model: str = _choice("alexnet_small", models.names(), "Network.")
     dataset: str = _choice("digits", data.NAMES, "Data set.")
     data_dir: str | None = _text(
-        None, "Folder of the prepared data sets. Default: that of tensorflow-datasets.", free=True
+        None,
+        "Folder of the prepared data sets, or for --dataset=folder that of train/CLASS/ and val/CLASS/. Default: that "
+        "of tensorflow-datasets.",
+        free=True,
     )
-    image_size: int | None = _whole(None, "Height and width in pixels, for imagenet2012. Default: the model's.", low=8)
+    image_size: int | None = _whole(
+        None, "Height and width in pixels, for imagenet2012 and folder. Default: the model's.", low=8
+    )
+    augment: str | None = _choice(
+        None,
+        data.AUGMENTS,
+        "What happens to training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
+    )
+    cache: str = _choice(
+        "none", data.CACHES, "Hold the image files in memory, or copies of them in --cache_dir.", free=True
+    )
+    cache_dir: str | None = _text(None, "Folder of --cache=disk. Default: ~/.cache/lars_keras.", free=True)
     run_dir: str | None = _text(
         None,
         "Folder for all results; an unfinished run in it goes on, with its own flags. Default: runs/<time>-<names>.",
@@ -68,7 +82,7 @@ class RunConfig:
     epochs: float = _real(8.0, "Passes over the training data; may be a fraction.")
     steps: int | None = _whole(None, "Updates; takes the place of --epochs.")
     # The optimizer.
-    optimizer: str = _choice("lars", OPTIMIZERS, "Optimizer; lamb is Keras's.")
+    optimizer: str = _choice("lars", OPTIMIZERS, "Optimizer.")
     learning_rate: float = _real(15.0, "Peak of the learning rate.")
     schedule: str = _choice(
         "polynomial", SCHEDULES, "Decay after the warm-up. step: a tenth from 1/3, 2/3 and 8/9 of the run on."
@@ -82,18 +96,18 @@ class RunConfig:
     )
     momentum: float = _real(0.9, "Momentum of lars and momentum; beta_1 of lamb and adam.")
     nesterov: bool = _switch("Nesterov momentum, for lars and momentum.")
-    weight_decay: float = _real(5e-4, "Weight decay: inside the rule of lars, decoupled for the others.")
+    weight_decay: float = _real(5e-4, "Weight decay: inside the rule of lars and lamb, decoupled for the others.")
     trust_coefficient: float = _real(1e-3, "eta of LARS.")
     epsilon: float = _real(0.0, "Added to the denominator of LARS's trust ratio.")
     variant: str = _choice("paper", VARIANTS, "Rule of LARS.")
-    trust_clip: bool = _switch("The clip of LARC.")
+    trust_clip: bool = _switch("The clip of LARC; of lamb, a trust ratio of at most 1.")
     exclude: tuple[str, ...] | None = _flag(
         None,
         "list",
         "Regular expressions of variables that are neither adapted nor decayed. Default: bias and normalisation "
         "variables. Empty: nothing is excluded.",
     )
-    excluded_lr_scale: float = _real(0.05, "Factor on the learning rate of variables that are not adapted.")
+    excluded_lr_scale: float = _real(0.05, "Factor of lars on the learning rate of variables that are not adapted.")
     global_clipnorm: float | None = _real(None, "Largest norm of all gradients together, of the whole batch.")
     ema: float | None = _real(
         None, "Momentum of a moving average of the weights, which is what is evaluated and saved.", high=1.0
@@ -115,6 +129,9 @@ class RunConfig:
     updates_per_call: int = _whole(1, "Updates that run without returning to Python.", free=True)
     eval_every: int = _whole(1, "Epochs between evaluations; the end of the run is always evaluated.")
     seed: int = _whole(0, "Seed of weights, order, augmentation and dropout.", low=0)
+    telemetry_every: int = _whole(
+        0, "Updates between log lines with norms, trust ratio and effective rate of every layer; 0: none.", 0, free=True
+    )
     # What a run does when something goes wrong.
     checkpoint_minutes: float = _real(10.0, "Minutes between checkpoints.", free=True)
     checkpoint_updates: int | None = _whole(None, "Updates between checkpoints, beside the minutes.", free=True)
@@ -135,6 +152,13 @@ class RunConfig:
                 "--microbatch_size must divide --batch_size. "
                 f"Received: --microbatch_size={self.microbatch_size} --batch_size={self.batch_size}"
             )
+        if self.augment in data.MIXES and (self.microbatch_size or self.batch_size) % 2:
+            raise ValueError(
+                f"--augment={self.augment} mixes two and two images: the micro-batch must be even. "
+                f"Received: --microbatch_size={self.microbatch_size} --batch_size={self.batch_size}"
+            )
+        if self.cache_dir and self.cache != "disk":
+            raise ValueError(f"--cache_dir goes with --cache=disk. Received: --cache={self.cache}")
         if self.steps is None and self.epochs == 0:
             raise ValueError("--epochs must be above 0. Received: --epochs=0")
         if self.eval_only and not self.run_dir:
@@ -145,6 +169,11 @@ class RunConfig:
             raise ValueError(
                 f"--replicas goes with --strategy=mirrored. Received: --replicas={self.replicas} "
                 f"--strategy={self.strategy}"
+            )
+        if self.telemetry_every and self.optimizer not in ("lars", "lamb"):
+            raise ValueError(
+                "--telemetry_every needs trust ratios, so --optimizer=lars or lamb. Received: "
+                f"--telemetry_every={self.telemetry_every} --optimizer={self.optimizer}"
             )
         if self.momentum >= 1.0:
             raise ValueError(f"--momentum must be below 1. Received: --momentum={self.momentum}")

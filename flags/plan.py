@@ -10,6 +10,7 @@ from flags.config import RunConfig
 from lars_keras import recipes
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
+from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.training.strategy import strategy_of
 from lars_keras.training.trainer import Trainer
 
@@ -67,6 +68,7 @@ def text(
     peak = int(rate.argmax())
     rows = [
         ("data", f"{config.dataset}: {data.description}"),
+        ("input", _input(trainer, data)),
         ("model", f"{config.model}, {model.count_params():,} parameters, {config.precision}"),
         (
             "batch",
@@ -90,6 +92,7 @@ def text(
         steps = relative_steps(config, rate)
         step = f"up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
         lines.insert(6, f"  {'step':<11}{step}")
+    if isinstance(optimizer, LayerwiseOptimizer):
         lines += ["", *_layers(optimizer)]
     lines += [f"WARNING: {warning}" for warning in found]
     return "\n".join(lines)
@@ -103,6 +106,12 @@ def scores(values: dict[str, float]) -> str:
     )
 
 
+def _input(trainer: Trainer, data: ImageData) -> str:
+    ahead = 4 * trainer.replicas * trainer.microbatch_size  # two batches in the making, two ready
+    size = ahead * math.prod(data.image_shape) / 1e6
+    return f"augment: {data.augment}; {data.reading}; up to {ahead:,} images ahead ({size:,.0f} MB)"
+
+
 def _optimizer(config: RunConfig) -> str:
     if config.optimizer != "lars":
         return f"{config.optimizer}, weight decay {config.weight_decay:g}"
@@ -113,7 +122,7 @@ def _optimizer(config: RunConfig) -> str:
     )
 
 
-def _layers(optimizer: LARS) -> list[str]:
+def _layers(optimizer: LayerwiseOptimizer) -> list[str]:
     plan = optimizer.layer_plan()
     width = max(len(role.path) for role in plan)
     lines = [f"  {'variable':<{width}}  {'shape':<18} adapted  decayed  rate x"]

@@ -5,8 +5,9 @@ Importing this package imports Keras only, on whichever backend Keras runs.
 """
 
 from lars_keras import schedules
+from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
 from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
 
-__all__ = ["DEFAULT_EXCLUDE", "LARS", "VariableRole", "schedules"]
+__all__ = ["DEFAULT_EXCLUDE", "LAMB", "LARS", "VariableRole", "schedules"]
 __version__ = "0.1.0"

@@ -87,7 +87,7 @@ def outcome(run_dir):
     with np.load(newest) as file:
         arrays.update({f"checkpoint/{name}": file[name] for name in file.files if name != "info"})
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "data_wait")
     log = [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] in ("update", "eval")]
     return arrays, log
 

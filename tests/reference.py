@@ -99,3 +99,56 @@ class ReferenceLARS:
         if not adapt:
             return lr * self.excluded
         return min(ratio, lr) if self.clip else lr * ratio
+
+
+class ReferenceLAMB:
+    """LAMB with the same conventions; `slots` holds first moments, then second moments."""
+
+    def __init__(
+        self,
+        weights,
+        adapt,
+        decay,
+        *,
+        learning_rate=1e-3,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-6,
+        weight_decay=0.01,
+        bias_correction=True,
+        trust_clip=False,
+        excluded_lr_scale=1.0,
+        dtype="float64",
+    ):
+        self.weights = [np.array(w, "float64") for w in weights]
+        self.first, self.second = ([np.zeros_like(w) for w in self.weights] for _ in range(2))
+        self.adapt, self.decay, self.learning_rate = adapt, decay, learning_rate
+        self.beta_1, self.beta_2, self.epsilon, self.weight_decay = beta_1, beta_2, epsilon, weight_decay
+        self.corrected, self.clip, self.excluded = bias_correction, trust_clip, excluded_lr_scale
+        self.dtype, self.updates = dtype, 0
+
+    @property
+    def slots(self):
+        return self.first + self.second
+
+    def step(self, gradients):
+        lr = self.learning_rate
+        lr = lr(self.updates) if callable(lr) else lr
+        self.updates += 1
+        for i, g in enumerate(gradients):
+            w = self.weights[i]
+            mean = self.first[i] + (1 - self.beta_1) * (g - self.first[i])
+            square = self.second[i] + (1 - self.beta_2) * (g * g - self.second[i])
+            unbiased, spread = mean, square
+            if self.corrected:
+                unbiased = mean / (1 - math.pow(self.beta_1, self.updates))
+                spread = square / (1 - math.pow(self.beta_2, self.updates))
+            r = unbiased / (np.sqrt(spread) + self.epsilon)
+            if self.decay[i]:
+                r = r + self.weight_decay * w
+            rate = lr * self.excluded
+            if self.adapt[i]:
+                ratio = norm(w) / norm(r) if norm(w) > 0 and norm(r) > 0 else 1.0
+                rate = lr * (min(ratio, 1.0) if self.clip else ratio)
+            self.weights[i] = round_to(self.dtype, w - rate * r)
+            self.first[i], self.second[i] = round_to(self.dtype, mean), round_to(self.dtype, square)

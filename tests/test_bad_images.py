@@ -81,7 +81,7 @@ class BadImagesTest(tf.test.TestCase, parameterized.TestCase):
             byte = file.read(1)
             file.seek(offset)
             file.write(bytes([byte[0] ^ 4]))
-        starts = self.load()._train._start
+        starts = self.load()._train.records._start
         hit = int(np.searchsorted(starts, offset, side="right")) - 1
         with self.assertLogs(level="ERROR"):
             found = self.check({hit})

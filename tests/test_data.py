@@ -20,14 +20,14 @@ from lars_keras.data.prepare import main
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 
-def small_arrays(augment=pad_crop_flip):
+def small_arrays(crop_flip=pad_crop_flip):
     """37 train and 23 test images whose pixels name them."""
     random = np.random.default_rng(0)
 
     def split(n):
         return random.integers(0, 256, (n, 8, 8, 3), np.uint8), np.arange(n) % 10
 
-    return lars_keras.data.ArrayData("small", split(37), split(23), 10, augment=augment)
+    return lars_keras.data.ArrayData("small", split(37), split(23), 10, crop_flip=crop_flip)
 
 
 class OrderTest(tf.test.TestCase, parameterized.TestCase):

@@ -4,17 +4,20 @@ import contextlib
 import io
 import os
 import pathlib
+import tarfile
 import tempfile
 import unittest
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl.testing import parameterized
-from PIL import Image
+from PIL import Image, ImageOps
 
 import lars_keras.data
-from lars_keras.data import jpegs
+import models
+from lars_keras.data import crops
 from lars_keras.data.keyed import keys, uniforms
 from lars_keras.data.prepare import main
 from lars_keras.data.records import TFRecords
@@ -55,12 +58,12 @@ def write_jpegs(root, file_format):
 
 
 def read_all(data, split):
-    records = getattr(data, split)
+    records = getattr(data, split).records
     return records.read(np.arange(len(records)))
 
 
 def parse(data, record):
-    image, label = data._parse(record)
+    image, label = data._train.parse(record)
     return image.numpy(), int(label)
 
 
@@ -103,6 +106,19 @@ def reference_resize(image, size):
     return np.tensordot(along(image.shape[1]), columns, (1, 1)).swapaxes(0, 1)
 
 
+def little_endian(data):
+    """The same JPEG with its EXIF tags, as Pillow writes them, in the other order of bytes."""
+    start = data.index(b"MM\x00*")
+    count = int.from_bytes(data[start + 8 : start + 10], "big")
+    tags = b"II*\x00" + (8).to_bytes(4, "little") + count.to_bytes(2, "little")
+    for i in range(count):
+        entry = data[start + 10 + 12 * i :][:12]
+        tag, kind, n = (int.from_bytes(entry[a:b], "big") for a, b in ((0, 2), (2, 4), (4, 8)))
+        value = int.from_bytes(entry[8:10], "big") if kind == 3 else int.from_bytes(entry[8:12], "big")
+        tags += b"".join(x.to_bytes(size, "little") for x, size in ((tag, 2), (kind, 2), (n, 4), (value, 4)))
+    return data[:start] + tags + data[start + len(tags) :]
+
+
 class CropTest(tf.test.TestCase, parameterized.TestCase):
     def plain_jpeg(self, height, width, seed=0):
         """A JPEG whose every crop decodes to the same pixels: no chroma is shared by neighbours."""
@@ -112,9 +128,9 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters((80, 120), (120, 80), (33, 400), (400, 33), (7, 5), (1, 1))
     def test_random_crop(self, height, width):
         data = self.plain_jpeg(height, width)
-        pixels = tf.io.decode_jpeg(data).numpy().astype(np.float64)
-        draws = uniforms(keys(0, np.arange(40, dtype=np.uint64)), jpegs.NUM_DRAWS)
-        crop = tf.function(lambda d: jpegs.random_crop(data, d, 24))
+        pixels = tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE").numpy().astype(np.float64)
+        draws = uniforms(keys(0, np.arange(40, dtype=np.uint64)), crops.NUM_DRAWS)
+        crop = tf.function(lambda d: crops.random_crop(data, d, 24))
         for draw in draws:
             top, left, h, w = reference_window((height, width), draw)
             expected = reference_resize(pixels[top : top + h, left : left + w], 24)
@@ -124,7 +140,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
             self.assertLess(np.abs(actual.numpy() - expected).max(), 0.51)  # the rounding
 
     def test_random_crops_are_as_the_source_says(self):
-        draws = uniforms(keys(1, np.arange(4000, dtype=np.uint64)), jpegs.NUM_DRAWS)
+        draws = uniforms(keys(1, np.arange(4000, dtype=np.uint64)), crops.NUM_DRAWS)
         top, left, h, w = np.array([reference_window((375, 500), d) for d in draws]).T
         area, ratio = h * w / (375 * 500), w / h
         self.assertAllInRange(area, 0.075, 1.0)
@@ -137,17 +153,17 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters((227, 227), (224, 224), (256, 256))
     def test_central_crop_of_256_needs_no_resize(self, size, side):
         data = self.plain_jpeg(256, 300)
-        pixels = tf.io.decode_jpeg(data)
+        pixels = tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE")
         top, left = (256 - side) // 2, (300 - side) // 2
-        self.assertAllEqual(jpegs.central_crop(data, size), pixels[top : top + side, left : left + side])
+        self.assertAllEqual(crops.central_crop(data, size), pixels[top : top + side, left : left + side])
 
     @parameterized.parameters((500, 375, 227, 333), (375, 500, 64, 328), (30, 60, 320, 30))
     def test_central_crop(self, height, width, size, side):
         data = self.plain_jpeg(height, width)
-        pixels = tf.io.decode_jpeg(data).numpy().astype(np.float64)
+        pixels = tf.io.decode_jpeg(data, dct_method="INTEGER_ACCURATE").numpy().astype(np.float64)
         top, left = (height - side) // 2, (width - side) // 2
         expected = reference_resize(pixels[top : top + side, left : left + side], size)
-        actual = jpegs.central_crop(data, size).numpy()
+        actual = crops.central_crop(data, size).numpy()
         self.assertLess(np.abs(actual - expected).max(), 0.51)
 
     def test_every_kind_of_jpeg_becomes_rgb(self):
@@ -155,9 +171,36 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
         for mode, colour in (("RGB", (200, 30, 30)), ("CMYK", (200, 30, 30)), ("L", (81, 81, 81))):
             file = io.BytesIO()
             red.convert(mode).save(file, format="jpeg", quality=95)
-            image = jpegs.central_crop(file.getvalue(), 16)
+            image = crops.central_crop(file.getvalue(), 16)
             self.assertEqual(image.shape, (16, 16, 3))
             self.assertAllClose(tf.cast(image, tf.float32), np.full((16, 16, 3), colour), atol=3)
+
+    @parameterized.parameters(*range(1, 9))
+    def test_turned_photographs_become_upright(self, turn):
+        pixels = np.kron(np.random.default_rng(turn).integers(0, 255, (4, 6, 3)), np.ones((16, 16, 1)))
+        tags = Image.Exif()
+        tags[0x010F], tags[0x0112] = "a maker", turn
+        file = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", exif=tags, quality=98, subsampling=0)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+        for data in (file.getvalue(), little_endian(file.getvalue())):
+            self.assertEqual(crops.orientation(data), turn)
+            size = min(expected.shape[:2])
+            top, left = ((n - round(size * 7 / 8)) // 2 for n in expected.shape[:2])
+            square = expected[top : top + round(size * 7 / 8), left : left + round(size * 7 / 8)]
+            self.assertAllEqual(crops.central_crop(data, 56), square)
+
+    def test_damaged_tags_mean_no_turn(self):
+        for data in (b"", b"Exif", b"012345Exif", b"012345Exif" + bytes([0x12, 1, 3, 0, 1, 0, 0, 0, 9, 0])):
+            self.assertEqual(crops.orientation(data), 1)
+
+    @parameterized.parameters("PNG", "BMP", "GIF")
+    def test_other_formats(self, file_format):
+        colours = np.array([[200, 30, 30], [30, 60, 90], [0, 255, 0]], np.uint8)
+        pixels = np.kron(colours[np.random.default_rng(0).integers(0, 3, (4, 4))], np.ones((8, 8, 1), np.uint8))
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, file_format)
+        self.assertAllEqual(crops.central_crop(file.getvalue(), 28), pixels[2:30, 2:30])
 
 
 class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
@@ -189,7 +232,7 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
         self.assertCountEqual([(jpeg, label) for jpeg, label, _ in found], written)
         ids = np.random.default_rng(0).permutation(29)
         records = read_all(data, "_train")
-        self.assertEqual(data._train.read(ids), [records[i] for i in ids])
+        self.assertEqual(data._train.records.read(ids), [records[i] for i in ids])
 
     def test_static_shapes(self):
         data = self.load()
@@ -224,8 +267,8 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
         data = self.load()
         images, labels, _ = next(data.train_numpy(29, augment=False))
         for i, image, label in zip(data.train_ids(29)[0], images, labels, strict=True):
-            jpeg, expected = parse(data, data._train.read([i])[0])
-            self.assertAllEqual(image, jpegs.central_crop(jpeg, 24))
+            jpeg, expected = parse(data, data._train.records.read([i])[0])
+            self.assertAllEqual(image, crops.central_crop(jpeg, 24))
             self.assertEqual(label, expected)
 
     @parameterized.parameters((1, 1), (4, 1), (11, 1), (16, 1), (6, 2), (32, 4))
@@ -242,7 +285,7 @@ class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllEqual([mask for _, _, mask in rows], np.arange(len(rows)) < 11)
         for record, (image, label, _) in zip(read_all(data, "_test"), rows, strict=False):
             jpeg, expected = parse(data, record)
-            self.assertAllEqual(image, jpegs.central_crop(jpeg, 24))
+            self.assertAllEqual(image, crops.central_crop(jpeg, 24))
             self.assertEqual(label, expected)
         for image, label, _ in rows[11:]:
             self.assertEqual((image.max(), label), (0, 0))
@@ -307,6 +350,45 @@ class RealDataTest(tf.test.TestCase):
         self.assertAllEqual(images[gray][..., 0], images[gray][..., 2])
         self.assertAllInRange(images.mean((0, 1, 2)) - data.mean, -12, 12)
         self.assertEqual(sum(mask.sum() for _, _, mask in data.test_numpy(20)), 51)
+
+    def test_pixels_are_those_of_pillow(self):
+        """50 real JPEGs, cropped, resized and flipped, against Pillow and float64: within rounding.
+
+        But for the two outermost pixels of a window, whose colours Pillow interpolates from pixels outside of it.
+        """
+        with tarfile.open(SHARED / "imagenet_manual" / "ILSVRC2012_img_val.tar") as archive:
+            files = [archive.extractfile(member).read() for member in archive.getmembers()[:50]]
+        self.assertLen(files, 50)
+        model = models.get(
+            "alexnet_bn", num_classes=2, input_shape=(227, 227, 3), mean=(123.675, 116.28, 103.53), std=58.0
+        )
+        normalize = keras.Model(model.inputs, model.get_layer("normalize").output)
+        draws = uniforms(keys(5, np.arange(50, dtype=np.uint64)), crops.NUM_DRAWS)
+        random_crop = tf.function(lambda file, draw: crops.random_crop(file, draw, 227))
+        central_crop = tf.function(lambda file: crops.central_crop(file, 227))
+        for file, draw in zip(files, draws, strict=True):
+            pixels = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")).astype(np.float64)
+            top, left, h, w = reference_window(pixels.shape[:2], draw)
+            expected = reference_resize(pixels[top : top + h, left : left + w], 227)
+            expected = expected[:, ::-1] if draw[-1] < 0.5 else expected
+            self.check(random_crop(tf.constant(file), draw), expected, min(h, w))
+            side = round(min(pixels.shape[:2]) * 227 / 256)
+            top, left = ((n - side) // 2 for n in pixels.shape[:2])
+            expected = reference_resize(pixels[top : top + side, left : left + side], 227)
+            image = central_crop(tf.constant(file))
+            self.check(image, expected, side)
+            self.assertAllClose(
+                normalize(image[None])[0],
+                (image.numpy() - np.array([123.675, 116.28, 103.53])) / 58.0,
+                rtol=1e-6,
+                atol=1e-6,
+            )
+
+    def check(self, image, expected, side):
+        error = np.abs(image.numpy() - expected)
+        edge = 1 + -(-2 * 227 // side)
+        self.assertLess(error[edge:-edge, edge:-edge].max(), 0.51)
+        self.assertLess(error.mean(), 0.26)  # that of rounding is 0.25
 
     def test_cifar10(self):
         data = lars_keras.data.load("cifar10", data_dir=SHARED / "tfds")

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from lars_keras import LARS, schedules
+from lars_keras import LAMB, LARS, schedules
 from tests import cases
-from tests.reference import ReferenceLARS
+from tests.reference import ReferenceLAMB, ReferenceLARS
 
 BACKEND = keras.backend.backend()
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
@@ -149,6 +149,17 @@ class InverseRate(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class AnyBackendTest(Comparison):
+    def test_lamb(self):
+        weights, gradients = cases.problem()
+        oracle = ReferenceLAMB(weights, cases.KERNELS, cases.KERNELS, learning_rate=0.05, weight_decay=0.3)
+        optimizer, variables = LAMB(0.05, weight_decay=0.3), cases.make_variables(weights)
+        for g in gradients:
+            oracle.step(g)
+            optimizer.apply([keras.ops.convert_to_tensor(x, "float32") for x in g], variables)
+        for v, expected in zip(variables, oracle.weights, strict=True):
+            v = keras.ops.convert_to_numpy(v)
+            self.assertLess(cases.relative_error(v, expected), 4e-6)
+
     @parameterized.parameters("float16", "bfloat16")
     def test_half_precision_variables(self, dtype):
         for variant in cases.VARIANTS:

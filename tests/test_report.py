@@ -74,6 +74,15 @@ class ThroughputTest(tf.test.TestCase):
         clock.now += 8
         speed.lap(16)  # one call of four updates
         self.assertEqual(speed.images_per_second, 500 / 10)
+        self.assertTrue(math.isnan(speed.data_wait))  # nobody told
+
+    def test_share_of_waiting_for_data(self):
+        clock = FakeClock()
+        speed = progress.Throughput(batch_size=100, clock=clock)
+        for seconds, finished, waited in ((60, 1, 50.0), (2, 2, 1.0), (6, 3, 1.0)):
+            clock.now += seconds
+            speed.lap(finished, waited)
+        self.assertEqual(speed.data_wait, 2 / 8)
 
     def test_time_left_counts_evaluations_but_not_compilation(self):
         clock = FakeClock()
@@ -153,6 +162,7 @@ class MetricsLogTest(tf.test.TestCase):
                 "epoch": 4 / 3,
                 **logs_of(3),
                 "images_per_second": 50.0,
+                "data_wait": None,  # these logs do not tell
                 "seconds": 30.0 + 2 * 2.0 + 50.0 + 2.0,
             },
         )

@@ -3,6 +3,7 @@
 import pickle
 import sys
 import tempfile
+import time
 
 import keras
 import numpy as np
@@ -174,6 +175,29 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         watch = keras.callbacks.LambdaCallback(on_train_batch_end=after_update)
         trainer.fit(batch, epochs=150, verbose=0, callbacks=[watch])
         self.assertAllClose(losses, [losses[0]] * 150, rtol=1e-6)
+
+    @parameterized.parameters("none", "mirrored2")
+    def test_data_wait_is_the_time_that_devices_stand_idle(self, strategy):
+        """Reading a batch takes 0.4 s, the work on it next to nothing; later the whole data set is there at once."""
+        with cases.strategy(strategy).scope():
+            model = cases.hidden()
+            model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
+        trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=cases.BATCH // 2)
+        waits = []
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: waits.append(logs["data_wait"]))
+        x, y = (part[: cases.BATCH] for part in cases.examples())
+
+        def read(i):
+            time.sleep(0.4 if i < 3 else 0.0)
+            return x, y
+
+        batches = tf.data.Dataset.range(1000).map(lambda i: tf.numpy_function(read, [i], (tf.float32, tf.float32)))
+        batches = batches.map(lambda x, y: (tf.ensure_shape(x, [64, 12]), tf.ensure_shape(y, [64, 5])))
+        started = time.monotonic()
+        trainer.fit(lambda *_: batches, epochs=8, steps_per_epoch=1, verbose=0, callbacks=[watch])
+        elapsed = time.monotonic() - started
+        self.assertBetween(sum(waits[:3]), 0.6, elapsed)
+        self.assertLess(min(waits[3:]), 0.2)  # the least: on a busy machine some of them wait for a processor
 
     def test_subclassed_model_built_by_the_trainer(self):
         class Subclassed(keras.Model):

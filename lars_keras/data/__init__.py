@@ -4,8 +4,9 @@ Importing this package, and using `ArrayData`, needs NumPy only.
 """
 
 from lars_keras.data.arrays import ArrayData
-from lars_keras.data.catalog import NAMES, load
-from lars_keras.data.image_data import ImageData
+from lars_keras.data.augment import MIXES
+from lars_keras.data.catalog import ANY_SIZE, CACHES, NAMES, load
+from lars_keras.data.image_data import AUGMENTS, ImageData
 from lars_keras.data.jpegs import JpegData
 
-__all__ = ["NAMES", "ArrayData", "ImageData", "JpegData", "load"]
+__all__ = ["ANY_SIZE", "AUGMENTS", "CACHES", "MIXES", "NAMES", "ArrayData", "ImageData", "JpegData", "load"]

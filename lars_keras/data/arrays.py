@@ -25,8 +25,9 @@ class ArrayData(ImageData):
         train, test: pairs of images, uint8 `(n, height, width, channels)`, and integer labels
             `(n,)`. The arrays are used as they are, not copied.
         num_classes: number of classes.
-        augment: `augment(images, draws) -> images`, of NumPy arrays and of tensors, with `draws` float32
-            `(n, 3)` uniform in [0, 1); `None` for no augmentation.
+        crop_flip: `crop_flip(images, draws) -> images`, of NumPy arrays and of tensors, with `draws` float32
+            `(n, 3)` uniform in [0, 1); `None`: the images are not of a kind to crop and flip.
+        augment: as in `ImageData`; `None` for `crop_flip` where there is one.
         description: one line for people.
 
     Raises:
@@ -40,7 +41,8 @@ class ArrayData(ImageData):
         test: tuple[np.ndarray, np.ndarray],
         num_classes: int,
         *,
-        augment: Callable[[Array, Array], Array] | None = None,
+        crop_flip: Callable[[Array, Array], Array] | None = None,
+        augment: str | None = None,
         description: str = "",
     ):
         for images, labels in (train, test):
@@ -55,7 +57,10 @@ class ArrayData(ImageData):
                 raise ValueError(f"Labels must be in range({num_classes}). Received: {labels.min()} to {labels.max()}")
         self._train = train[0], train[1].astype(np.int32)
         self._test = test[0], test[1].astype(np.int32)
-        self._augment = augment
+        self._crop_flip = crop_flip
+        self.augment = augment or ("crop_flip" if crop_flip else "none")
+        if self.augment == "crop_flip" and not crop_flip:
+            raise ValueError(f"{name} has no random crop and flip. Received: augment={augment!r}")
         self.name = name
         self.num_classes = num_classes
         self.image_shape = train[0].shape[1:]
@@ -75,8 +80,11 @@ class ArrayData(ImageData):
         augment: bool = True,
     ) -> Iterator[tuple[np.ndarray, ...]]:
         check_arguments(batch_size, shard, seed, first)
+        kind = self.augment if augment else "none"
+        if kind not in ("none", "crop_flip"):  # those are TensorFlow's
+            return super().train_numpy(batch_size, first=first, count=count, seed=seed, shard=shard)
         indices = itertools.count(first) if count is None else range(first, first + count)
-        return (self._train_arrays(np.uint64(i), batch_size, seed, shard, augment) for i in indices)
+        return (self._train_arrays(np.uint64(i), batch_size, seed, shard, kind) for i in indices)
 
     def test_numpy(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, ...]]:
         check_arguments(batch_size, shard)
@@ -86,8 +94,8 @@ class ArrayData(ImageData):
     def _train_arrays(self, *batch: Any) -> tuple[np.ndarray, ...]:
         ids, draws = self._train_draws(*batch)
         images, labels = (array[ids] for array in self._train)
-        if self._augment and draws.shape[1]:
-            images = self._augment(images, draws)
+        if self._crop_flip and draws.shape[1]:
+            images = self._crop_flip(images, draws)
         return images, labels, np.ones(len(ids), np.float32)
 
     def _test_arrays(self, ids: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -96,13 +104,14 @@ class ArrayData(ImageData):
         return images * real[:, None, None, None], labels * real, real.astype(np.float32)
 
     _num_draws = 3
+    reading = "gathered from memory"
 
     def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
         import tensorflow as tf
 
         images, labels = (tf.gather(tensor, tf.cast(ids, tf.int64)) for tensor in self._tensors["train"])
-        if self._augment and draws.shape[1]:
-            images = self._augment(images, draws)
+        if self._crop_flip and draws.shape[1]:
+            images = self._crop_flip(images, draws)
         return images, labels, tf.ones_like(labels, tf.float32)
 
     def _test_examples(self, ids: tf.Tensor) -> tuple[tf.Tensor, ...]:

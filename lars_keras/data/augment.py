@@ -1,8 +1,19 @@
-"""Crops and flips of images in memory, from random numbers that are given."""
+"""Augmentation of whole batches, from random numbers that are given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lars_keras.data.keyed import Array
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+MIXES = ("mixup", "cutmix")
+_ALPHA = {"mixup": 0.2, "cutmix": 1.0}  # of the Beta distribution of the share; the sources' values for ImageNet
+_QUANTILES = 4096
 
 
 def pad_crop_flip(images: Array, draws: Array, pad: int = 4) -> Array:
@@ -33,3 +44,53 @@ def pad_crop_flip(images: Array, draws: Array, pad: int = 4) -> Array:
     rows = start[:, :1] + up
     columns = start[:, 1:] + tf.where(draws[:, 2:] < 0.5, left[::-1], left)
     return tf.gather(tf.gather(tf.pad(images, border), rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+
+
+def mix(
+    kind: str, images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor, draws: tf.Tensor, num_classes: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mixes each image with its neighbour: 0 with 1, 2 with 3, and so on, each with a share of its own.
+
+    mixup: `x = s x + (1 - s) x'`, and labels alike. cutmix: a box of `x'` covers a share `1 - s` of `x`, less where
+    the border cuts it, and labels are mixed by area. `s` is drawn from Beta(0.2, 0.2) for mixup, uniform for cutmix. An
+    image that could not be read is not mixed into its neighbour.
+
+    Source: Zhang et al. 2017 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), section 3.
+
+    Args:
+        kind: `"mixup"` or `"cutmix"`.
+        images: uint8 `(n, height, width, channels)`, `n` even.
+        labels: int32 `(n,)`.
+        mask: float32 `(n,)`, 0 where an image could not be read.
+        draws: float32 `(n, 3)`, uniform in [0, 1): share; row and column of the box's centre.
+        num_classes: number of classes.
+
+    Returns:
+        uint8 images of the same shape, and float32 labels `(n, num_classes)`.
+    """
+    import tensorflow as tf
+    from scipy.special import betaincinv
+
+    def other(x: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.reverse(tf.reshape(x, [-1, 2, *x.shape[1:]]), [1]), x.shape)
+
+    quantiles = betaincinv(_ALPHA[kind], _ALPHA[kind], (np.arange(_QUANTILES) + 0.5) / _QUANTILES).astype(np.float32)
+    share = tf.gather(quantiles, tf.cast(draws[:, 0] * _QUANTILES, tf.int32))
+    share = tf.where(mask * other(mask) > 0, share, 1.0)
+    if kind == "mixup":
+        weight = share[:, None, None, None]
+        mixed = weight * tf.cast(images, tf.float32) + (1 - weight) * tf.cast(other(images), tf.float32)
+        images = tf.cast(mixed + 0.5, tf.uint8)
+    else:
+        _, height, width, _ = images.shape
+        side = tf.sqrt(1 - share)[:, None]
+        inside = []
+        for length, centre in ((height, draws[:, 1:2]), (width, draws[:, 2:3])):
+            start, end = (centre - side / 2) * length, (centre + side / 2) * length
+            pixel = np.arange(length, dtype=np.float32) + 0.5
+            inside.append((start <= pixel) & (pixel < end))
+        box = inside[0][:, :, None] & inside[1][:, None, :]
+        images = tf.where(box[..., None], other(images), images)
+        share = 1 - tf.reduce_mean(tf.cast(box, tf.float32), axis=[1, 2])
+    one_hot = tf.one_hot(labels, num_classes)
+    return images, share[:, None] * one_hot + (1 - share[:, None]) * other(one_hot)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lars_keras.data.arrays import ArrayData
 from lars_keras.data.augment import pad_crop_flip
-from lars_keras.data.image_data import ImageData
-from lars_keras.data.jpegs import JpegData, Records
-from lars_keras.data.records import ArrayRecords, TFRecords
+from lars_keras.data.folder import FolderExamples, read_folder
+from lars_keras.data.image_data import AUGMENTS, ImageData
+from lars_keras.data.jpegs import Examples, JpegData
+from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFRecords
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 _TEST_SPLIT = {"digits": "test", "cifar10": "test", "imagenet2012": "validation"}
-NAMES = tuple(_TEST_SPLIT)
+PREPARED = tuple(_TEST_SPLIT)
+NAMES = (*PREPARED, "folder")
+ANY_SIZE = ("imagenet2012", "folder")  # decoded to whatever size is wanted
+CACHES = ("none", "memory", "disk")
 
 
 def load(
@@ -26,29 +30,64 @@ def load(
     *,
     data_dir: str | os.PathLike | None = None,
     image_size: int | None = None,
+    augment: str | None = None,
+    cache: str = "none",
+    cache_dir: str | os.PathLike | None = None,
     remote: bool = False,
 ) -> ImageData:
-    """Loads a data set that tensorflow-datasets has prepared. Nothing is ever downloaded.
+    """Loads a data set. Nothing is ever downloaded.
 
     Args:
-        name: `"digits"`, prepared on first use (seconds, no network), `"cifar10"` or
-            `"imagenet2012"`, both prepared beforehand by `python -m lars_keras.data.prepare`.
+        name: `"digits"`, prepared on first use (seconds, no network); `"cifar10"` or `"imagenet2012"`, both prepared
+            beforehand by `python -m lars_keras.data.prepare`; or `"folder"`, image files in folders of their classes
+            (see `read_folder`), which needs `data_dir`.
         data_dir: the folder that holds the prepared data sets, one folder each; `None` for
-            `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-        image_size: height and width of the images in pixels. Free for `"imagenet2012"` (`None`:
-            227); the other two have their own (`None`: 16 and 32).
+            `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. A bucket's (`gs://...`) needs `cache="disk"`.
+        image_size: height and width of the images in pixels. Free for `ANY_SIZE` (`None`:
+            227); the others have their own (`None`: 16 and 32).
+        augment: one of `AUGMENTS`; `None` for the data set's own: `"none"` for digits, else `"crop_flip"`.
+        cache: for `ANY_SIZE`: `"none"`, files are read where they are; `"memory"`, they are all read once and held,
+            not decoded; `"disk"`, they are copied once to `cache_dir`, a disk of this machine.
+        cache_dir: the folder of the copies; `None` for `~/.cache/lars_keras`.
         remote: whether batches are made on other hosts than this process's; see `JpegData`.
 
     Returns:
         The data set.
 
     Raises:
-        ValueError: the name is unknown, the size does not fit, or the files are damaged.
-        FileNotFoundError: the data set is not prepared in `data_dir`.
+        ValueError: a value is unknown or does not fit the data set, there is no room for the cache, or the files are
+            damaged.
+        FileNotFoundError: the data set is not in `data_dir`.
     """
-    if name not in NAMES:
-        raise ValueError(f"Unknown dataset. Received: {name!r}. Accepted: {', '.join(NAMES)}.")
+    for text, value, accepted in (("dataset", name, NAMES), ("augment", augment, AUGMENTS), ("cache", cache, CACHES)):
+        if value is not None and value not in accepted:
+            raise ValueError(f"Unknown {text}. Received: {value!r}. Accepted: {', '.join(accepted)}.")
+    if name not in ANY_SIZE and cache != "none":
+        raise ValueError(
+            f"--cache is for {' and '.join(ANY_SIZE)}; {name} is in memory anyway. Received: --cache={cache}"
+        )
+    if remote and cache != "none":
+        raise ValueError(
+            "--cache serves the machine that this process runs on, not the other hosts of a pod slice. Received: "
+            f"--cache={cache}"
+        )
+    if name == "folder" and data_dir is None:
+        raise ValueError("--dataset=folder needs --data_dir, the folder of train/ and val/. Received: no --data_dir")
+    if augment == "randaugment":
+        try:
+            import lars_keras.data.randaugment  # noqa: F401
+        except ImportError as e:
+            raise ValueError(str(e)) from e
     root = data_root(data_dir)
+    options: dict[str, Any] = {"image_size": image_size or 227, "augment": augment or "crop_flip", "remote": remote}
+    if name == "folder":
+        train_files, test_files, classes = read_folder(root)
+        if cache == "disk":
+            train_files, test_files = (
+                FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels)
+                for files in (train_files, test_files)
+            )
+        return _jpeg_data(name, train_files, test_files, len(classes), f"in {root}", cache, options)
     builder_dir = prepared_dir(root, name)
     if builder_dir is None and name == "digits":
         from lars_keras.data.prepare import prepare
@@ -64,22 +103,27 @@ def load(
     for split in ("train", _TEST_SPLIT[name]):
         if split not in builder.info.splits:
             raise FileNotFoundError(f"{builder_dir} has no {split} split: remove it and prepare it again.")
-    train, test = (_records(builder, split) for split in ("train", _TEST_SPLIT[name]))
+    if "://" in str(builder_dir) and cache != "disk":
+        raise ValueError(
+            f"{builder_dir} is in a bucket, where single records take too long to read: --cache=disk copies its files. "
+            f"Received: --cache={cache}"
+        )
+    if remote and builder.info.file_format.value == "array_record":
+        raise ValueError(
+            f"{builder_dir} is array_record, which the hosts of a pod slice cannot read; tfrecord they can."
+        )
+    train, test = (
+        _records(
+            builder, split, _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None
+        )
+        for split in ("train", _TEST_SPLIT[name])
+    )
     num_classes = builder.info.features["label"].num_classes
-    counts = f"{len(train):,} train and {len(test):,} test images"
     origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
     if name == "imagenet2012":
-        size = image_size or 227
-        return JpegData(
-            name,
-            train,
-            test,
-            _jpeg_parser(builder.info.features),
-            num_classes,
-            image_size=size,
-            description=f"{counts}, JPEG decoded to {size}x{size}x3 ({origin})",
-            remote=remote,
-        )
+        parse = _jpeg_parser(builder.info.features)
+        train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
+        return _jpeg_data(name, train_images, test_images, num_classes, origin, cache, options)
     height, width, channels = builder.info.features["image"].shape
     if image_size not in (None, height):
         raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
@@ -88,18 +132,49 @@ def load(
         _decode_all(builder.info.features, train),
         _decode_all(builder.info.features, test),
         num_classes,
-        augment=pad_crop_flip if name == "cifar10" else None,
-        description=f"{counts}, {height}x{width}x{channels}, in memory ({origin})",
+        crop_flip=pad_crop_flip if name == "cifar10" else None,
+        augment=augment,
+        description=f"{_counts(train, test)}, {height}x{width}x{channels}, in memory ({origin})",
     )
 
 
-def data_root(data_dir: str | os.PathLike | None) -> pathlib.Path:
-    """Returns the folder of the prepared data sets: `data_dir`, or what tfds uses without one."""
-    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+def _jpeg_data(
+    name: str, train: Examples, test: Examples, num_classes: int, origin: str, cache: str, options: dict[str, Any]
+) -> JpegData:
+    if cache == "memory":
+        from lars_keras.data.cache import InMemory
+
+        train, test = InMemory(train), InMemory(test)
+    size = options["image_size"]
+    description = f"{_counts(train, test)}, JPEG decoded to {size}x{size}x3 ({origin}; cache: {cache})"
+    return JpegData(name, train, test, num_classes, description=description, **options)
+
+
+def _counts(train: Any, test: Any) -> str:
+    return f"{len(train):,} train and {len(test):,} test images"
+
+
+def _on_disk(paths: Any, root: Any, cache_dir: str | os.PathLike | None) -> list[str]:
+    """The copies of files below `root` in a folder of the cache that is named after it."""
+    from lars_keras.data.cache import copied
+
+    folder = pathlib.Path(cache_dir or "~/.cache/lars_keras").expanduser()
+    place = os.fspath(root).replace("://", "/").strip("/").replace("/", "_")
+    return copied([os.fspath(path) for path in paths], os.fspath(root), folder / place)
+
+
+def data_root(data_dir: str | os.PathLike | None) -> Any:
+    """Returns the folder of the prepared data sets, `data_dir` or what tfds uses without one: a `pathlib.Path`, or one
+    like it of a bucket."""
+    root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if "://" in root:
+        from etils import epath
+
+        return epath.Path(root)
     return pathlib.Path(root).expanduser()
 
 
-def prepared_dir(root: pathlib.Path, name: str) -> pathlib.Path | None:
+def prepared_dir(root: Any, name: str) -> Any | None:
     """Returns the folder of the newest prepared version of a data set, if there is one."""
     found = [path.parent for path in (root / name).glob("*.*.*/dataset_info.json")]
     found = [path for path in found if path.name.replace(".", "").isdigit()]
@@ -113,10 +188,10 @@ def _how_to_prepare(root: pathlib.Path, name: str) -> str:
     return f"{name} is not in {root}. Name its folder with --data_dir, or prepare it: {command}"
 
 
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Records:
+def _records(builder: tfds.core.DatasetBuilder, split: str, paths: list[str] | None) -> Records:
     info = builder.info.splits[split]
     kind = ArrayRecords if builder.info.file_format.value == "array_record" else TFRecords
-    return kind([os.fspath(path) for path in info.filepaths], info.shard_lengths)
+    return kind(paths or [os.fspath(path) for path in info.filepaths], info.shard_lengths)
 
 
 def _jpeg_parser(features: tfds.features.FeaturesDict):

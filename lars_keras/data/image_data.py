@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lars_keras.data.augment import MIXES, mix
 from lars_keras.data.bad_images import BadImages
 from lars_keras.data.keyed import Array, keys, uniforms
 from lars_keras.data.order import example_ids
+from lars_keras.data.rows import cores, each_row
 
 if TYPE_CHECKING:
     import tensorflow as tf
+
+
+AUGMENTS = ("none", "crop_flip", "randaugment", *MIXES)
+_EXTRA_DRAWS = 3  # beside those of crop and flip
 
 
 class ImageData(abc.ABC):
@@ -34,7 +40,10 @@ class ImageData(abc.ABC):
         image_shape: `(height, width, channels)` of every image delivered.
         num_train, num_test: number of examples of each split.
         mean, std: per channel, over the training split, of pixel values 0 to 255.
+        augment: what happens to training images, one of `AUGMENTS`: nothing; the data set's random crop and flip; or,
+            after these if the data set has them, RandAugment, mixup or cutmix.
         description: one line for people.
+        reading: how images are made, one line for people.
         bad_images: those that could not be read so far.
     """
 
@@ -45,7 +54,9 @@ class ImageData(abc.ABC):
     num_test: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    augment: str
     description: str
+    reading: str
     bad_images: BadImages
 
     def train_ids(
@@ -85,21 +96,35 @@ class ImageData(abc.ABC):
             seed: non-negative integer; fixes order and augmentation.
             shard: `(w, W)`: deliver the rows of worker `w` of `W`, which are the contiguous rows
                 `w * batch_size / W` to `(w + 1) * batch_size / W` of each batch.
-            augment: whether to apply the data set's random crop and flip, which depend on
-                (seed, epoch, example id) alone.
+            augment: whether to augment, which depends on (seed, epoch, example id) alone.
 
         Returns:
             A `tf.data.Dataset` of `(images, labels, mask)`: uint8 `(batch_size / W, h, w, c)`, int32 and
             float32 `(batch_size / W,)`, with static shapes. `mask` is 1 for a real image, 0 for one that could not be
-            read (see `JpegData`).
+            read (see `JpegData`). Where images are mixed, labels are float32 `(batch_size / W, num_classes)`.
 
         Raises:
-            ValueError: an argument is out of range, or `W` does not divide `batch_size`.
+            ValueError: an argument is out of range, or `W` does not divide `batch_size`; images are to be mixed, which
+                is done in pairs, but a worker's part of a batch is odd.
         """
         check_arguments(batch_size, shard, seed, first)
+        kind = self.augment if augment else "none"
+        if kind in MIXES and batch_size // shard[1] % 2:
+            raise ValueError(
+                f"`augment` {kind} mixes two and two images, so each worker must take an even number. "
+                f"Received: batch_size={batch_size}, shard={shard}"
+            )
+        if kind == "randaugment":
+            from lars_keras.data.randaugment import randaugment
 
         def block(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            return self._train_examples(*self._train_draws(index, batch_size, seed, shard, augment))
+            ids, draws = self._train_draws(index, batch_size, seed, shard, kind)
+            images, labels, mask = self._train_examples(ids, draws[:, : self._num_draws])
+            if kind == "randaugment":
+                images = each_row(randaugment, (images, draws[:, self._num_draws :]), self.threads)
+            elif kind in MIXES:
+                images, labels = mix(kind, images, labels, mask, draws[:, self._num_draws :], self.num_classes)
+            return images, labels, mask
 
         return _dataset(block, first, count)
 
@@ -143,13 +168,15 @@ class ImageData(abc.ABC):
         return self.test_batches(batch_size, shard=shard).as_numpy_iterator()
 
     def _train_draws(
-        self, index: Array, batch_size: int, seed: int, shard: tuple[int, int], augment: bool
+        self, index: Array, batch_size: int, seed: int, shard: tuple[int, int], kind: str
     ) -> tuple[Array, Array]:
         """The example ids of batch `index`, and the random numbers of each."""
         ids, epochs = example_ids(positions(index, batch_size, shard), self.num_train, seed)
-        return ids, uniforms(keys(seed, epochs, ids), self._num_draws if augment else 0)
+        count = {"none": 0, "crop_flip": self._num_draws}.get(kind, self._num_draws + _EXTRA_DRAWS)
+        return ids, uniforms(keys(seed, epochs, ids), count)
 
-    _num_draws: int  # how many random numbers the augmentation of one example takes
+    threads: int | None = cores()  # that make images; None: tf.data decides
+    _num_draws: int  # how many random numbers the crop and flip of one example takes
 
     @abc.abstractmethod
     def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 
-from lars_keras.data.catalog import NAMES, data_root, prepared_dir
+from lars_keras.data.catalog import PREPARED, data_root, prepared_dir
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
@@ -28,7 +28,7 @@ def prepare(
     renames it, and the others find it there.
 
     Args:
-        name: one of `lars_keras.data.NAMES`. `"digits"` is computed, `"cifar10"` downloaded, and
+        name: one of `PREPARED`. `"digits"` is computed, `"cifar10"` downloaded, and
             `"imagenet2012"` made from the archives `ILSVRC2012_img_train.tar` and
             `ILSVRC2012_img_val.tar`.
         data_dir: as in `lars_keras.data.load`.
@@ -79,7 +79,7 @@ def prepare(
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepares a data set, once.")
-    parser.add_argument("--dataset", required=True, choices=NAMES)
+    parser.add_argument("--dataset", required=True, choices=PREPARED)
     parser.add_argument("--data_dir", help="where to (default: ~/tensorflow_datasets)")
     parser.add_argument("--manual_dir", help="the folder of the ImageNet archives")
     parser.add_argument("--file_format", default="tfrecord", choices=("tfrecord", "array_record"))

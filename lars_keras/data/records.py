@@ -10,8 +10,8 @@ import concurrent.futures
 import functools
 import os
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,6 +20,49 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct("<QI")  # length of the data, masked CRC-32C of these 8 bytes
 _FOOTER = 4  # masked CRC-32C of the data
+
+
+class Records(Protocol):
+    """Random access to serialised examples."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: np.ndarray) -> list[bytes]: ...
+
+    def record(self, i: tf.Tensor) -> tf.Tensor: ...
+
+    def where(self, i: int) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class ParsedRecords:
+    """A split that is held as records.
+
+    Args:
+        records: the records.
+        parse: a TensorFlow function from a record to the bytes of the image and its integer label.
+    """
+
+    def __init__(self, records: Records, parse: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]):
+        self.records, self.parse = records, parse
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The bytes and the label of image `i` in a graph."""
+        return self.parse(self.records.record(i))
+
+    def where(self, i: int) -> str:
+        """Which image `i` is, for people."""
+        return self.records.where(i)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all records, in bytes."""
+        return self.records.nbytes
 
 
 def _record_starts(path: str) -> np.ndarray:
@@ -68,6 +111,11 @@ class TFRecords:
     def read(self, ids: np.ndarray) -> list[bytes]:
         """Returns the data of the records `ids`."""
         return [self._read(int(i)) for i in ids]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all records, in bytes."""
+        return int(self._length.sum())
 
     def record(self, i: tf.Tensor) -> tf.Tensor:
         """The data of record `i` in a graph, its checksum verified."""
@@ -122,6 +170,7 @@ class ArrayRecords:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self._folder = os.path.dirname(paths[0])
+        self.nbytes = sum(os.stat(path).st_size for path in paths)
         self._source = ArrayRecordDataSource([os.fspath(path) for path in paths])
         if len(self._source) != sum(counts):
             raise ValueError(f"{self._folder} holds {len(self._source)} records, dataset_info.json says {sum(counts)}.")

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ class JaxEngine:
         self.replicas = self.mesh.devices.size
         self.microbatches = microbatches
         self._measure = layer_norms
+        self.data_wait = math.nan  # not measured: the host runs ahead of the devices
         build_model(model, element_spec)
         if not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)

@@ -5,7 +5,9 @@ from typing import Any
 
 import keras
 
+from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
+from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.roles import DEFAULT_EXCLUDE
 from lars_keras.schedules import WarmupCosine, WarmupPolynomial, WarmupStep
 
@@ -50,15 +52,15 @@ def make_optimizer(
         learning_rate: a number or a schedule.
         variables: the model's trainable variables.
         **options: any of `momentum`, `nesterov`, `weight_decay`, `global_clipnorm`, `use_ema`, `ema_momentum`,
-            `exclude` and the further arguments of `LARS`; an optimizer takes those that it has. Keras's optimizers
-            apply `weight_decay` decoupled (`w -= lr * weight_decay * w`), and not to the variables that `exclude`
-            matches.
+            `exclude` and the further arguments of `LARS`; an optimizer takes those that it has. `momentum` is `beta_1`
+            of `LAMB` and Adam. Keras's optimizers apply `weight_decay` decoupled (`w -= lr * weight_decay * w`), and
+            not to the variables that `exclude` matches.
 
     Raises:
         ValueError: for an unknown name, or a pattern that matches nothing.
     """
     optimizer = _make(name, learning_rate, options)
-    if not isinstance(optimizer, LARS) and optimizer.weight_decay:
+    if not isinstance(optimizer, LayerwiseOptimizer) and optimizer.weight_decay:
         plan = LARS(exclude=options.get("exclude", DEFAULT_EXCLUDE))
         plan.build(variables)
         kept = [v for v, role in zip(variables, plan.layer_plan(), strict=True) if not role.decay]
@@ -82,5 +84,7 @@ def _make(name: str, learning_rate: Any, options: dict[str, Any]) -> keras.optim
     if name == "adam":
         return keras.optimizers.Adam(learning_rate, beta_1=momentum, **shared)
     if name == "lamb":
-        return keras.optimizers.Lamb(learning_rate, beta_1=momentum, **shared)
+        # Not `excluded_lr_scale`: what LAMB does not adapt takes Adam's step, which needs no other rate.
+        own = {name: options[name] for name in ("exclude", "trust_clip") if name in options}
+        return LAMB(learning_rate, beta_1=momentum, **({"weight_decay": 0.0} | shared), **own)
     raise ValueError(f"The optimizer must be one of {OPTIMIZERS}. Received: {name!r}")

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,15 +41,17 @@ class Throughput:
         self._compiled = (first_update, 0.0)  # updates and time at the first lap
         self._images = 0
         self._seconds = 0.0
+        self._waited = 0.0
 
-    def lap(self, finished: int) -> None:
-        """Notes that `finished` updates of the run are done by now."""
+    def lap(self, finished: int, waited: float = math.nan) -> None:
+        """Notes that `finished` updates of the run are done by now, and the seconds that they waited for data."""
         now = self._clock()
         if self._mark is None:
             self._compiled = (finished, now)
         else:
             self._images += (finished - self._finished) * self._batch_size
             self._seconds += now - self._mark
+            self._waited += waited
         self._finished, self._mark = finished, now
 
     def restart(self) -> None:
@@ -61,6 +63,11 @@ class Throughput:
     def images_per_second(self) -> float:
         """The mean so far; NaN before the second lap."""
         return self._images / self._seconds if self._seconds else math.nan
+
+    @property
+    def data_wait(self) -> float:
+        """The share of that time in which the devices waited for data; NaN before the second lap, or if unknown."""
+        return self._waited / self._seconds if self._seconds else math.nan
 
     def seconds_left(self, total: int) -> float:
         """Time to `total` updates at the pace since compilation, evaluations included; NaN if unknown."""
@@ -107,7 +114,7 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         finished = batch + 1
-        self._speed.lap(finished)
+        self._speed.lap(finished, (logs or {}).get("data_wait", math.nan))
         self._bar.set_postfix_str(self._status(logs or {}), refresh=False)
         self._bar.update(finished - self._finished)
         self._finished = finished
@@ -136,6 +143,11 @@ class Progress(keras.callbacks.Callback):
         speed = self._speed.images_per_second
         return None if math.isnan(speed) else speed
 
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the training time so far in which the devices waited for data; None as above."""
+        return None if math.isnan(self._speed.data_wait) else self._speed.data_wait
+
     def _updates(self) -> str:
         return f"update {self._finished}/{self.params['steps']}"
 
@@ -144,6 +156,8 @@ class Progress(keras.callbacks.Callback):
         speed = self._speed.images_per_second
         parts = [] if math.isnan(left) else [f"ETA {tqdm.format_interval(left)}"]
         parts += [] if math.isnan(speed) else [f"{speed:,.0f} images/s"]
+        wait = self._speed.data_wait
+        parts += [] if math.isnan(wait) else [f"data wait {wait:.0%}"]
         parts += [f"loss {logs['loss']:.4g}"] if "loss" in logs else []
         parts += _accuracies(logs)[:1]
         parts += [f"rate {logs['learning_rate']:.4g}"] if "learning_rate" in logs else []
@@ -163,10 +177,11 @@ class MetricsLog(keras.callbacks.Callback):
     """Keeps the run's metrics in `run_dir/metrics.jsonl` and as TensorBoard scalars in `run_dir/tensorboard`.
 
     After each call of the training function one line is added, with the count of finished updates, the metrics
-    since the epoch's start, the mean speed of `Throughput`, and the wall seconds of training so far:
+    since the epoch's start, the mean speed of `Throughput`, the share of its time in which the devices waited for data,
+    and the wall seconds of training so far:
 
         {"event": "update", "update": 18, "epoch": 3.0, "loss": ..., "step_loss": ..., "top1": ..., "top5": ...,
-         "learning_rate": ..., "images_per_second": ..., "seconds": ...}
+         "learning_rate": ..., "images_per_second": ..., "data_wait": ..., "seconds": ...}
 
     and after each evaluation
 
@@ -176,8 +191,8 @@ class MetricsLog(keras.callbacks.Callback):
 
         {"event": "note", "update": 18, "text": "..."}
 
-    Accuracies are fractions. A value that is not finite is null. What was logged beyond the update at which a resumed
-    run starts is dropped, so no update comes twice.
+    and, if asked for, the lines of `lars_keras.training.telemetry`. Accuracies are fractions. What is not finite
+    is null. What was logged beyond the update at which a resumed run starts is dropped, so no update comes twice.
 
     Args:
         run_dir: existing folder of the run.
@@ -208,10 +223,11 @@ class MetricsLog(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._finished = batch + 1
-        self._speed.lap(self._finished)
+        self._speed.lap(self._finished, (logs or {}).get("data_wait", math.nan))
         names = ("loss", "step_loss", "top1", "top5", "learning_rate")
         values = {name: (logs or {}).get(name, math.nan) for name in names}
         values["images_per_second"] = self._speed.images_per_second
+        values["data_wait"] = self._speed.data_wait
         self._add("update", "train", values, {"seconds": self._clock() - self._began})
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -237,6 +253,16 @@ class MetricsLog(keras.callbacks.Callback):
         event = {"event": "note", "update": update, "text": text}
         if event not in read_metrics(self._path):
             self._append(event)
+
+    def layers(self, update: int, paths: Sequence[str], values: dict[str, Any]) -> None:
+        """Adds a line with one number for each variable, by the name of what is measured; see `LayerTelemetry`."""
+        rounded = {name: [float(f"{v:.6g}") for v in of_layers] for name, of_layers in values.items()}
+        finite = {name: [v if math.isfinite(v) else None for v in row] for name, row in rounded.items()}
+        self._append({"event": "layers", "update": update, **finite})
+        for name, row in rounded.items() if "train" in self._writers else ():
+            for path, value in zip(paths, row, strict=True):
+                if math.isfinite(value):
+                    self._writers["train"].add_scalar(f"layers/{name}/{path}", value, update)
 
     def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
         epoch = self._finished / self.params["steps_per_epoch"]

@@ -4,11 +4,9 @@ The page needs nothing but itself, and the same folder always gives the same byt
 """
 
 import dataclasses
-import io
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -16,20 +14,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lars_keras.training.charts import GRID, TRAIN, VALIDATION, inline_svg, layer_charts, svg_style
 from lars_keras.training.progress import read_metrics
 
 Rows = list[dict[str, Any]]
 
 REPEAT = "train.py --flagfile=RUN_DIR/flags.txt repeats the run."
-# Colours in the SVG are stand-ins for the page's own, which follow the reader's light or dark setting.
-INK, GRID, TRAIN, VALIDATION = "#000001", "#000002", "#000003", "#000004"
-CSS_COLOURS = {INK: "--muted", GRID: "--line", TRAIN: "--train", VALIDATION: "--validation"}
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -54,6 +48,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     events = read_metrics(run_dir / "metrics.jsonl")
     updates = [e for e in events if e["event"] == "update"]
     evals = [e for e in events if e["event"] == "eval"]
+    measured = [e for e in events if e["event"] == "layers"]
     layers, warnings = config.pop("layer_plan", []), list(config.pop("warnings", []))
     warnings += [f"Update {e['update']}: {e['text']}" for e in events if e["event"] == "note"]
     versions = results.get("versions") or config.get("versions") or {}
@@ -67,6 +62,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         _section("Warnings", _warnings(warnings)) if warnings else "",
         _section("Curves", _charts(updates, evals)),
         _section("Evaluations", _evaluations(updates, evals)),
+        _section("Layers", layer_charts(measured, layers)) if measured and layers else "",
         _section("Plan", _text(run_dir / "plan.txt")),
         _section("Layer plan", _layer_plan(layers)) if layers else "",
         _section("Configuration", _table(("setting", "value"), _flat(config))),
@@ -118,6 +114,7 @@ def _tiles(results: dict[str, Any], updates: Rows, evals: Rows) -> str:
         ("Updates", _number(work.get("updates"), ",.0f")),
         ("Training time", _duration(work.get("seconds"))),
         ("Images/s", _number(work.get("images_per_second"), ",.0f")),
+        ("Waiting for data", _number(work.get("data_wait"), ".1%")),
     ]
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles)
     if score:
@@ -264,14 +261,7 @@ def _chart(title: str, curves: list[_Curve], percent: bool = False) -> str:
 
 
 def _svg(title: str, curves: list[_Curve], percent: bool) -> str:
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "lars_keras",  # ids, too, are the same each time
-        "font.size": 9.5,
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
-        **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor"), INK),
-    }
-    with matplotlib.rc_context(style):
+    with svg_style():
         figure = Figure(figsize=(4.3, 2.7), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
@@ -302,23 +292,8 @@ def _svg(title: str, curves: list[_Curve], percent: bool) -> str:
         axes.spines["bottom"].set_color(GRID)
         if len(curves) > 1:
             figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
-        out = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(out.getvalue(), title, curves, percent)
-
-
-def _inline(svg: str, title: str, curves: list[_Curve], percent: bool) -> str:
-    """An SVG file as an element: named, without fixed size, ids its own, colours the page's."""
-    svg = svg[svg.index("<svg") :]
-    name = title.lower().replace(" ", "-")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for stand_in, variable in CSS_COLOURS.items():
-        svg = svg.replace(stand_in, f"var({variable})")
     last = (f"{c.label} {_number(c.y[np.isfinite(c.y)][-1], '.2%' if percent else '.4g')}" for c in curves)
-    label = escape(f"{title} over optimizer updates. Last values: {'; '.join(last)}.")
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert box, "matplotlib writes a viewBox"
-    return f'<svg role="img" aria-label="{label}" {box[0]}>' + svg[svg.index(">") + 1 :]
+    return inline_svg(figure, title, f"{title} over optimizer updates. Last values: {'; '.join(last)}.")
 
 
 PAGE = Template("""\

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
 from lars_keras.training.ghost import GhostBatch, build_model
 from lars_keras.training.update import apply_update, check_options, inner_optimizer
@@ -28,6 +29,7 @@ class TensorFlowEngine:
         microbatches: k, passes per update.
         jit_compile: compile the gradient computation with XLA: True, False, or "auto", on a GPU or TPU.
         layer_norms: measure the norms of gradients and weights.
+        layer_ratios: measure the trust ratios and effective rates, where the optimizer has them.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class TensorFlowEngine:
         microbatches: int,
         jit_compile: bool | str,
         layer_norms: bool = False,
+        layer_ratios: bool = False,
     ):
         check_options(model.optimizer)
         self.model = model
@@ -46,6 +49,8 @@ class TensorFlowEngine:
         self.replicas = self.strategy.num_replicas_in_sync
         self.microbatches = microbatches
         self._measure = layer_norms
+        self.data_wait = 0.0
+        self._measure_ratios = layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
         if jit_compile == "auto":
             jit_compile = any(d.device_type in ("GPU", "TPU") for d in tf.config.list_logical_devices())
         with self.strategy.scope():
@@ -74,12 +79,15 @@ class TensorFlowEngine:
     ) -> tuple[list[float], list[float], dict[str, float], dict[str, np.ndarray]]:
         """Runs `updates` updates in one host call.
 
+        Sets `data_wait`, the seconds that the replicas stood idle for want of data.
+
         Returns:
             The loss and the learning rate of each update, the metrics since their last reset, and the norms of each
             update, if they are measured.
         """
-        losses, rates, metrics, norms = self._train_fn(iterator, tf.constant(updates))
-        names = ("gradient", "weight") if self._measure else ()
+        losses, rates, metrics, norms, waited = self._train_fn(iterator, tf.constant(updates))
+        self.data_wait = float(waited)
+        names = ["gradient", "weight"] * self._measure + [*MEASURES] * self._measure_ratios
         return (
             losses.numpy().tolist(),
             rates.numpy().tolist(),
@@ -87,24 +95,30 @@ class TensorFlowEngine:
             dict(zip(names, norms.numpy().transpose(1, 0, 2), strict=True)) if names else {},
         )
 
-    def _train(self, iterator: Any, updates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    def _train(self, iterator: Any, updates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]:
         """The body of `train`, in cross-replica context."""
         losses = tf.TensorArray(tf.float32, size=updates)
         rates = tf.TensorArray(tf.float32, size=updates)
         norms = tf.TensorArray(tf.float32, size=updates)
+        waited = tf.constant(0.0, tf.float64)
+        idle = tf.timestamp()  # since when the devices have nothing to do
         for u in tf.range(updates):
             rates = rates.write(u, tf.cast(self.optimizer.learning_rate, tf.float32))
             # The sums are values, not variables: nothing but the data's own way orders the passes.
             sums = self.strategy.run(self._no_sums)
             for i in tf.range(self.microbatches):
-                sums = self.strategy.run(self._add_ghost_batch, args=(sums, next(iterator), i))
+                data = next(iterator)
+                waited += tf.maximum(_time_of(data) - idle, 0.0)
+                sums = self.strategy.run(self._add_ghost_batch, args=(sums, data, i))
+                idle = _time_of(sums)
             outcome = self.strategy.run(self._reduce_and_apply, args=sums)
             loss, taken, norm = (self.strategy.experimental_local_results(o)[0] for o in outcome)
             iterations = inner_optimizer(self.optimizer).iterations
             iterations.assign_add(tf.cast(taken, iterations.dtype))
             losses = losses.write(u, loss)
             norms = norms.write(u, norm)
-        return losses.stack(), rates.stack(), self.model.get_metrics_result(), norms.stack()
+            idle = _time_of(outcome)
+        return losses.stack(), rates.stack(), self.model.get_metrics_result(), norms.stack(), waited
 
     def _no_sums(self) -> tuple[list[Tensor], list[Tensor]]:
         """What `_add_ghost_batch` begins with."""
@@ -170,19 +184,19 @@ class TensorFlowEngine:
         sums = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sums)
         trainable, averaged, _ = self._state()
         gradients, values, loss = sums[: len(trainable)], sums[len(trainable) : -1], sums[-1]
-        taken = apply_update(
-            self.optimizer, [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)], trainable
-        )
+        own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
+        taken, measures = apply_update(self.optimizer, own, trainable, self._measure_ratios)
         for variable, value in zip(averaged, values, strict=True):
             variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.ghost.counters, counters, strict=True):
             variable.assign(value)
-        return loss, taken, self._norms(gradients, trainable, taken)
+        norms = self._norms(gradients, trainable, taken)
+        return loss, taken, tf.concat([norms, tf.transpose(tf.stack(measures))], 0) if measures else norms
 
     def _norms(self, gradients: list[Tensor], variables: list[keras.Variable], taken: Tensor) -> Tensor:
         """Norms of the gradients, 0 if their update is skipped, and of the weights; nothing if not asked for."""
         if not self._measure:
-            return tf.zeros([2, 0])
+            return tf.zeros([0, len(variables)])
         scale = 1.0 / tf.cast(self.optimizer.scale_loss(tf.constant(1.0)), tf.float32)
 
         def norms(tensors: list[Any]) -> Tensor:
@@ -299,3 +313,13 @@ class TensorFlowEngine:
 
 # Every replica reads and writes its own copy, and no write waits for another replica.
 _LOCAL: dict[str, Any] = {"aggregation": tf.VariableAggregation.NONE}
+
+
+def _time_of(values: Any) -> Tensor:
+    """When all of `values` are there, in seconds."""
+    tensors = tf.nest.flatten(values, expand_composites=True)
+    with tf.control_dependencies(tensors):
+        # An accelerator's program has ended when a number of its last result is in the host's memory.
+        last = tf.reshape(tensors[-1], [-1])[:1]
+    with tf.device("CPU:0"), tf.control_dependencies([tf.identity(last)]):
+        return tf.timestamp()

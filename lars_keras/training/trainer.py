@@ -61,11 +61,14 @@ class Trainer:
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
         reduce_dtype: of the gradients on their way between devices. Below "float32", on JAX only, half the traffic
             and a rounding of each device's sum.
+        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too; TensorFlow only.
 
     Attributes:
         position: where the run is; see `Position`.
         layer_norms: of the last host call, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
-            `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update.
+            `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
+            `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
+            as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times the variable's rate.
 
     Raises:
         ValueError: if the model is not compiled, the sizes do not divide, or an option of the model
@@ -82,6 +85,7 @@ class Trainer:
         jit_compile: bool | str = "auto",
         layer_norms: bool = False,
         reduce_dtype: str = "float32",
+        layer_ratios: bool = False,
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
@@ -92,9 +96,13 @@ class Trainer:
         self.microbatch_size, self.microbatches = split_batch(batch_size, self.replicas, microbatch_size)
         if updates_per_call < 1:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
+        if layer_ratios and keras.backend.backend() == "jax":
+            raise ValueError(
+                "Telemetry of layers (--telemetry_every) is measured on TensorFlow only. Received: KERAS_BACKEND=jax"
+            )
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
-        self._measures_norms = layer_norms
+        self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
         self._reduce_dtype = reduce_dtype
         self.layer_norms: dict[str, np.ndarray] = {}
         self.position = Position()
@@ -125,7 +133,8 @@ class Trainer:
             validation_data: as for `evaluate`, scored at the end of epochs.
             validation_freq: epochs between evaluations; the end of the run is always evaluated.
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
-                whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`.
+                whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
+                and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
             verbose: 0 for silence, else a progress bar.
 
         Returns:
@@ -178,7 +187,8 @@ class Trainer:
                     "step_loss": losses[-1],
                     "learning_rate": rates[-1],
                 }
-                callback_list.on_train_batch_end(position.update - 1, position.logs)
+                # Not part of the position: a resumed run waits otherwise.
+                callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": engine.data_wait})
             logs = position.logs
             if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
                 with engine.averaged_weights():
@@ -255,6 +265,7 @@ class Trainer:
             else:
                 from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
 
+                options["layer_ratios"] = self._measures_ratios
                 if self._reduce_dtype != "float32":
                     raise ValueError(f"On TensorFlow gradients are reduced in float32. Received: {self._reduce_dtype}")
             self._engine = engine(self.model, element_spec(data, *first_update), **options)

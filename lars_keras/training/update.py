@@ -11,6 +11,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
+
 
 def check_options(optimizer: keras.optimizers.Optimizer) -> None:
     """Refuses what cannot mean anything here.
@@ -34,45 +36,56 @@ def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 
 
 def apply_update(
-    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[keras.Variable]
-) -> tf.Tensor:
+    optimizer: keras.optimizers.Optimizer,
+    gradients: list[tf.Tensor],
+    variables: list[keras.Variable],
+    measure: bool = False,
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
     """Applies one update; call it in replica context with the same gradients on every replica.
 
     Args:
         optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
         gradients: gradients of the scaled loss, summed over replicas and micro-batches.
         variables: their variables.
+        measure: return what a `LayerwiseOptimizer` measures of each variable.
 
     Returns:
         A scalar int: 1, or 0 where dynamic loss scaling found a value that is not finite and skipped the update. The
-        caller adds it to `optimizer.iterations`, in cross-replica context.
+        caller adds it to `optimizer.iterations`, in cross-replica context. And the measures of
+        `LayerwiseOptimizer.update`, 0 where it was skipped; an empty list from other optimizers.
     """
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.loss_scale_factor is not None:
             gradients = [g / optimizer.loss_scale_factor for g in gradients]
-        _step(optimizer, gradients, variables)
-        return tf.constant(1)
+        return tf.constant(1), _step(optimizer, gradients, variables, measure)
 
     scale = tf.convert_to_tensor(optimizer.dynamic_scale)
     finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
 
-    def take() -> tf.Tensor:
-        _step(optimizer.inner_optimizer, [g / tf.cast(scale, g.dtype) for g in gradients], variables)
+    def take() -> tuple[tf.Tensor, list[tf.Tensor]]:
+        unscaled = [g / tf.cast(scale, g.dtype) for g in gradients]
+        measures = _step(optimizer.inner_optimizer, unscaled, variables, measure)
         grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
         optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
         steps = tf.convert_to_tensor(optimizer.step_counter) + 1
         optimizer.step_counter.assign(tf.where(grow, tf.zeros_like(steps), steps))
-        return tf.constant(1)
+        return tf.constant(1), measures
 
-    def skip() -> tf.Tensor:
+    def skip() -> tuple[tf.Tensor, list[tf.Tensor]]:
         optimizer.dynamic_scale.assign(scale * 0.5)
         optimizer.step_counter.assign(0)
-        return tf.constant(0)
+        measured = measure and isinstance(optimizer.inner_optimizer, LayerwiseOptimizer)
+        return tf.constant(0), [tf.zeros([len(MEASURES)]) for _ in variables] if measured else []
 
     return tf.cond(finite, take, skip)
 
 
-def _step(optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[keras.Variable]) -> None:
+def _step(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: list[tf.Tensor],
+    variables: list[keras.Variable],
+    measure: bool,
+) -> list[tf.Tensor]:
     """Clipping, decoupled decay, the rule, constraints and averaging: the order of Keras's `Optimizer.apply`."""
     rate = optimizer.learning_rate
     gradients = optimizer._clip_gradients(gradients)
@@ -80,13 +93,18 @@ def _step(optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], var
         if optimizer.weight_decay and optimizer._use_weight_decay(variable):
             factor = tf.cast(rate * optimizer.weight_decay, variable.dtype)
             variable.assign(variable - variable * factor)
-    for gradient, variable in zip(gradients, variables, strict=True):
-        optimizer.update_step(gradient, variable, rate)
+    measures = []
+    if isinstance(optimizer, LayerwiseOptimizer):
+        measures = optimizer.update(gradients, variables, rate, measure)
+    else:
+        for gradient, variable in zip(gradients, variables, strict=True):
+            optimizer.update_step(gradient, variable, rate)
     for variable in variables:
         if variable.constraint is not None:
             variable.assign(variable.constraint(variable))
     if optimizer.use_ema:
         _average(optimizer, variables)
+    return measures
 
 
 def _average(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:

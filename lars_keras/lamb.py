@@ -1,0 +1,117 @@
+"""Layer-wise adaptive moments for large batches (LAMB)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from lars_keras.layerwise import LayerwiseOptimizer, check_number
+from lars_keras.program import recomputed
+from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
+from lars_keras.trust import Tensor, l2_norm, trust_ratio
+
+
+@keras.saving.register_keras_serializable(package="lars_keras")
+class LAMB(LayerwiseOptimizer):
+    """Adam whose step in each variable, weight decay included, gets the length of that variable.
+
+    With weights `w`, gradient `g`, weight decay `b`, update `t` = 1, 2, ... and L2 norms over one variable:
+
+        m = beta_1 m + (1 - beta_1) g
+        v = beta_2 v + (1 - beta_2) g^2
+        r = m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon) + b w
+        w -= lr ||w|| / ||r|| * r
+
+    The ratio is 1 where either norm is 0. Arithmetic and norms are float32 whatever the variable's dtype (float64 for
+    float64 variables); what is stored has the variable's dtype.
+
+    Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to
+    `optax.lamb`. `keras.optimizers.Lamb` subtracts the decay outside the ratio.
+
+    Args:
+        learning_rate: the global rate, a number or a `LearningRateSchedule`.
+        beta_1: decay rate of the first moment, in [0, 1).
+        beta_2: decay rate of the second moment, in [0, 1).
+        epsilon: added to the root of the second moment.
+        weight_decay: `b`. It acts inside the rule only; 0 does not switch adaptation off.
+        bias_correction: divide the moments by `1 - beta^t`, as published; the authors' code for BERT did not.
+        trust_clip: take at most 1 as the ratio, so that the learning rate is a ceiling.
+        exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
+            decayed: they take Adam's step. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and
+            normalisation variables and everything of rank 0 or 1. `()` excludes nothing, as `optax.lamb`.
+        exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
+        exclude_from_weight_decay: takes the place of `exclude` for the decay.
+        excluded_lr_scale: factor on the learning rate of variables that are not adapted.
+        **kwargs: arguments of `keras.optimizers.Optimizer` (`name`, `clipnorm`, `global_clipnorm`, `use_ema`, ...).
+
+    Raises:
+        ValueError: for an argument out of range; at `build` for an exclusion pattern that matches no variable.
+    """
+
+    slots = ("momentum", "velocity")
+
+    def __init__(
+        self,
+        learning_rate: Any = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-6,
+        weight_decay: float = 0.01,
+        bias_correction: bool = True,
+        trust_clip: bool = False,
+        exclude: Sequence[str] = DEFAULT_EXCLUDE,
+        exclude_from_layer_adaptation: Sequence[str] | None = None,
+        exclude_from_weight_decay: Sequence[str] | None = None,
+        excluded_lr_scale: float = 1.0,
+        name: str = "lamb",
+        **kwargs: Any,
+    ):
+        super().__init__(
+            learning_rate,
+            weight_decay,
+            exclude,
+            exclude_from_layer_adaptation,
+            exclude_from_weight_decay,
+            excluded_lr_scale,
+            name=name,
+            **kwargs,
+        )
+        self.beta_1 = check_number("beta_1", beta_1, below=1.0)
+        self.beta_2 = check_number("beta_2", beta_2, below=1.0)
+        self.epsilon = check_number("epsilon", epsilon)
+        self.bias_correction = bool(bias_correction)
+        self.trust_clip = bool(trust_clip)
+
+    def rule(
+        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
+    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+        """The new weights and moments of one variable, and its trust ratio."""
+        m, v = slots
+        b = self.weight_decay if role.decay else 0.0
+        m = self.beta_1 * m + (1 - self.beta_1) * g
+        v = self.beta_2 * v + (1 - self.beta_2) * ops.square(g)
+        c1, c2 = self._correction(self.beta_1, t), self._correction(self.beta_2, t)
+
+        def r(m: Tensor, v: Tensor, w: Tensor) -> Tensor:
+            return m / c1 / (ops.sqrt(v / c2) + self.epsilon) + b * w
+
+        ratio = ops.ones_like(lr)
+        if role.adapt:
+            ratio = trust_ratio(l2_norm(w), l2_norm(r(*recomputed(m, v, w)), computed=True))
+            ratio = ops.minimum(ratio, 1.0) if self.trust_clip else ratio
+        return w - lr * ratio * r(m, v, w), (m, v), ratio
+
+    def _correction(self, beta: float, t: Tensor) -> Tensor | float:
+        """`1 - beta^t`, of which a subtraction in float32 would leave four digits for beta_2 at first."""
+        return -ops.expm1(t * math.log(beta)) if self.bias_correction and beta else 1.0
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "bias_correction": self.bias_correction,
+            "trust_clip": self.trust_clip,
+        }
