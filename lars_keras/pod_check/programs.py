@@ -123,8 +123,11 @@ def tensorflow_programs(
     config: flags.RunConfig, devices: list[jax.Device], microbatch_size: int, k: int
 ) -> list[Program]:
     """The programs of one replica's update on TensorFlow; its all-reduce is not in them: the runtime has it."""
+    from lars_keras import program as optimizer_program
     from lars_keras.training.tensorflow_engine import TensorFlowEngine
 
+    # It is traced on this machine's CPU, but for a TPU: the sums that are written for a CPU's compiler are not its.
+    optimizer_program.has_accelerator = lambda: True
     model, _, spec = model_of(config)
     engine = TensorFlowEngine(model, spec, microbatches=k, jit_compile=False, layer_norms=True)
     examples = tuple(tf.TensorSpec((microbatch_size, *s.shape[1:]), s.dtype) for s in spec)
