@@ -12,6 +12,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.pod_check import __main__ as pod_check
+from lars_keras.pod_check import scaling
 from lars_keras.pod_check.chips import CHIPS
 from lars_keras.pod_check.measure import Collective, Program, collectives, hbm_bytes
 from lars_keras.pod_check.roofline import largest_microbatch, line_through, roofline
@@ -104,6 +105,30 @@ class RooflineTest(tf.test.TestCase):
         self.assertEqual(largest_microbatch(line, 999.9, 512), 128)
         self.assertIsNone(largest_microbatch(line, 200.0, 512))
         self.assertEqual(largest_microbatch(line, 1e9, 96), 96)
+
+
+class ScalingTest(tf.test.TestCase):
+    def test_table_and_plot(self):
+        def point(chips, seconds):
+            programs = [Program("update", 1, 0, 0, 0, 0, 0, 1e12, seconds * 819e9, 0.0, [])]
+            return {
+                "model": "resnet50",
+                "batch": 8192,
+                "chips": chips,
+                "microbatch_size": 32,
+                "microbatches": 1,
+                "memory": 2**30,
+                "roofline": roofline(programs, CHIPS["v5e"], 1, 8192, 10),
+            }
+
+        points = [point(1, 1.0), point(256, 0.005)]
+        last = scaling.table(points).splitlines()[-1]
+        self.assertEqual(
+            last, "| resnet50 | 8,192 | 256 | 1 x 32 | 1,024 | 5.08 | 5.00 | 0.00 | compute | 1,613,824 | 77% |"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            scaling.draw(points, f"{folder}/plot.svg")
+            self.assertIn("batch 8,192", pathlib.Path(folder, "plot.svg").read_text())
 
 
 class CommandTest(parameterized.TestCase, tf.test.TestCase):
