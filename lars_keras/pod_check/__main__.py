@@ -131,7 +131,7 @@ def text(result: dict[str, Any], chip: Chip, batch_size: int) -> str:
         (
             "at best",
             f"{1e3 * bound['seconds_per_update']:.2f} ms an update, {bound['images_per_second']:,.0f} images/s, "
-            f"{bound['hours']:.2f} hours for {result['updates']:,} updates",
+            f"{bound['hours']:.2g} hours for {result['updates']:,} updates",
         ),
     ]
     largest = result["largest_microbatch_size"]
