@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo test test-all test-tpu-wheel prove-resume lint lock clean
+.PHONY: help setup demo test test-all test-tpu-wheel pod-check pod-scaling prove-resume lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
@@ -16,6 +16,8 @@ help:
 	@echo "make test-all  run them over the whole of every table"
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
 	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; about half an hour"
+	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
+	@echo "make pod-scaling compile what is missing of docs/pod_scaling.json; half an hour"
 	@echo "make lint    check style, format and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-tpu, caches and build output"
@@ -32,7 +34,7 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	    echo "$(PYTHON) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "Installing the pinned packages of requirements/dev.txt (2.6 GB on disk, takes minutes)"
+	@echo "Installing the pinned packages of requirements/dev.txt (3.1 GB on disk, takes minutes)"
 	@$(BIN)/python $(PIP) --require-hashes -r requirements/dev.txt
 	@$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
@@ -56,6 +58,14 @@ test-tpu-wheel: setup
 	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .; \
 	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope
 
+# FLAGS are those of train.py and of `python -m lars_keras.pod_check --help`.
+FLAGS = --flagfile=flags/alexnet_bn_32k.flags --topology=v5e:16x16
+pod-check: setup
+	$(BIN)/python -m lars_keras.pod_check $(FLAGS)
+
+pod-scaling: setup
+	KERAS_BACKEND=jax $(BIN)/python -m lars_keras.pod_check.scaling --out=docs/pod_scaling.json --plot=docs/pod_scaling.svg
+
 prove-resume: setup
 	$(BIN)/python -m tests.kill_and_resume --kills=20 --steps=200 --out=docs/resume.json
 
@@ -70,7 +80,7 @@ COMPILE = $(UV) pip compile pyproject.toml --extra train --extra jax --extra dev
     --annotation-style line --custom-compile-command "make lock" --quiet
 lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	$(COMPILE) --extra cpu --output-file requirements/dev.txt
+	$(COMPILE) --extra cpu --extra pod --output-file requirements/dev.txt
 	$(COMPILE) --extra tpu --no-emit-package libtpu --output-file requirements/tpu.txt
 
 clean:

@@ -3,6 +3,8 @@
     python train.py --flagfile=flags/demo.flags
     python train.py --flagfile=flags/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
 
+    KERAS_BACKEND=jax python train.py --flagfile=flags/demo.flags
+
 The same --run_dir goes on with a run that was interrupted. All flags: `python train.py --help`. Exit codes: 0 done;
 2 a bad flag, or a device or file that is not there; 3 diverged; 4 another worker is gone; 5 too many images cannot be
 read; 6 the disk took no checkpoint or result; 75 stopped by a signal and saved.
@@ -60,7 +62,9 @@ def main(config: flags.RunConfig) -> None:
         )
 
         # ---- Strategy: first of all, because a TPU must be initialised before any tensor exists.
-        strategy = make_strategy(config.strategy, replicas=config.replicas, tpu=config.tpu)
+        strategy = make_strategy(
+            config.strategy, replicas=config.replicas, tpu=config.tpu, shard_update=config.shard_update
+        )
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.precision)
 
@@ -79,27 +83,12 @@ def main(config: flags.RunConfig) -> None:
         )
         steps_per_epoch = data.num_train / config.batch_size
         total_updates = config.total_updates(data.num_train)
+        warmup_updates = config.warmup_updates(data.num_train)
 
         # ---- Model and optimizer
-        warmup_updates = config.warmup_updates(data.num_train)
-        schedule = make_schedule(
-            config.schedule,
-            peak=config.learning_rate,
-            warmup_updates=warmup_updates,
-            total_updates=total_updates,
-            power=config.power,
-            end=config.end_learning_rate,
-        )
         with strategy.scope():
             model = load_model(run_dir) if config.eval_only else make_model(config, data)
-            model.compile(
-                make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
-                loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
-                weighted_metrics=[
-                    keras.metrics.CategoricalAccuracy(name="top1"),
-                    keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
-                ],
-            )
+            compile_model(model, config, data)
         trainer = Trainer(
             model,
             batch_size=config.batch_size,
@@ -107,6 +96,7 @@ def main(config: flags.RunConfig) -> None:
             updates_per_call=config.updates_per_call,
             jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
             layer_norms=True,
+            reduce_dtype=config.reduce_dtype,
             layer_ratios=config.telemetry_every > 0,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
@@ -117,7 +107,12 @@ def main(config: flags.RunConfig) -> None:
         return
 
     # ---- Where the run is
-    about = {"flags": dataclasses.asdict(config), "replicas": trainer.replicas, "rollbacks": []}
+    about = {
+        "flags": dataclasses.asdict(config),
+        "replicas": trainer.replicas,
+        "backend": keras.backend.backend(),
+        "rollbacks": [],
+    }
     notes = []
     with usage_errors():
         checkpoint = folder.latest()
@@ -217,6 +212,25 @@ def make_model(config: flags.RunConfig, data: ImageData) -> keras.Model:
     )
 
 
+def compile_model(model: keras.Model, config: flags.RunConfig, data: ImageData) -> None:
+    schedule = make_schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        warmup_updates=config.warmup_updates(data.num_train),
+        total_updates=config.total_updates(data.num_train),
+        power=config.power,
+        end=config.end_learning_rate,
+    )
+    model.compile(
+        make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
+        weighted_metrics=[
+            keras.metrics.CategoricalAccuracy(name="top1"),
+            keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
+        ],
+    )
+
+
 def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, train_feed: Any) -> list[str]:
     """Puts the trainer where the checkpoint was made, and says so.
 
@@ -227,6 +241,9 @@ def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, tr
     changes = config.changes(before)
     if checkpoint.info["replicas"] != trainer.replicas:
         changes.append(f"replicas: {trainer.replicas}, was {checkpoint.info['replicas']}")
+    backend = checkpoint.info.get("backend", "tensorflow")
+    if backend != keras.backend.backend():
+        changes.append(f"KERAS_BACKEND={keras.backend.backend()}, was {backend}")
     if changes and not config.allow_inexact_resume:
         raise UsageError(
             f"--run_dir={config.run_dir} holds a run that began otherwise: {'; '.join(changes)}. Give it the same "

@@ -115,12 +115,14 @@ class RunConfig:
     label_smoothing: float = _real(0.0, "Share of the label spread over all classes.", high=1.0)
     # Where and how it runs.
     strategy: str = _choice(
-        "auto", ("auto", "one", "mirrored", "multi_worker", "tpu"), "tf.distribute strategy.", free=True
+        "auto", ("auto", "one", "mirrored", "multi_worker", "tpu"), "Devices and processes to run on.", free=True
     )
     replicas: int | None = _whole(
         None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.", free=True
     )
     tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.", free=True)
+    shard_update: bool = _switch("On JAX: each device keeps and updates its share of the weights.")
+    reduce_dtype: str = _choice("float32", ("float32", "bfloat16"), "On JAX: dtype of gradients between devices.")
     precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Keras dtype policy.")
     sync_batch_norm: bool = _switch("Batch statistics over all replicas, instead of each ghost batch's own.")
     jit_compile: str = _choice("auto", ("auto", "on", "off"), "XLA for the gradients; auto: on GPU and TPU.")

@@ -35,7 +35,9 @@ def dry_run(config: RunConfig, trainer: Trainer, data: ImageData, rate: np.ndarr
         with tempfile.TemporaryDirectory(dir=place, prefix="dry-run-") as folder:
             _check_disk(config, trainer, place)
             print(f"\n{_table(_rehearsal(trainer, data, Path(folder)))}")
-    except tf.errors.ResourceExhaustedError as e:
+    except (tf.errors.ResourceExhaustedError, RuntimeError) as e:  # JAX has a RuntimeError for it
+        if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
         raise UsageError(
             f"An update does not fit into the device's memory: --microbatch_size={trainer.microbatch_size // 2 or 1} "
             f"takes half of the activations ({str(e).splitlines()[0]})"

@@ -11,6 +11,7 @@ from lars_keras import recipes
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
 from lars_keras.layerwise import LayerwiseOptimizer
+from lars_keras.training.strategy import strategy_of
 from lars_keras.training.trainer import Trainer
 
 
@@ -62,7 +63,7 @@ def text(
 ) -> str:
     """The plan as it is printed before the first step."""
     model, total = trainer.model, len(rate)
-    strategy = type(model.distribute_strategy).__name__
+    strategy = type(strategy_of(model)).__name__
     per_epoch = data.num_train / config.batch_size
     peak = int(rate.argmax())
     rows = [

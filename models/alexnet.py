@@ -6,6 +6,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from models.batch_norm import batch_normalization
 from models.lrn import LocalResponseNormalization
 
 
@@ -170,4 +171,4 @@ def _normal(stddev: float, seed: int | None) -> keras.initializers.Initializer:
 
 
 def _batch_norm(i: int, synchronized: bool) -> keras.layers.Layer:
-    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-4, synchronized=synchronized, name=f"bn{i}")
+    return batch_normalization(momentum=0.9, epsilon=1e-4, synchronized=synchronized, name=f"bn{i}")

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import keras
 from keras import layers
 
+from models.batch_norm import batch_normalization
+
 
 def resnet18(
     x: keras.KerasTensor,
@@ -94,7 +96,7 @@ class _Builder:
             ),
             name=name.format("conv"),
         )(x)
-        x = layers.BatchNormalization(
+        x = batch_normalization(
             momentum=0.9,
             epsilon=1e-5,
             gamma_initializer=gamma,

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from lars_keras import LARS
 from lars_keras.training import Trainer
+from models.batch_norm import batch_normalization
 from tests.reference import ReferenceLARS
 
 BATCH, FEATURES, CLASSES, UPDATES = 64, 12, 5, 5
@@ -54,7 +55,7 @@ def batch_norm(synchronized=False):
             [
                 keras.Input((FEATURES,)),
                 keras.layers.Dense(16, use_bias=False),
-                keras.layers.BatchNormalization(momentum=0.8, synchronized=synchronized),
+                batch_normalization(momentum=0.8, synchronized=synchronized),
                 keras.layers.ReLU(),
                 keras.layers.Dense(CLASSES),
             ]

@@ -20,47 +20,58 @@ def element_spec(feed: Feed, *first_update: int) -> Any:
 def training_iterator(
     feed: Feed, strategy: tf.distribute.Strategy, microbatch_size: int, microbatches: int, first_update: int
 ) -> Any:
-    """An iterator whose `next` gives each replica its next ghost batch.
+    """An iterator whose `next` gives each replica of a `tf.distribute` strategy its next ghost batch."""
+
+    def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return ghost_batches(feed, context, microbatch_size, microbatches, first_update)
+
+    return iter(strategy.distribute_datasets_from_function(per_replica, _FETCH))
+
+
+def ghost_batches(
+    feed: Feed, context: tf.distribute.InputContext, microbatch_size: int, microbatches: int, first_update: int
+) -> tf.data.Dataset:
+    """The ghost batches of one worker's replicas: in each pass one for each of them, in order.
 
     Args:
         feed: a dataset of `(x, y)` or `(x, y, sample_weight)` batches of any size, read by every worker, which
             keeps its own part; or a function of `tf.distribute.InputContext` that returns the
             dataset of one worker's own examples from an update on, in order.
-        strategy: the strategy of the model.
+        context: which worker of how many, and how many replicas they all have.
         microbatch_size: examples in a ghost batch.
         microbatches: ghost batches that a replica takes in an update.
         first_update: number of the update to begin with.
     """
-
-    def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        replicas = context.num_replicas_in_sync // context.num_input_pipelines
-        if isinstance(feed, tf.data.Dataset):
-            dataset = _own_part(feed, context, microbatch_size).repeat()
-            dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
-            dataset = dataset.skip(first_update * microbatches * replicas)
-        else:
-            dataset = feed(context, first_update).repeat().rebatch(microbatch_size, drop_remainder=True)
-        return dataset.prefetch(2)
-
-    return iter(strategy.distribute_datasets_from_function(per_replica, _FETCH))
+    replicas = context.num_replicas_in_sync // context.num_input_pipelines
+    if isinstance(feed, tf.data.Dataset):
+        dataset = _own_part(feed, context, microbatch_size).repeat()
+        dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
+        dataset = dataset.skip(first_update * microbatches * replicas)
+    else:
+        dataset = feed(context, first_update).repeat().rebatch(microbatch_size, drop_remainder=True)
+    return dataset.prefetch(2)
 
 
 def scoring_batches(feed: Feed, strategy: tf.distribute.Strategy, batch_size: int) -> Any:
-    """An iterable of padded batches `(x, y, weight)` of `batch_size` for each replica: every example once.
+    """An iterable that gives each replica of a `tf.distribute` strategy its batches of `scoring_examples`."""
+
+    def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return scoring_examples(feed, context, batch_size).rebatch(batch_size, drop_remainder=True)
+
+    return strategy.distribute_datasets_from_function(per_replica, _FETCH)
+
+
+def scoring_examples(feed: Feed, context: tf.distribute.InputContext, batch_size: int) -> tf.data.Dataset:
+    """Padded batches `(x, y, weight)` of one worker, `batch_size` for each of its replicas: every example once.
 
     The last batches are filled up with examples of weight 0, so that all have one static shape and every replica has
     one in each step.
     """
-
-    def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        whole = batch_size * context.num_replicas_in_sync
-        if isinstance(feed, tf.data.Dataset):
-            own = _own_part(_padded(feed, whole), context, batch_size)
-        else:  # of one argument: it always begins at the start
-            own = _padded(feed(context), whole // context.num_input_pipelines)
-        return own.rebatch(batch_size, drop_remainder=True)
-
-    return strategy.distribute_datasets_from_function(per_replica, _FETCH)
+    whole = batch_size * context.num_replicas_in_sync
+    if isinstance(feed, tf.data.Dataset):
+        return _own_part(_padded(feed, whole), context, batch_size)
+    # Of one argument: it always begins at the start.
+    return _padded(feed(context), whole // context.num_input_pipelines)
 
 
 # Replicas take consecutive ghost batches, so the order of examples is that of the dataset.

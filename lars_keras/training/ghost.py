@@ -16,6 +16,7 @@ replicas.
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 Tensor = Any
@@ -57,9 +58,8 @@ class GhostBatch:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, and the new values of
             `averaged` and `counters`.
         """
-        shift = ops.cast(ops.cast(index, "int64") * _GOLDEN % _KEYS, "int64")
         keyed = [
-            _add_to_key(value, shift) if seed else value for value, seed in zip(counters, self._is_seed, strict=True)
+            _with_key(value, index, +1) if seed else value for value, seed in zip(counters, self._is_seed, strict=True)
         ]
         variables = self.trainable + self.averaged + self.counters
         mapping = list(zip(variables, trainable + averaged + keyed, strict=True))
@@ -69,12 +69,26 @@ class GhostBatch:
             new_averaged = [scope.get_current_value(v) for v in self.averaged]
             new_counters = [scope.get_current_value(v) for v in self.counters]
         new_counters = [
-            _add_to_key(value, -shift) if seed else value
+            _with_key(value, index, -1) if seed else value
             for value, seed in zip(new_counters, self._is_seed, strict=True)
         ]
         return loss, y_pred, new_averaged, new_counters
 
 
-def _add_to_key(seed_state: Tensor, shift: Tensor) -> Tensor:
-    """Adds to the first word of a `[key, counter]` seed state."""
-    return seed_state + ops.cast(ops.stack([shift, ops.zeros_like(shift)]), seed_state.dtype)
+def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
+    """Moves the key of a `[key, counter]` seed state, int64 or uint32, to that of ghost batch `index`, or back."""
+    dtype = keras.backend.standardize_dtype(seed_state.dtype)
+    golden, keys = (ops.convert_to_tensor(np.array(n, dtype)) for n in (_GOLDEN, _KEYS))
+    shift = ops.cast(index, dtype) * golden % keys  # in uint32 the product wraps, which leaves this rest as it is
+    step = ops.stack([shift, ops.zeros_like(shift)])
+    return seed_state + step if sign > 0 else seed_state - step
+
+
+def build_model(model: keras.Model, element_spec: Any) -> None:
+    """Creates what Keras creates on the first batch, without drawing one from the data."""
+    zeros = keras.tree.map_structure(lambda s: np.zeros([1, *s.shape[1:]], s.dtype.as_numpy_dtype), element_spec)
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(ops.convert_to_tensor, zeros))
+    if not model.built:
+        model(x)
+    with keras.StatelessScope():
+        model.compute_metrics(x, y, model(x), weight)

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from lars_keras.training.errors import Preempted
+from lars_keras.training.strategy import on_any_worker, strategy_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -58,7 +59,7 @@ class StopOnSignal(keras.callbacks.Callback):
             self._received.set()
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        if isinstance(self.model.distribute_strategy, tf.distribute.TPUStrategy):
+        if isinstance(strategy_of(self.model), tf.distribute.TPUStrategy):
             self._watcher = tf.distribute.experimental.PreemptionWatcher()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -69,13 +70,5 @@ class StopOnSignal(keras.callbacks.Callback):
 
     def _check(self, when: str) -> None:
         maintenance = self._watcher is not None and self._watcher.preemption_message is not None
-        if on_any_worker(self.model.distribute_strategy, self._received.is_set() or maintenance):
+        if on_any_worker(strategy_of(self.model), self._received.is_set() or maintenance):
             raise Preempted(f"stopped {when}")
-
-
-def on_any_worker(strategy: tf.distribute.Strategy, mine: bool) -> bool:
-    """Whether a thing is so on any worker; all of them must ask."""
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return mine
-    votes = strategy.run(lambda: tf.constant(float(mine)))
-    return bool(strategy.reduce(tf.distribute.ReduceOp.SUM, votes, axis=None) > 0)

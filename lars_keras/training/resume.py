@@ -8,8 +8,7 @@ import keras
 
 from lars_keras.training.checkpoint import CheckpointFolder, Every
 from lars_keras.training.errors import Diverged, Preempted
-from lars_keras.training.preemption import on_any_worker
-from lars_keras.training.strategy import is_chief
+from lars_keras.training.strategy import is_chief, on_any_worker, strategy_of
 from lars_keras.training.trainer import Trainer
 
 
@@ -37,7 +36,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         super().__init__()
         self.trainer, self.folder, self.about = trainer, folder, about or {}
         self._every = every
-        self._chief = is_chief(trainer.model.distribute_strategy)
+        self._chief = is_chief(strategy_of(trainer.model))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._every.reset(self.trainer.position.update)
@@ -45,7 +44,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
             self.save()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if on_any_worker(self.model.distribute_strategy, self._every.due(batch + 1)):
+        if on_any_worker(strategy_of(self.model), self._every.due(batch + 1)):
             self.save()
 
     def save(self) -> None:
@@ -84,7 +83,7 @@ def fit_and_survive(
         OSError: if it could not be saved.
     """
     trainer, folder = save.trainer, save.folder
-    strategy = trainer.model.distribute_strategy
+    strategy = strategy_of(trainer.model)
     rollbacks: list[dict[str, Any]] = save.about.setdefault("rollbacks", [])
     while True:
         try:

@@ -1,17 +1,22 @@
-"""`tf.distribute` strategies by name."""
+"""Strategies by name, and what the rest asks of them: `tf.distribute` on TensorFlow, `keras.distribution` on JAX."""
 
 import json
 import os
 import socket
 import urllib.parse
-from typing import Any
+from typing import Any, TypeAlias
 
+import keras
 import tensorflow as tf
 
 from lars_keras.training.errors import UsageError
 
+Strategy: TypeAlias = tf.distribute.Strategy | keras.distribution.DataParallel | None  # None: JAX, one device
 
-def make_strategy(name: str = "auto", *, replicas: int | None = None, tpu: str | None = None) -> tf.distribute.Strategy:
+
+def make_strategy(
+    name: str = "auto", *, replicas: int | None = None, tpu: str | None = None, shard_update: bool = False
+) -> Any:
     """The strategy called `name`. Call it before anything else touches TensorFlow's devices.
 
     Args:
@@ -19,12 +24,35 @@ def make_strategy(name: str = "auto", *, replicas: int | None = None, tpu: str |
             is none, `replicas` logical CPU devices, to try it anywhere. `"multi_worker"`: the processes that the
             environment variable TF_CONFIG lists. `"tpu"`: the TPU slice `tpu`. `"auto"`: the first of tpu (if
             given), multi_worker (if TF_CONFIG lists several workers), mirrored (several GPUs, or `replicas`), one.
+            On JAX they mean what `lars_keras.training.jax_distribution.make_distribution` says.
         replicas: number of replicas of `"mirrored"`.
         tpu: name or address of a TPU; `"local"` on a TPU VM.
+        shard_update: JAX only: each device keeps and updates its share of the weights.
+
+    Returns:
+        A `tf.distribute.Strategy`, or a `keras.distribution.DataParallel`; either has a `scope()` for the model.
 
     Raises:
         UsageError: if the devices asked for are not there.
     """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        if tpu not in (None, "local"):
+            raise UsageError(
+                "On JAX each host of a TPU slice runs this program itself, with --strategy=multi_worker. "
+                f"Received: --tpu={tpu}"
+            )
+        from lars_keras.training.jax_distribution import make_distribution
+
+        return make_distribution(
+            "tpu" if tpu and name == "auto" else name, replicas=replicas, shard_update=shard_update
+        )
+    if backend != "tensorflow":
+        raise UsageError(f"Training runs with KERAS_BACKEND=tensorflow or jax. Received: KERAS_BACKEND={backend}")
+    if shard_update:
+        raise UsageError(
+            "--shard_update needs the JAX engine: set KERAS_BACKEND=jax. Received: KERAS_BACKEND=tensorflow"
+        )
     gpus = tf.config.list_physical_devices("GPU")
     if name == "auto":
         name = _choose(len(gpus), replicas, tpu)
@@ -37,8 +65,24 @@ def make_strategy(name: str = "auto", *, replicas: int | None = None, tpu: str |
     return tf.distribute.OneDeviceStrategy("/gpu:0" if gpus else "/cpu:0")
 
 
-def is_chief(strategy: tf.distribute.Strategy) -> bool:
+def strategy_of(model: keras.Model) -> Strategy:
+    """The strategy that a model was made under; on JAX, the current one."""
+    return keras.distribution.distribution() if keras.backend.backend() == "jax" else model.distribute_strategy
+
+
+def replicas_in(strategy: Strategy) -> int:
+    """Number of replicas."""
+    if isinstance(strategy, tf.distribute.Strategy):
+        return strategy.num_replicas_in_sync
+    return strategy.device_mesh.devices.size if strategy else 1
+
+
+def is_chief(strategy: Strategy) -> bool:
     """Whether this process is the one, of all workers, that prints and writes."""
+    if not isinstance(strategy, tf.distribute.Strategy):
+        import jax
+
+        return jax.process_index() == 0
     resolver = strategy.cluster_resolver
     if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
@@ -46,7 +90,19 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     return resolver.task_type == "chief" if has_chief else resolver.task_id == 0
 
 
-def hosts_are_remote(strategy: tf.distribute.Strategy) -> bool:
+def on_any_worker(strategy: Strategy, mine: bool) -> bool:
+    """Whether a thing is so on any worker; all of them must ask."""
+    if not isinstance(strategy, tf.distribute.Strategy):
+        from lars_keras.training.jax_distribution import on_any_process
+
+        return on_any_process(mine)
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return mine
+    votes = strategy.run(lambda: tf.constant(float(mine)))
+    return bool(strategy.reduce(tf.distribute.ReduceOp.SUM, votes, axis=None) > 0)
+
+
+def hosts_are_remote(strategy: Strategy) -> bool:
     """Whether the input of some replica is made on another host, which runs no Python of this program: a TPU pod."""
     return isinstance(strategy, tf.distribute.TPUStrategy) and any(
         "localhost" not in device for device in strategy.extended.worker_devices
@@ -56,7 +112,7 @@ def hosts_are_remote(strategy: tf.distribute.Strategy) -> bool:
 def _choose(gpus: int, replicas: int | None, tpu: str | None) -> str:
     if tpu:
         return "tpu"
-    if len(_workers()) > 1:
+    if len(workers_of_cluster()) > 1:
         return "multi_worker"
     return "mirrored" if (replicas or gpus) > 1 else "one"
 
@@ -79,7 +135,7 @@ def _mirrored(gpus: list[Any], replicas: int | None) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy([f"/gpu:{i}" for i in range(replicas or len(gpus))])
 
 
-def _workers() -> list[str]:
+def workers_of_cluster() -> list[str]:
     """Addresses of the chief and workers in TF_CONFIG."""
     try:
         cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
@@ -89,7 +145,7 @@ def _workers() -> list[str]:
 
 
 def _multi_worker() -> tf.distribute.Strategy:
-    if not _workers():
+    if not workers_of_cluster():
         raise UsageError(
             "--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster's workers and this "
             "task's type and index. Received: TF_CONFIG unset"

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
-from lars_keras.training.ghost import GhostBatch
+from lars_keras.training.ghost import GhostBatch, build_model
 from lars_keras.training.update import apply_update, check_options, inner_optimizer
 
 Tensor = Any
@@ -54,7 +54,7 @@ class TensorFlowEngine:
         if jit_compile == "auto":
             jit_compile = any(d.device_type in ("GPU", "TPU") for d in tf.config.list_logical_devices())
         with self.strategy.scope():
-            _build(model, element_spec)
+            build_model(model, element_spec)
         self.ghost = GhostBatch(model)
         with self.strategy.scope():
             if not self.optimizer.built:
@@ -309,16 +309,6 @@ class TensorFlowEngine:
 
         loss, n = (self.strategy.experimental_local_results(s)[0] for s in self.strategy.run(sums))
         return {**self.model.get_metrics_result(), "loss": loss / n, "n": n}
-
-
-def _build(model: keras.Model, element_spec: Any) -> None:
-    """Creates what Keras creates on the first batch, without drawing one from the data."""
-    zeros = tf.nest.map_structure(lambda s: tf.zeros([1, *s.shape[1:]], s.dtype), element_spec)
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(zeros)
-    if not model.built:
-        model(x)
-    with keras.StatelessScope():
-        model.compute_metrics(x, y, model(x), weight)
 
 
 # Every replica reads and writes its own copy, and no write waits for another replica.

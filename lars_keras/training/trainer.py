@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+
+from lars_keras.training.feed import element_spec
+from lars_keras.training.strategy import replicas_in, strategy_of
 
 
 @dataclasses.dataclass
@@ -45,6 +48,9 @@ class Trainer:
     One device, N replicas and k micro-batches take the same step; `lars_keras.training.ghost` says how that is
     defined. The optimizer runs once for each global batch, and schedules count those updates.
 
+    On JAX (KERAS_BACKEND=jax) `keras.distribution.set_distribution(keras.distribution.DataParallel())` takes the place
+    of the strategy.
+
     Args:
         model: a compiled `keras.Model`, created under the strategy it is to run on.
         batch_size: global batch: examples in an update.
@@ -53,7 +59,9 @@ class Trainer:
         updates_per_call: updates that run without returning to Python. Callbacks see the last of them.
         jit_compile: compile the gradient computation with XLA. `"auto"`: where there is a GPU or TPU.
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
-        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too.
+        reduce_dtype: of the gradients on their way between devices. Below "float32", on JAX only, half the traffic
+            and a rounding of each device's sum.
+        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too; TensorFlow only.
 
     Attributes:
         position: where the run is; see `Position`.
@@ -76,6 +84,7 @@ class Trainer:
         updates_per_call: int = 1,
         jit_compile: bool | str = "auto",
         layer_norms: bool = False,
+        reduce_dtype: str = "float32",
         layer_ratios: bool = False,
     ):
         if not getattr(model, "compiled", False):
@@ -83,13 +92,18 @@ class Trainer:
         _check_loss(model)
         self.model = model
         self.batch_size = batch_size
-        self.replicas = model.distribute_strategy.num_replicas_in_sync
+        self.replicas = replicas_in(strategy_of(model))
         self.microbatch_size, self.microbatches = split_batch(batch_size, self.replicas, microbatch_size)
         if updates_per_call < 1:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
+        if layer_ratios and keras.backend.backend() == "jax":
+            raise ValueError(
+                "Telemetry of layers (--telemetry_every) is measured on TensorFlow only. Received: KERAS_BACKEND=jax"
+            )
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
         self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
+        self._reduce_dtype = reduce_dtype
         self.layer_norms: dict[str, np.ndarray] = {}
         self.position = Position()
         self._resumed = False
@@ -178,7 +192,7 @@ class Trainer:
             logs = position.logs
             if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
                 with engine.averaged_weights():
-                    scores = self._evaluate(validation_data, callback_list)
+                    scores = self._evaluate(validation_data, callback_list.on_test_batch_end)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
             callback_list.on_epoch_end(epoch, logs)
             if self.model.stop_training:
@@ -201,15 +215,15 @@ class Trainer:
         Raises:
             ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch.
         """
-        return self._evaluate(data, keras.callbacks.CallbackList())
+        return self._evaluate(data, lambda batch: None)
 
-    def _evaluate(self, data: Any, callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
+    def _evaluate(self, data: Any, after_batch: Callable[[int], None]) -> dict[str, float]:
         if (self.model.get_compile_config() or {}).get("metrics"):
             raise ValueError(
                 "Metrics passed as `metrics=` ignore weights and would count the padding of the last batch. "
                 "Compile with `weighted_metrics=` instead."
             )
-        return self._built_engine(data).evaluate(data, self.microbatch_size, callbacks.on_test_batch_end)
+        return self._built_engine(data).evaluate(data, self.microbatch_size, after_batch)
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The whole state of the run between two updates: weights, optimizer, random numbers, metrics and position.
@@ -238,17 +252,23 @@ class Trainer:
     def _built_engine(self, data: Any, *first_update: int) -> Any:
         """The compiled functions, made on first use, when the shapes of the examples are known."""
         if self._engine is None:
-            from lars_keras.training.feed import element_spec
-            from lars_keras.training.tensorflow_engine import TensorFlowEngine
+            engine: Any
+            options: dict[str, Any] = {
+                "microbatches": self.microbatches,
+                "jit_compile": self._jit_compile,
+                "layer_norms": self._measures_norms,
+            }
+            if keras.backend.backend() == "jax":
+                from lars_keras.training.jax_engine import JaxEngine as engine
 
-            self._engine = TensorFlowEngine(
-                self.model,
-                element_spec(data, *first_update),
-                microbatches=self.microbatches,
-                jit_compile=self._jit_compile,
-                layer_norms=self._measures_norms,
-                layer_ratios=self._measures_ratios,
-            )
+                options["reduce_dtype"] = self._reduce_dtype
+            else:
+                from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
+
+                options["layer_ratios"] = self._measures_ratios
+                if self._reduce_dtype != "float32":
+                    raise ValueError(f"On TensorFlow gradients are reduced in float32. Received: {self._reduce_dtype}")
+            self._engine = engine(self.model, element_spec(data, *first_update), **options)
         return self._engine
 
     def _whole_batches(self, data: Any) -> tuple[Any, int]:

@@ -1,0 +1,165 @@
+"""What a compiled program says of itself: memory, operations, bytes, collectives."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+_COLLECTIVE = re.compile(
+    r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_MOVES_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+
+
+@dataclasses.dataclass
+class Collective:
+    """An operation between chips.
+
+    Attributes:
+        kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"` or `"collective-permute"`.
+        size: bytes of the whole on one chip: before a reduction, after a gathering.
+        group: chips that take part together.
+        dtypes: of what is sent.
+    """
+
+    kind: str
+    size: int
+    group: int
+    dtypes: list[str]
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a chip sends, at least, in a ring."""
+        part = (self.group - 1) / self.group
+        return self.size * part * (2 if self.kind == "all-reduce" else 1)
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled program, on one chip. Sizes in bytes.
+
+    Attributes:
+        name: of the part of the update.
+        times: how often it runs in an update.
+        arguments, outputs, aliased, temporaries, code: its memory; outputs that lie in arguments' place are aliased.
+        flops: floating-point operations.
+        hbm_bytes: read from and written to HBM, each transfer once; see `hbm_bytes`.
+        bytes_accessed: XLA's own count of the same, in which a prefetch in slices counts several times.
+        collectives: in the order of the program.
+    """
+
+    name: str
+    times: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    flops: float
+    hbm_bytes: float
+    bytes_accessed: float
+    collectives: list[Collective]
+
+    @property
+    def memory(self) -> int:
+        """All that it holds at once."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+def program(name: str, times: int, compiled: Any) -> Program:
+    """The figures of a `jax.stages.Compiled`, or of an executable with the same methods."""
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    text = compiled.as_text()
+    return Program(
+        name=name,
+        times=times,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        flops=float(cost.get("flops", 0.0)),
+        hbm_bytes=float(hbm_bytes(text)),
+        bytes_accessed=float(cost.get("bytes accessed", 0.0)),
+        collectives=collectives(text),
+    )
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives in the text of a compiled program, each once.
+
+    A TPU's reduce-scatter is a fusion called all-reduce-scatter, in whose body stands an all-reduce; and a collective
+    that goes on beside other work stands in each of the fusions that it overlaps, with one channel and chain.
+    """
+    found: dict[Any, Collective] = {}
+    computation = ""
+    for number, line in enumerate(hlo.splitlines()):
+        if not line.startswith(" "):
+            computation = line
+        match = _COLLECTIVE.search(line)
+        if not match:
+            continue
+        kind = match["kind"]
+        scattered = "all-reduce-scatter" in computation.partition("(")[0]
+        if scattered:
+            kind = "reduce-scatter"
+        # The start of an asynchronous operation gives its operands and its results.
+        tensors = [(d, _size(d, dims)) for d, dims in re.findall(r"(\w+)\[([\d,]*)\]", match["result"]) if d in _BYTES]
+        group = _group(line)
+        size = sum(n for _, n in tensors)
+        if "-start(" in line and kind != "all-reduce":
+            size = max(n for _, n in tensors)
+        if kind == "reduce-scatter" and not scattered:
+            size *= group
+        channel, chain = re.search(r"channel_id=(\d+)", line), re.search(r'chain_id="(\d+)"', line)
+        key = (channel and channel[1], chain[1]) if chain else number
+        found.setdefault(key, Collective(kind, size, group, sorted({d for d, _ in tensors})))
+    return [c for c in found.values() if c.group > 1]
+
+
+def hbm_bytes(hlo: str) -> int:
+    """Bytes that the entry computation of a scheduled TPU program reads from and writes to HBM.
+
+    An instruction reads its operands and writes its results, less what lies in on-chip memory (memory space 1). A copy
+    or slice between the two that goes on beside other work is counted at its start: what it moves, once on each side
+    that is HBM. XLA's own "bytes accessed" counts the whole operand of each slice at the start, and again at its end.
+    """
+    total, results = 0, {}
+    for line in hlo.partition("\nENTRY")[2].splitlines():
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        name, result, operation, rest = match.groups()
+        results[name] = sum(size for size, on_chip in _tensors(result) if not on_chip)
+        if operation in _MOVES_NOTHING or operation.endswith("-done"):
+            continue
+        if operation in ("copy-start", "slice-start"):  # (target, source, ...) and ((source), target, ...)
+            first, second = _tensors(result)[:2]
+            target, source = (first, second) if operation == "copy-start" else (second, first)
+            total += target[0] * ((not target[1]) + (not source[1]))
+        else:
+            operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+            total += results[name] + sum(results.get(operand, 0) for operand in operands)
+    return total
+
+
+def _tensors(text: str) -> list[tuple[int, bool]]:
+    """Size of each tensor in the text of a type, and whether it lies in on-chip memory."""
+    found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text)
+    return [(_size(dtype, dims), "S(1)" in layout) for dtype, dims, layout in found if dtype in _BYTES]
+
+
+def _size(dtype: str, dims: str) -> int:
+    return _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _group(line: str) -> int:
+    """Size of the groups of devices of a collective."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if short := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+        return int(short[2])
+    return 2 if "source_target_pairs" in line else 1

@@ -1,0 +1,140 @@
+"""Compiles the JAX update of two networks for slices of growing size: the figures of docs/scaling.md.
+
+    KERAS_BACKEND=jax python -m lars_keras.pod_check.scaling --out=docs/pod_scaling.json --plot=docs/pod_scaling.svg
+
+Takes about half an hour on two idle cores. Each point is written as soon as it is compiled, and a file that is there is
+completed. Prints the table of docs/scaling.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lars_keras.pod_check.chips import chip_of
+from lars_keras.pod_check.roofline import roofline
+
+TOPOLOGIES = {1: "v5e:1x1", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
+RECIPES = {"alexnet_bn": ("8k", "16k", "32k"), "resnet50": ("8k", "32k", "32k")}  # there is none of ResNet-50 at 16K
+BATCHES = (8192, 16384, 32768)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="docs/pod_scaling.json", help="JSON file to complete")
+    parser.add_argument("--plot", help="SVG file to draw it into")
+    parser.add_argument("--draw_only", action="store_true", help="compile nothing")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"points": []}
+    if not options.draw_only:
+        _complete(found, out)
+    print(table(found["points"]))
+    if options.plot:
+        draw(found["points"], options.plot)
+    return 0
+
+
+def _complete(found: dict[str, Any], out: Path) -> None:
+    from lars_keras.pod_check.programs import versions
+
+    passes: dict[Any, Any] = {}  # of a model and micro-batch: the same on slices of any size
+    done = {(p["model"], p["batch"], p["chips"]) for p in found["points"]}
+    for chips in (256, 1, 16, 64):
+        for batch in reversed(BATCHES):
+            for model in RECIPES:
+                if (model, batch, chips) not in done:
+                    found["points"].append(_point(model, batch, chips, passes))
+                    found["versions"] = versions()
+                    found["points"].sort(key=lambda p: (p["model"], p["batch"], p["chips"]))
+                    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _point(model: str, batch: int, chips: int, passes: dict[Any, Any]) -> dict[str, Any]:
+    import flags
+    from lars_keras.pod_check.programs import devices_of, jax_programs, model_of
+    from lars_keras.training.trainer import split_batch
+
+    recipe = f"--flagfile=flags/{model}_{RECIPES[model][BATCHES.index(batch)]}.flags"
+    values, _ = flags.parse(["", recipe, f"--batch_size={batch}", "--precision=mixed_bfloat16", "--shard_update"])
+    config = flags.read(values)
+    devices = devices_of(TOPOLOGIES[chips])
+    size, k = split_batch(batch, len(devices), config.microbatch_size)
+    programs = jax_programs(config, devices, size, k, passes.get((model, size)))
+    if k > 1:
+        passes[model, size] = programs[1]
+    updates = config.total_updates(model_of(config)[1].num_train)
+    return {
+        "model": model,
+        "batch": batch,
+        "chips": chips,
+        "topology": TOPOLOGIES[chips],
+        "microbatch_size": size,
+        "microbatches": k,
+        "memory": max(p.memory for p in programs),
+        "roofline": roofline(programs, chip_of(TOPOLOGIES[chips]), 1, batch, updates),
+        "programs": [dataclasses.asdict(p) for p in programs],
+    }
+
+
+def table(points: list[dict[str, Any]]) -> str:
+    """The points in Markdown. Efficiency: images/s of a chip, relative to one chip alone at the same batch."""
+    alone = {(p["model"], p["batch"]): p["roofline"]["images_per_second"] for p in points if p["chips"] == 1}
+    lines = [
+        "| network | batch | chips | on a chip | memory, MiB | compute, ms | HBM, ms | links, ms | bound by | images/s "
+        "| efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for p in points:
+        best = p["roofline"]
+        milliseconds = [f"{1e3 * best['seconds'][kind]:,.2f}" for kind in ("compute", "memory", "interconnect")]
+        one = alone.get((p["model"], p["batch"]))
+        cells = [
+            p["model"],
+            f"{p['batch']:,}",
+            str(p["chips"]),
+            f"{p['microbatches']} x {p['microbatch_size']}",
+            f"{p['memory'] / 2**20:,.0f}",
+            *milliseconds,
+            {"memory": "HBM", "interconnect": "links"}.get(best["bound"], best["bound"]),
+            f"{best['images_per_second']:,.0f}",
+            f"{best['images_per_second'] / p['chips'] / one:.0%}" if one else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(points: list[dict[str, Any]], path: str) -> None:
+    """The time of an update, and the memory of a chip, over the number of chips."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lars_keras", "font.size": 9}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots(2, len(RECIPES), sharex=True, squeeze=False)
+        for column, model in enumerate(RECIPES):
+            for batch in BATCHES:
+                own = sorted(
+                    (p for p in points if (p["model"], p["batch"]) == (model, batch)), key=lambda p: p["chips"]
+                )
+                chips = [p["chips"] for p in own]
+                times = [1e3 * p["roofline"]["seconds_per_update"] for p in own]
+                axes[0][column].plot(chips, times, marker="o", label=f"batch {batch:,}")
+                axes[1][column].plot(chips, [p["memory"] / 2**20 for p in own], marker="o")
+            axes[0][column].set_title(model)
+            axes[0][column].set_yscale("log")
+            axes[0][column].legend(frameon=False)
+            axes[1][column].set_xscale("log", base=2)
+            axes[1][column].set_ylim(bottom=0)
+            axes[1][column].set_xlabel("chips")
+        axes[0][0].set_ylabel("least ms an update")
+        axes[1][0].set_ylabel("MiB a chip")
+        FigureCanvasSVG(figure).print_svg(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,260 @@
+"""The JAX engine: a live model's state, its data and `JaxStep` brought together."""
+
+import concurrent.futures
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import tensorflow as tf
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lars_keras.training.feed import Feed, ghost_batches, scoring_examples
+from lars_keras.training.ghost import build_model
+from lars_keras.training.jax_distribution import SharedUpdate
+from lars_keras.training.jax_mesh import mesh_of
+from lars_keras.training.jax_step import JaxStep, inner_optimizer
+from lars_keras.training.update import check_options
+
+Tensor = Any
+
+
+class JaxEngine:
+    """The compiled functions of a model over the devices of the current `keras.distribution`, or on one device.
+
+    Args:
+        model: compiled; created under the same distribution.
+        element_spec: shapes and dtypes of the batches to train or evaluate on.
+        microbatches: k, passes per update.
+        jit_compile: True or "auto"; here everything is compiled.
+        layer_norms: measure the norms of gradients and weights.
+        reduce_dtype: of the gradients on their way between devices.
+
+    Raises:
+        ValueError: if it should not be compiled, the distribution is not data parallel, or trainable variables have no
+            effect on the loss.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        element_spec: Any,
+        *,
+        microbatches: int,
+        jit_compile: bool | str,
+        layer_norms: bool = False,
+        reduce_dtype: str = "float32",
+    ):
+        check_options(model.optimizer)
+        if not jit_compile:
+            raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
+        distribution = keras.distribution.distribution()
+        if distribution is not None and not isinstance(distribution, keras.distribution.DataParallel):
+            raise ValueError(
+                f"The distribution must be a keras.distribution.DataParallel. Received: {type(distribution).__name__}"
+            )
+        self.mesh = mesh_of(
+            distribution.device_mesh.backend_mesh.devices.flat if distribution else jax.local_devices()[:1]
+        )
+        self.model, self.optimizer = model, model.optimizer
+        self.replicas = self.mesh.devices.size
+        self.microbatches = microbatches
+        self._measure = layer_norms
+        self.data_wait = math.nan  # not measured: the host runs ahead of the devices
+        build_model(model, element_spec)
+        if not self.optimizer.built:
+            self.optimizer.build(model.trainable_variables)
+        self.step = JaxStep(
+            model,
+            self.mesh,
+            microbatches=microbatches,
+            layer_norms=layer_norms,
+            shard_update=isinstance(distribution, SharedUpdate),
+            reduce_dtype=reduce_dtype,
+        )
+        self.step.check_every_weight_is_used(element_spec)
+        self._whole = NamedSharding(self.mesh, PartitionSpec())
+        self._score_fn = jax.jit(self._score)
+        self._results_fn = jax.jit(self._results)
+        self._whole_fn = jax.jit(lambda values: values, out_shardings=self._whole)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def training_iterator(self, feed: Feed, microbatch_size: int, first_update: int = 0) -> Iterator[Any]:
+        """The batches of `feed` on the devices, from an update on, for `train`: one for each pass."""
+        own = ghost_batches(feed, self._input_context(), microbatch_size, self.microbatches, first_update)
+        numpy = own.as_numpy_iterator()
+        count = len(self.mesh.local_devices)
+
+        def batch() -> Any:
+            return self._on_devices(jax.tree.map(lambda *a: np.concatenate(a), *[next(numpy) for _ in range(count)]))
+
+        return _ahead(batch)
+
+    def train(
+        self, iterator: Iterator[Any], updates: int
+    ) -> tuple[list[float], list[float], dict[str, float], dict[str, np.ndarray]]:
+        """Runs `updates` updates; the host waits for the last of them only.
+
+        Returns:
+            The loss and the learning rate of each update, the metrics since their last reset, and the norms of each
+            update, if they are measured.
+        """
+        state, outcomes = self._read(), []
+        try:
+            for _ in range(updates):
+                state, outcome = self.step.update(state, iterator)
+                outcomes.append(outcome)
+        finally:
+            self._write(state)
+        metrics = self._results_fn(state["metrics"])
+        outcomes, metrics = jax.device_get((outcomes, metrics))
+        names = ("gradient", "weight") if self._measure else ()
+        norms = np.stack([o["norms"] for o in outcomes], axis=1)
+        return (
+            [float(o["loss"]) for o in outcomes],
+            [float(o["learning_rate"]) for o in outcomes],
+            {name: float(value) for name, value in metrics.items()},
+            dict(zip(names, norms, strict=True)) if names else {},
+        )
+
+    def _input_context(self) -> tf.distribute.InputContext:
+        processes = sorted({device.process_index for device in self.mesh.devices.flat})
+        return tf.distribute.InputContext(len(processes), processes.index(jax.process_index()), self.replicas)
+
+    def _on_devices(self, arrays: Any) -> Any:
+        """This process's rows as arrays over all devices."""
+        put = jax.make_array_from_process_local_data
+        return jax.tree.map(lambda a: put(self.step.batch_sharding, a), tuple(arrays))
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, list[Tensor]]:
+        """The values of all variables, as `JaxStep` takes them. None comes twice, because they are donated."""
+        seen: set[int] = set()
+
+        def value(variable: keras.Variable, sharding: NamedSharding) -> Tensor:
+            array = jax.device_put(variable.value, sharding)
+            if id(array) in seen:
+                array = jnp.copy(array)
+            seen.add(id(array))
+            return array
+
+        return {
+            group: [value(v, s) for v, s in zip(variables, self.step.state_shardings[group], strict=True)]
+            for group, variables in self.step.variables.items()
+        }
+
+    def _write(self, state: dict[str, list[Tensor]]) -> None:
+        for group, variables in self.step.variables.items():
+            for variable, value in zip(variables, state[group], strict=True):
+                variable.assign(value)
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """A copy of all that the next update depends on, and of the metrics since their last reset.
+
+        The names and shapes are those of `TensorFlowEngine.snapshot`; the metrics are those of one replica.
+        """
+        state = {name: self._numpy(v) for name, v in self._shared_state().items()}
+        metrics = self.step.variables["metrics"]
+        return state | {f"metric/{i}": self._numpy(v)[np.newaxis] for i, v in enumerate(metrics)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Puts back what `snapshot` returned, of either engine.
+
+        Raises:
+            ValueError: if the model or optimizer has other variables; nothing is changed then.
+        """
+        shared = self._shared_state()
+        known = {name: value for name, value in state.items() if not name.startswith("metric/")}
+        for name, variable in shared.items():
+            if name not in known or known[name].shape != tuple(variable.shape) or len(known) != len(shared):
+                raise ValueError(
+                    f"The saved state is that of another model or optimizer: {len(known)} variables, not "
+                    f"{len(shared)}, or not of the shape of {variable.path}."
+                )
+        for name, variable in shared.items():
+            variable.assign(known[name].astype(variable.dtype))
+        for i, variable in enumerate(self.step.variables["metrics"][: len(state) - len(known)]):
+            variable.assign(state[f"metric/{i}"].sum(0).astype(variable.dtype))
+
+    def _shared_state(self) -> dict[str, keras.Variable]:
+        # By number: the paths have the names of model and optimizer, which count the models of a process.
+        groups = {"model": self.model.variables, "optimizer": self.optimizer.variables}
+        return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
+
+    def _numpy(self, variable: keras.Variable) -> np.ndarray:
+        value = variable.value
+        return np.array(value if value.is_fully_replicated else self._whole_fn(value))
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Meanwhile the model has the moving average of its weights, where the optimizer keeps one."""
+        optimizer = inner_optimizer(self.optimizer)
+        if not optimizer.use_ema or optimizer.ema_overwrite_frequency:
+            yield
+            return
+        variables = optimizer._trainable_variables
+        current = [v.value for v in variables]
+        for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
+            variable.assign(average)
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, current, strict=True):
+                variable.assign(value)
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(self, feed: Feed, batch_size: int, after_batch: Callable[[int], None]) -> dict[str, float]:
+        """Loss, metrics and the number of examples, each scored once; calls `after_batch` after each batch."""
+        self.model.reset_metrics()
+        weights = [jax.device_put(v.value, s) for v, s in self._weights()]
+        metrics = [jax.device_put(v.value, self._whole) for v in self.step.variables["metrics"]]
+        totals = jax.device_put((metrics, jnp.zeros([]), jnp.zeros([])), self._whole)
+        for i, data in enumerate(scoring_examples(feed, self._input_context(), batch_size).as_numpy_iterator()):
+            totals = self._score_fn(weights, totals, self._on_devices(data))
+            after_batch(i)
+        metrics, loss, n = totals
+        for variable, value in zip(self.step.variables["metrics"], metrics, strict=True):
+            variable.assign(value)
+        results = self._results_fn(metrics)
+        return {name: float(value) for name, value in {**results, "loss": loss / n, "n": n}.items()}
+
+    def _weights(self) -> list[tuple[keras.Variable, NamedSharding]]:
+        groups = ("trainable", "averaged", "counters")
+        return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
+
+    def _score(self, weights: list[Tensor], totals: Any, batch: Any) -> Any:
+        """Adds a padded batch over all devices to the totals; padding has weight 0."""
+        metrics, total_loss, n = totals
+        x, y, weight = batch
+        variables = [v for v, _ in self._weights()] + self.step.variables["metrics"]
+        mapping = list(zip(variables, [*weights, *metrics], strict=True))
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            y_pred = self.model(x, training=False)
+            loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=weight)
+            own = sum((jnp.asarray(term, loss.dtype) for term in self.model.losses), jnp.zeros([], loss.dtype))
+            self.model.compute_metrics(x, y, y_pred, weight)
+            metrics = [scope.get_current_value(v) for v in self.step.variables["metrics"]]
+        here = jnp.sum(weight.astype(loss.dtype))
+        # Keras's loss is the sum over the batch, padding included, divided by its size.
+        return metrics, total_loss + (loss - own) * weight.shape[0] + own * here, n + here
+
+    def _results(self, metrics: list[Tensor]) -> dict[str, Tensor]:
+        with keras.StatelessScope(list(zip(self.step.variables["metrics"], metrics, strict=True))):
+            return self.model.get_metrics_result()
+
+
+def _ahead(make: Callable[[], Any]) -> Iterator[Any]:
+    """What `make` makes, again and again, always one ahead: the next batch is made while an update runs."""
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
+        coming = maker.submit(make)
+        while True:
+            ready = coming.result()
+            coming = maker.submit(make)
+            yield ready

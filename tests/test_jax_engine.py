@@ -1,0 +1,333 @@
+"""The JAX engine takes the steps of the TensorFlow engine, on any number of devices, with the update in shares or not.
+
+Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax and eight logical CPU devices; the
+TensorFlow engine's results go with it in a file.
+"""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras import LARS
+from lars_keras.training import Trainer
+from lars_keras.training.checkpoint import CheckpointFolder, Every
+from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
+from tests import step_cases as cases
+
+BACKEND = keras.backend.backend()
+ENGINES = 2e-6  # between the two engines, five updates in float32; the sums have other orders
+SHARES = 1e-6  # between any two ways to cut the work, in float32
+FROM_TENSORFLOW = "TENSORFLOW_RESULTS"
+# Keras converts tensors and variables in a way that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+MODELS = {
+    "hidden": cases.hidden,
+    "batch_norm": cases.batch_norm(),
+    "synchronized": cases.batch_norm(synchronized=True),
+    "wide": lambda: keras.Sequential(  # large enough to be cut into shares
+        [
+            keras.Input((cases.FEATURES,)),
+            keras.layers.Dense(256, "relu"),
+            keras.layers.Dense(256, "relu"),
+            keras.layers.Dense(cases.CLASSES),
+        ]
+    ),
+}
+OPTIMIZERS = {
+    **cases.OPTIMIZERS,
+    "ema": lambda: cases.OPTIMIZERS["lars"](use_ema=True, ema_momentum=0.8, global_clipnorm=0.5),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+}
+
+
+def on(backend):
+    """Returns a decorator that keeps a test class on one backend."""
+    return lambda test: test if BACKEND == backend else None
+
+
+def distribution(devices, shard_update=False):
+    """Returns a context in which models and trainers are on so many devices; 0 for none."""
+    if not devices:
+        return contextlib.nullcontext()
+    import jax
+
+    from lars_keras.training.jax_distribution import SharedUpdate
+
+    mesh = keras.distribution.DeviceMesh((devices,), ["batch"], np.array(jax.devices()[:devices]))
+    return (SharedUpdate if shard_update else keras.distribution.DataParallel)(device_mesh=mesh).scope()
+
+
+def start(model):
+    """Returns the same first weights on every backend."""
+    rng = np.random.default_rng(5)
+    return [w if w.ndim < 2 else rng.normal(size=w.shape).astype("f4") / np.sqrt(len(w)) for w in model.get_weights()]
+
+
+def trained(model, optimizer, devices=0, *, strategy="none", shard_update=False, policy="float32", **options):
+    """Returns weights and slots after five updates, the loss of each, and the trainer."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        scope = cases.strategy(strategy).scope() if BACKEND == "tensorflow" else distribution(devices, shard_update)
+        with scope:
+            model = MODELS[model]()
+            model.set_weights(start(model))
+            model.compile(
+                OPTIMIZERS[optimizer](),
+                keras.losses.CategoricalCrossentropy(from_logits=True),
+                weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+            )
+            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True, **options)
+            losses = []
+            watch = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: losses.append([logs[n] for n in ("step_loss", "loss", "top1")])
+            )
+            data = tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50)
+            trainer.fit(data, epochs=1, verbose=0, callbacks=[watch])
+            scores = trainer.evaluate(data.take(3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    values = [np.array(keras.ops.convert_to_numpy(v)) for v in [*model.weights, *model.optimizer.variables]]
+    return values, [*losses, [scores["loss"], scores["top1"], scores["n"]]], trainer
+
+
+def difference(actual, expected):
+    """Returns the largest relative L2 difference of two lists of arrays."""
+    pairs = [(np.float64(a), np.float64(e)) for a, e in zip(actual, expected, strict=True)]
+    return max(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30) for a, e in pairs)
+
+
+CASES = {
+    "hidden, lars": ("hidden", "lars", {}),
+    "hidden, ema": ("hidden", "ema", {"microbatch_size": 8}),
+    "hidden, adam": ("hidden", "adam", {}),
+    "batch_norm, lars": ("batch_norm", "lars", {"microbatch_size": 8}),
+    "synchronized, lars": ("synchronized", "lars", {}),
+    "wide, lars": ("wide", "lars", {}),
+}
+
+
+@on("tensorflow")
+class SecondProcessTest(parameterized.TestCase):
+    def test_jax(self):
+        if importlib.util.find_spec("jax") is None:
+            self.skipTest("jax is not installed")
+        results = {}
+        for name, (model, optimizer, options) in CASES.items():
+            results[name] = trained(
+                model, optimizer, strategy="mirrored2" if model == "synchronized" else "none", **options
+            )[:2]
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "tensorflow.pickle"
+            path.write_bytes(pickle.dumps(results))
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__],
+                env=os.environ
+                | {
+                    "KERAS_BACKEND": "jax",
+                    "JAX_PLATFORMS": "cpu",
+                    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+                    FROM_TENSORFLOW: os.fspath(path),
+                },
+                cwd=pathlib.Path(__file__).parents[1],
+                capture_output=True,
+                text=True,
+            )
+        self.assertEqual(run.returncode, 0, run.stdout[-6000:] + run.stderr[-2000:])
+        self.assertIn(" passed", run.stdout)
+
+
+@on("jax")
+class EngineTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.expected = pickle.loads(pathlib.Path(os.environ[FROM_TENSORFLOW]).read_bytes())
+
+    def check(self, actual, expected, tolerance):
+        self.assertLess(difference(actual[0], expected[0]), tolerance)
+        np.testing.assert_allclose(actual[1], expected[1], rtol=tolerance)
+
+    @parameterized.parameters(
+        ("hidden, lars", 0, False),
+        ("hidden, lars", 8, False),
+        ("hidden, ema", 2, False),
+        ("hidden, adam", 0, False),
+        ("batch_norm, lars", 8, False),
+        ("synchronized, lars", 8, False),
+        ("wide, lars", 8, True),
+    )
+    def test_as_tensorflow(self, name, devices, shard_update):
+        model, optimizer, options = CASES[name]
+        actual = trained(model, optimizer, devices, shard_update=shard_update, **options)
+        # Synchronised statistics are differences of two sums, added up in another order.
+        self.check(actual, self.expected[name], 2e-5 if model == "synchronized" else ENGINES)
+
+    @parameterized.parameters(("lars", None), ("ema", 2), ("adam", None))
+    def test_shares_change_nothing(self, optimizer, microbatch_size):
+        options = {"microbatch_size": microbatch_size}
+        *whole, _ = trained("wide", optimizer, 8, **options)
+        *shares, trainer = trained("wide", optimizer, 8, shard_update=True, **options)
+        self.check(shares, whole, SHARES)
+        kernel = trainer.model.layers[1].kernel
+        slots = [v for v in trainer.model.optimizer.variables if v.shape == kernel.shape]
+        self.assertNotEmpty(slots)
+        for v in (kernel, *slots):
+            self.assertEqual(v.value.addressable_shards[0].data.size, v.value.size // 8)
+
+    def test_shares_in_bfloat16(self):
+        """Weights are rounded before they are gathered, not after: the same bits reach the layers."""
+        *whole, _ = trained("wide", "lars", 8, policy="mixed_bfloat16")
+        *shares, _ = trained("wide", "lars", 8, policy="mixed_bfloat16", shard_update=True)
+        self.check(shares, whole, SHARES)
+
+    def test_lower_precision_of_the_traffic(self):
+        *exact, _ = trained("wide", "lars", 8)
+        *rounded, _ = trained("wide", "lars", 8, reduce_dtype="bfloat16", shard_update=True)
+        self.assertGreater(difference(rounded[0], exact[0]), 1e-5)
+        self.check(rounded, exact, 2**-6)
+
+    def test_dropout_of_ghost_batches(self):
+        """The masks follow the place of a ghost batch, wherever it lies."""
+        MODELS["dropout"] = cases.dropout
+        *one, _ = trained("dropout", "lars", 0, microbatch_size=8)
+        *eight, _ = trained("dropout", "lars", 8)
+        self.check(eight, one, SHARES)
+        *other, _ = trained("dropout", "lars", 0)
+        self.assertGreater(difference(other[0], one[0]), 1e-3)
+
+    def test_loss_scaling(self):
+        """A value that is not finite on one device skips the update on all, and halves the scale."""
+        with distribution(8):
+            model = cases.hidden()
+            optimizer = keras.optimizers.LossScaleOptimizer(cases.OPTIMIZERS["lars"](), initial_scale=8.0)
+            model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+            x, y = (a.copy() for a in cases.examples())
+            x[2 * cases.BATCH + 20] = np.inf
+            norms = []
+            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True)
+            watch = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: norms.append(trainer.layer_norms["gradient"][0])
+            )
+            trainer.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(64), epochs=1, verbose=0, callbacks=[watch])
+        self.assertEqual([bool(n.any()) for n in norms], [True, True, False, True, True])
+        self.assertEqual(int(optimizer.iterations.value), cases.UPDATES - 1)
+        self.assertEqual(float(optimizer.dynamic_scale.value), 4.0)
+        self.assertTrue(all(np.isfinite(w).all() for w in model.get_weights()))
+
+    @parameterized.parameters((None, False), (None, True), (2, False), (2, True))
+    def test_one_reduction_of_the_gradients(self, microbatch_size, shard_update):
+        """In the compiled programs of an update: all gradients once, after the last pass."""
+        *_, trainer = trained("wide", "lars", 8, microbatch_size=microbatch_size, shard_update=shard_update)
+        engine = trainer._engine
+        state = engine._read()
+        x, y = (a[: trainer.microbatch_size * 8] for a in cases.examples())
+        data = engine._on_devices((x, y))
+        if microbatch_size is None:
+            programs = [engine.step.whole_update.lower(state, data)]
+        else:
+            weights, scale, sums = engine.step.begin(state)
+            inputs = weights, state["averaged"], state["counters"], scale, data, np.int32(0)
+            a_pass = engine.step.one_pass.lower(sums, *inputs).compile().as_text()
+            self.assertNotRegex(a_pass, "all-reduce|reduce-scatter|all-gather|all-to-all")
+            programs = [engine.step.finish.lower(state, sums, state["counters"])]
+        text = programs[0].compile().as_text()
+        reduced = 0
+        for line in text.splitlines():
+            if found := re.search(r"= (.*?) (all-reduce|reduce-scatter)(?:-start)?\(", line):
+                share = 8 if found[2] == "reduce-scatter" else 1
+                for dims in re.findall(r"f32\[([\d,]+)\]", found[1]):
+                    reduced += share * int(np.prod([int(d) for d in dims.split(",")]))
+        kernels = sum(v.value.size for v in trainer.model.trainable_variables)
+        self.assertBetween(reduced, kernels, kernels + 64)
+        self.assertEqual("reduce-scatter" in text, shard_update)
+
+    def test_what_is_refused(self):
+        def compiled(model, optimizer):
+            model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+            return model
+
+        data = tf.data.Dataset.from_tensor_slices(cases.examples(1)).batch(64)
+        with self.assertRaisesRegex(ValueError, "microbatch_size"):
+            Trainer(compiled(cases.linear(), LARS(gradient_accumulation_steps=2)), batch_size=64).fit(data)
+        with self.assertRaisesRegex(ValueError, "jit_compile=False"):
+            Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
+        x = keras.Input((cases.FEATURES,))
+        model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
+        model.extra = keras.layers.Dense(3, name="forgotten")
+        model.extra.build((None, 3))
+        with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
+            Trainer(compiled(model, LARS()), batch_size=64).fit(data)
+
+    @parameterized.parameters((0, False), (8, True))
+    def test_resume_to_the_last_bit(self, devices, shard_update):
+        """With batch normalisation, dropout, a moving average, and a break within an epoch."""
+        x, y = cases.examples(11)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).repeat()
+
+        def run(folder, stop_after=None):
+            keras.utils.set_random_seed(1)
+            with distribution(devices, shard_update):
+                model = keras.Sequential(
+                    [
+                        keras.Input((cases.FEATURES,)),
+                        keras.layers.Dense(256, use_bias=False),
+                        keras.layers.BatchNormalization(),
+                        keras.layers.ReLU(),
+                        keras.layers.Dropout(0.3, seed=2),
+                        keras.layers.Dense(256),
+                        keras.layers.Dense(cases.CLASSES),
+                    ]
+                )
+                model.compile(
+                    OPTIMIZERS["ema"](),
+                    keras.losses.CategoricalCrossentropy(from_logits=True),
+                    weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+                )
+                trainer = Trainer(model, batch_size=64, microbatch_size=4)
+                folder = CheckpointFolder(folder)
+                if checkpoint := folder.latest():
+                    trainer.restore(checkpoint.arrays, checkpoint.info["position"], data)
+                seen = {}
+
+                def note(batch, logs):
+                    seen[batch] = dict(logs)
+                    if batch + 1 == stop_after:
+                        raise KeyboardInterrupt
+
+                save = SaveCheckpoints(trainer, folder, Every(updates=1))
+                watch = keras.callbacks.LambdaCallback(on_train_batch_end=note)
+                with contextlib.suppress(KeyboardInterrupt):
+                    fit_and_survive(
+                        data,
+                        save,
+                        epochs=2,
+                        steps_per_epoch=5.5,
+                        validation_data=data.take(2),
+                        callbacks=[save, watch],
+                        verbose=0,
+                    )
+                folder.wait()
+                return trainer.snapshot()[0], seen
+
+        with tempfile.TemporaryDirectory() as folder:
+            whole, logs = run(f"{folder}/a")
+            run(f"{folder}/b", stop_after=3)
+            run(f"{folder}/b", stop_after=8)
+            again, later = run(f"{folder}/b")
+        self.assertEqual(list(later), [8, 9, 10])
+        self.assertEqual(later, {k: logs[k] for k in later})
+        for name, value in whole.items():
+            np.testing.assert_array_equal(again[name], value, name)
