@@ -4,12 +4,14 @@ import math
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from benchmarks import optimizer_step
 
 
 class OptimizerStepTest(tf.test.TestCase):
+    @pytest.mark.slow
     def test_every_contender_takes_steps_and_is_reported(self):
         shapes = [(9, 8), (8,)]
         result = optimizer_step.measure(shapes, "float32", rounds=2, modes=("xla", "jit", "graph"))

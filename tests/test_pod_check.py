@@ -8,6 +8,7 @@ import pathlib
 import tempfile
 import unittest.mock
 
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -168,8 +169,14 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         self.assertRegex(err, "v5e:3x3 is not known to this TPU compiler: .")
         self.assertLen(err.splitlines(), 1)
 
-    @parameterized.parameters("jax", "tensorflow")
-    def test_a_small_model_for_a_real_chip(self, engine):
+    def test_a_small_model_for_a_real_chip(self):
+        self.check_a_small_model("jax")
+
+    @pytest.mark.slow
+    def test_a_small_model_on_tensorflow(self):
+        self.check_a_small_model("tensorflow")
+
+    def check_a_small_model(self, engine):
         self.needs_compiler()
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "check.json"

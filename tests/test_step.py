@@ -178,7 +178,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters("none", "mirrored2")
     def test_data_wait_is_the_time_that_devices_stand_idle(self, strategy):
-        """Reading a batch takes 0.4 s, the work on it next to nothing; later the whole data set is there at once."""
+        """Three batches take 0.5 s each to read, long after what is compiled is compiled; the others are there."""
         with cases.strategy(strategy).scope():
             model = cases.hidden()
             model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
@@ -188,16 +188,16 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         x, y = (part[: cases.BATCH] for part in cases.examples())
 
         def read(i):
-            time.sleep(0.4 if i < 3 else 0.0)
+            time.sleep(0.5 if 10 <= i < 13 else 0.0)
             return x, y
 
         batches = tf.data.Dataset.range(1000).map(lambda i: tf.numpy_function(read, [i], (tf.float32, tf.float32)))
         batches = batches.map(lambda x, y: (tf.ensure_shape(x, [64, 12]), tf.ensure_shape(y, [64, 5])))
         started = time.monotonic()
-        trainer.fit(lambda *_: batches, epochs=8, steps_per_epoch=1, verbose=0, callbacks=[watch])
+        trainer.fit(lambda *_: batches, epochs=16, steps_per_epoch=1, verbose=0, callbacks=[watch])
         elapsed = time.monotonic() - started
-        self.assertBetween(sum(waits[:3]), 0.6, elapsed)
-        self.assertLess(min(waits[3:]), 0.2)  # the least: on a busy machine some of them wait for a processor
+        self.assertBetween(sum(waits), 0.6, elapsed)
+        self.assertLess(min(waits), 0.2)  # the least: on a busy machine some of them wait for a processor
 
     def test_subclassed_model_built_by_the_trainer(self):
         class Subclassed(keras.Model):
