@@ -122,18 +122,24 @@ CASES = {
 @on("tensorflow")
 class SecondProcessTest(parameterized.TestCase):
     def test_jax(self):
+        self.run_on_jax()
+
+    @pytest.mark.slow
+    def test_jax_whole(self):
+        self.run_on_jax("-m", "")
+
+    def run_on_jax(self, *options):
         if importlib.util.find_spec("jax") is None:
             self.skipTest("jax is not installed")
         results = {}
-        for name, (model, optimizer, options) in CASES.items():
-            results[name] = trained(
-                model, optimizer, strategy="mirrored2" if model == "synchronized" else "none", **options
-            )[:2]
+        for name, (model, optimizer, more) in CASES.items():
+            strategy = "mirrored2" if model == "synchronized" else "none"
+            results[name] = trained(model, optimizer, strategy=strategy, **more)[:2]
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "tensorflow.pickle"
             path.write_bytes(pickle.dumps(results))
             run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__],
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *options, __file__],
                 env=os.environ
                 | {
                     "KERAS_BACKEND": "jax",
@@ -160,23 +166,30 @@ class EngineTest(parameterized.TestCase):
         self.assertLess(difference(actual[0], expected[0]), tolerance)
         np.testing.assert_allclose(actual[1], expected[1], rtol=tolerance)
 
-    @parameterized.parameters(
-        ("hidden, lars", 0, False),
-        ("hidden, lars", 8, False),
-        ("hidden, ema", 2, False),
-        ("hidden, adam", 0, False),
-        ("batch_norm, lars", 8, False),
-        ("synchronized, lars", 8, False),
-        ("wide, lars", 8, True),
-    )
+    @parameterized.parameters(("batch_norm, lars", 8, False), ("synchronized, lars", 8, False), ("wide, lars", 8, True))
     def test_as_tensorflow(self, name, devices, shard_update):
+        self.check_against_tensorflow(name, devices, shard_update)
+
+    @parameterized.parameters(("hidden, lars", 0), ("hidden, lars", 8), ("hidden, ema", 2), ("hidden, adam", 0))
+    @pytest.mark.slow
+    def test_more_as_tensorflow(self, name, devices):
+        self.check_against_tensorflow(name, devices, False)
+
+    def check_against_tensorflow(self, name, devices, shard_update):
         model, optimizer, options = CASES[name]
         actual = trained(model, optimizer, devices, shard_update=shard_update, **options)
         # Synchronised statistics are differences of two sums, added up in another order.
         self.check(actual, self.expected[name], 2e-5 if model == "synchronized" else ENGINES)
 
-    @parameterized.parameters(("lars", None), ("ema", 2), ("adam", None))
-    def test_shares_change_nothing(self, optimizer, microbatch_size):
+    def test_shares_change_nothing(self):
+        self.check_shares("lars", None)
+
+    @parameterized.parameters(("ema", 2), ("adam", None))
+    @pytest.mark.slow
+    def test_shares_of_other_optimizers(self, optimizer, microbatch_size):
+        self.check_shares(optimizer, microbatch_size)
+
+    def check_shares(self, optimizer, microbatch_size):
         options = {"microbatch_size": microbatch_size}
         *whole, _ = trained("wide", optimizer, 8, **options)
         *shares, trainer = trained("wide", optimizer, 8, shard_update=True, **options)
@@ -187,12 +200,14 @@ class EngineTest(parameterized.TestCase):
         for v in (kernel, *slots):
             self.assertEqual(v.value.addressable_shards[0].data.size, v.value.size // 8)
 
+    @pytest.mark.slow
     def test_shares_in_bfloat16(self):
         """Weights are rounded before they are gathered, not after: the same bits reach the layers."""
         *whole, _ = trained("wide", "lars", 8, policy="mixed_bfloat16")
         *shares, _ = trained("wide", "lars", 8, policy="mixed_bfloat16", shard_update=True)
         self.check(shares, whole, SHARES)
 
+    @pytest.mark.slow
     def test_lower_precision_of_the_traffic(self):
         *exact, _ = trained("wide", "lars", 8)
         *rounded, _ = trained("wide", "lars", 8, reduce_dtype="bfloat16", shard_update=True)
@@ -227,8 +242,16 @@ class EngineTest(parameterized.TestCase):
         self.assertEqual(float(optimizer.dynamic_scale.value), 4.0)
         self.assertTrue(all(np.isfinite(w).all() for w in model.get_weights()))
 
-    @parameterized.parameters((None, False), (None, True), (2, False), (2, True))
+    @parameterized.parameters((None, True), (2, True))
     def test_one_reduction_of_the_gradients(self, microbatch_size, shard_update):
+        self.check_one_reduction(microbatch_size, shard_update)
+
+    @parameterized.parameters((None, False), (2, False))
+    @pytest.mark.slow
+    def test_one_reduction_of_whole_gradients(self, microbatch_size, shard_update):
+        self.check_one_reduction(microbatch_size, shard_update)
+
+    def check_one_reduction(self, microbatch_size, shard_update):
         """In the compiled programs of an update: all gradients once, after the last pass."""
         *_, trainer = trained("wide", "lars", 8, microbatch_size=microbatch_size, shard_update=shard_update)
         engine = trainer._engine
@@ -271,8 +294,14 @@ class EngineTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
             Trainer(compiled(model, LARS()), batch_size=64).fit(data)
 
-    @parameterized.parameters((0, False), (8, True))
-    def test_resume_to_the_last_bit(self, devices, shard_update):
+    def test_resume_to_the_last_bit(self):
+        self.check_resume(8, True)
+
+    @pytest.mark.slow
+    def test_resume_on_one_device(self):
+        self.check_resume(0, False)
+
+    def check_resume(self, devices, shard_update):
         """With batch normalisation, dropout, a moving average, and a break within an epoch."""
         x, y = cases.examples(11)
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).repeat()
