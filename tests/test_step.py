@@ -97,16 +97,30 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllClose(history["step_loss"][0], losses[-1], rtol=1e-6)
         self.assertEqual(trainer.model.optimizer.iterations.numpy(), cases.UPDATES)
 
-    @parameterized.parameters("mirrored2", "mirrored8")
-    def test_synchronized_batch_norm(self, strategy):
+    def test_synchronized_batch_norm(self):
+        self.check_synchronized_batch_norm("mirrored2")
+
+    @pytest.mark.slow
+    def test_synchronized_batch_norm_of_eight(self):
+        self.check_synchronized_batch_norm("mirrored8")
+
+    def check_synchronized_batch_norm(self, strategy):
         """The statistics of one pass over all replicas are those of the whole batch."""
         make_model = cases.batch_norm(synchronized=True)
         trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy)
         expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"])
         self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
 
-    @parameterized.product(make_model=(cases.batch_norm(), cases.dropout), strategy=("mirrored2", "mirrored8"))
-    def test_ghost_batches(self, make_model, strategy):
+    @parameterized.parameters(cases.batch_norm(), cases.dropout)
+    def test_ghost_batches(self, make_model):
+        self.check_ghost_batches(make_model, "mirrored2")
+
+    @parameterized.parameters(cases.batch_norm(), cases.dropout)
+    @pytest.mark.slow
+    def test_ghost_batches_of_eight(self, make_model):
+        self.check_ghost_batches(make_model, "mirrored8")
+
+    def check_ghost_batches(self, make_model, strategy):
         """An update depends on the ghost batches, not on whether they lie in time or on replicas."""
         trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy, microbatch_size=8)
         expected, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], microbatch_size=8)
