@@ -13,6 +13,7 @@ feeds updates of 32,768 images in micro-batches of 256, as training does, and sh
 
 import argparse
 import concurrent.futures
+import importlib.util
 import io
 import itertools
 import json
@@ -131,36 +132,29 @@ def contenders(data_dir: str, folder: str | None, batch: int, size: int) -> dict
         return JpegData("images", Repeated(examples, 10**6), Repeated(examples, 10**6), 1000, image_size=size)
 
     tensor = tf.constant(files)
-    train: dict[str, Contender] = {
-        "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, random, batch, None)),
-        "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, random, batch, size)),
-        "lars_keras": lambda: iter(ours(data._train).train_batches(batch)),
-        "lars_keras, --cache=memory": lambda: iter(ours(held).train_batches(batch)),
-        "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, "train", batch, size)),
-    }
-    test: dict[str, Contender] = {
-        "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, central, batch, None)),
-        "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, central, batch, size)),
-        "lars_keras": lambda: iter(ours(data._train).test_batches(batch)),
-        "lars_keras, --cache=memory": lambda: iter(ours(held).test_batches(batch)),
-        "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, "validation", batch, size)),
-    }
-    try:
-        import PIL  # noqa: F401
 
-        train["Pillow, threads"] = lambda: pillow(files, random, batch, size)
-        test["Pillow, threads"] = lambda: pillow(files, central, batch, size)
-    except ImportError:
-        print("Pillow is not installed: not run")
-    try:
-        import torchvision  # noqa: F401
+    def group(split: str, windows: np.ndarray, batches: Callable[[JpegData], tf.data.Dataset]) -> dict[str, Contender]:
+        found: dict[str, Contender] = {
+            "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, windows, batch, None)),
+            "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, windows, batch, size)),
+            "lars_keras": lambda: iter(batches(ours(data._train))),
+            "lars_keras, --cache=memory": lambda: iter(batches(ours(held))),
+            "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, split, batch, size)),
+        }
+        if importlib.util.find_spec("PIL"):
+            found["Pillow, threads"] = lambda: pillow(files, windows, batch, size)
+        if importlib.util.find_spec("torchvision") and folder:
+            own = "train" if split == "train" else "val"
+            found["torchvision, processes"] = lambda: torchvision_loader(f"{folder}/{own}", batch, size, own == "train")
+        return found
 
-        if folder:
-            train["torchvision, processes"] = lambda: torchvision_loader(f"{folder}/train", batch, size, True)
-            test["torchvision, processes"] = lambda: torchvision_loader(f"{folder}/val", batch, size, False)
-    except ImportError:
-        print("torchvision is not installed: not run")
-    return {"training": train, "evaluation": test}
+    for name in ("PIL", "torchvision"):
+        if not importlib.util.find_spec(name):
+            print(f"{name} is not installed: not run")
+    return {
+        "training": group("train", random, lambda data: data.train_batches(batch)),
+        "evaluation": group("validation", central, lambda data: data.test_batches(batch)),
+    }
 
 
 def measure(contender: Contender, batch: int, images: int) -> tuple[float, float]:

@@ -33,10 +33,12 @@ from keras import ops
 
 import models
 from lars_keras import LAMB, LARS
+from lars_keras.versions import versions
 
 BACKEND = keras.backend.backend()
 NETWORKS = {"alexnet": "alexnet_bn", "resnet50": "resnet50"}
 MODES = ("xla", "jit", "graph", "eager")
+PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "optax", "torch", "timm", "numpy")
 # Bytes per parameter of float32: reads of two norms, then gradient, weights and slots in, weights and slots out.
 TRAFFIC = {"sgd": 20, "lars": 28, "lamb": 40}
 
@@ -348,18 +350,6 @@ def plot(results: dict[str, dict[str, Any]], path: str) -> None:
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
-def versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {"python": platform.python_version()}
-    for name in ("keras", "tensorflow", "tensorflow-cpu", "jax", "optax", "torch", "timm", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default="alexnet,resnet50")
@@ -375,7 +365,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load_before": os.getloadavg()[0],
         "rounds": args.rounds,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
     print(json.dumps(about))
     results: dict[str, Any] = {}

@@ -1,9 +1,7 @@
 """The run folder: what was asked for, and what came of it."""
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import keras
 
 from flags.config import RunConfig
 from lars_keras.training.errors import UsageError
+from lars_keras.versions import versions
 from lars_keras.whole_file import write_whole
 
 _PACKAGES = (
@@ -71,16 +70,6 @@ def write_plan(
 
 def write_results(path: Path, scores: dict[str, float], **measured: Any) -> None:
     """Writes `results.json`: the last scores, what was measured on the way, and the versions of everything."""
-    results = {**scores, "n": round(scores["n"]), **measured, "versions": versions()}
+    found = {**versions(_PACKAGES), "keras_backend": keras.backend.backend()}
+    results = {**scores, "n": round(scores["n"]), **measured, "versions": found}
     write_whole(path / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
-    found = {"python": platform.python_version(), "keras_backend": keras.backend.backend()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

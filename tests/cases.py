@@ -108,6 +108,13 @@ def problem(dtype="float32", updates=20):
     return weights, gradients
 
 
+def problem_with_zeros():
+    """`problem` with a variable of zeros more, whose gradient is 0 in every third update."""
+    weights, gradients = problem()
+    weights = [*weights, np.zeros((2, 2))]
+    return weights, [[*g, np.full((2, 2), 0.25 * (i % 3))] for i, g in enumerate(gradients)]
+
+
 def make_variables(weights, dtype="float32"):
     """Returns Keras variables with the paths of `VARIABLES`."""
     variables = []

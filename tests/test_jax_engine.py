@@ -5,13 +5,10 @@ TensorFlow engine's results go with it in a file.
 """
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import pickle
 import re
-import subprocess
-import sys
 import tempfile
 
 import keras
@@ -25,6 +22,7 @@ from lars_keras.training import Trainer
 from lars_keras.training.checkpoint import CheckpointFolder, Every
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
 from tests import step_cases as cases
+from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 ENGINES = 2e-6  # between the two engines, five updates in float32; the sums have other orders
@@ -129,8 +127,6 @@ class SecondProcessTest(parameterized.TestCase):
         self.run_on_jax("-m", "")
 
     def run_on_jax(self, *options):
-        if importlib.util.find_spec("jax") is None:
-            self.skipTest("jax is not installed")
         results = {}
         for name, (model, optimizer, more) in CASES.items():
             strategy = "mirrored2" if model == "synchronized" else "none"
@@ -138,21 +134,8 @@ class SecondProcessTest(parameterized.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "tensorflow.pickle"
             path.write_bytes(pickle.dumps(results))
-            run = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *options, __file__],
-                env=os.environ
-                | {
-                    "KERAS_BACKEND": "jax",
-                    "JAX_PLATFORMS": "cpu",
-                    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                    FROM_TENSORFLOW: os.fspath(path),
-                },
-                cwd=pathlib.Path(__file__).parents[1],
-                capture_output=True,
-                text=True,
-            )
-        self.assertEqual(run.returncode, 0, run.stdout[-6000:] + run.stderr[-2000:])
-        self.assertIn(" passed", run.stdout)
+            eight = "--xla_force_host_platform_device_count=8"
+            run_on("jax", self, __file__, *options, **{FROM_TENSORFLOW: os.fspath(path), "XLA_FLAGS": eight})
 
 
 @on("jax")

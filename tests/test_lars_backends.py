@@ -4,12 +4,6 @@ Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND se
 comparisons with the oracle.
 """
 
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -18,6 +12,7 @@ from absl.testing import parameterized
 from lars_keras import LAMB, LARS, schedules
 from tests import cases
 from tests.reference import ReferenceLAMB, ReferenceLARS
+from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
@@ -41,17 +36,7 @@ class Comparison(parameterized.TestCase):
 class SecondProcessTest(parameterized.TestCase):
     @parameterized.parameters("jax", "torch")
     def test_backend(self, backend):
-        if importlib.util.find_spec(backend) is None:
-            self.skipTest(f"{backend} is not installed")
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", __file__],
-            env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
-            cwd=pathlib.Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-        )
-        self.assertEqual(run.returncode, 0, run.stdout[-6000:] + run.stderr[-2000:])
-        self.assertIn(" passed", run.stdout)
+        run_on(backend, self, __file__)
 
 
 @on("jax")
@@ -96,9 +81,7 @@ class JaxTest(Comparison):
             self.skipTest("optax is not installed")
         import jax
 
-        weights, gradients = cases.problem()
-        weights = [*weights, np.zeros((2, 2))]
-        gradients = [[*g, np.full((2, 2), 0.25 * (i % 3))] for i, g in enumerate(gradients)]
+        weights, gradients = cases.problem_with_zeros()
         gradients[0][0] = -0.5 * weights[0]  # g + b*w is 0
         adapt, decay = [True, False, False, True, True], [True, True, False, False, True]
         theirs = optax.lars(

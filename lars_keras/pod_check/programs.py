@@ -4,11 +4,9 @@ KERAS_BACKEND=jax python -m lars_keras.pod_check.programs REQUEST.json ANSWER.js
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import sys
 import time
 import types
@@ -33,8 +31,11 @@ from lars_keras.pod_check.measure import Program, program
 from lars_keras.training.errors import UsageError
 from lars_keras.training.ghost import build_model
 from lars_keras.training.trainer import split_batch
+from lars_keras.versions import versions
 
 Tensor = Any
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "tensorflow", "tensorflow-cpu")  # have a part in a compiled program
 
 # Classes, training examples, and shape, as `lars_keras.data.load` gives them: no data are needed here.
 _DATA = {"digits": (10, 49152, (16, 16, 1)), "cifar10": (10, 50000, (32, 32, 3)), "imagenet2012": (1000, 1281167, None)}
@@ -55,6 +56,8 @@ def devices_of(topology: str) -> list[jax.Device]:
 
 def model_of(config: flags.RunConfig) -> tuple[keras.Model, Any, Any]:
     """train.py's model, compiled and built; the data set's figures; the shapes of its examples."""
+    if config.dataset not in _DATA:
+        raise UsageError(f"--dataset must be one of {', '.join(_DATA)} here. Received: --dataset={config.dataset}")
     classes, examples, shape = _DATA[config.dataset]
     if shape is None:
         size = config.image_size or models.default_image_size(config.model)
@@ -224,24 +227,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "programs": [dataclasses.asdict(p) for p in programs],
         "smaller": {"microbatch_size": smaller, "memory": max(p.memory for p in small)} if small else None,
         "compile_seconds": round(seconds, 1),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
 
 
 def _averaged(model: keras.Model) -> list[keras.Variable]:
     return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of all that has a part in a compiled program."""
-    names = ("jax", "jaxlib", "libtpu", "keras", "tensorflow", "tensorflow-cpu")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def main(arguments: list[str]) -> int:

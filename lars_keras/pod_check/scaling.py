@@ -15,6 +15,7 @@ from typing import Any
 
 from lars_keras.pod_check.chips import chip_of
 from lars_keras.pod_check.roofline import roofline
+from lars_keras.versions import versions
 
 TOPOLOGIES = {1: "v5e:1x1", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 RECIPES = {"alexnet_bn": ("8k", "16k", "32k"), "resnet50": ("8k", "32k", "32k")}  # there is none of ResNet-50 at 16K
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _complete(found: dict[str, Any], out: Path) -> None:
-    from lars_keras.pod_check.programs import versions
+    from lars_keras.pod_check.programs import PACKAGES
 
     passes: dict[Any, Any] = {}  # of a model and micro-batch: the same on slices of any size
     done = {(p["model"], p["batch"], p["chips"]) for p in found["points"]}
@@ -48,7 +49,7 @@ def _complete(found: dict[str, Any], out: Path) -> None:
             for model in RECIPES:
                 if (model, batch, chips) not in done:
                     found["points"].append(_point(model, batch, chips, passes))
-                    found["versions"] = versions()
+                    found["versions"] = versions(PACKAGES)
                     found["points"].sort(key=lambda p: (p["model"], p["batch"], p["chips"]))
                     out.write_text(json.dumps(found, indent=1) + "\n")
 

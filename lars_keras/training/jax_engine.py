@@ -1,9 +1,9 @@
 """The JAX engine: a live model's state, its data and `JaxStep` brought together."""
 
 import concurrent.futures
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from lars_keras.training.feed import Feed, ghost_batches, scoring_examples
 from lars_keras.training.ghost import build_model
 from lars_keras.training.jax_distribution import SharedUpdate
 from lars_keras.training.jax_mesh import mesh_of
-from lars_keras.training.jax_step import JaxStep, inner_optimizer
+from lars_keras.training.jax_step import JaxStep
+from lars_keras.training.state import averaged_weights, restore_shared, shared_state
 from lars_keras.training.update import check_options
 
 Tensor = Any
@@ -159,7 +160,7 @@ class JaxEngine:
 
         The names and shapes are those of `TensorFlowEngine.snapshot`; the metrics are those of one replica.
         """
-        state = {name: self._numpy(v) for name, v in self._shared_state().items()}
+        state = {name: self._numpy(v) for name, v in shared_state(self.model).items()}
         metrics = self.step.variables["metrics"]
         return state | {f"metric/{i}": self._numpy(v)[np.newaxis] for i, v in enumerate(metrics)}
 
@@ -169,44 +170,17 @@ class JaxEngine:
         Raises:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
-        shared = self._shared_state()
-        known = {name: value for name, value in state.items() if not name.startswith("metric/")}
-        for name, variable in shared.items():
-            if name not in known or known[name].shape != tuple(variable.shape) or len(known) != len(shared):
-                raise ValueError(
-                    f"The saved state is that of another model or optimizer: {len(known)} variables, not "
-                    f"{len(shared)}, or not of the shape of {variable.path}."
-                )
-        for name, variable in shared.items():
-            variable.assign(known[name].astype(variable.dtype))
-        for i, variable in enumerate(self.step.variables["metrics"][: len(state) - len(known)]):
-            variable.assign(state[f"metric/{i}"].sum(0).astype(variable.dtype))
-
-    def _shared_state(self) -> dict[str, keras.Variable]:
-        # By number: the paths have the names of model and optimizer, which count the models of a process.
-        groups = {"model": self.model.variables, "optimizer": self.optimizer.variables}
-        return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
+        parts = restore_shared(self.model, state)
+        for variable, part in zip(self.step.variables["metrics"], parts, strict=False):
+            variable.assign(part.sum(0).astype(variable.dtype))
 
     def _numpy(self, variable: keras.Variable) -> np.ndarray:
         value = variable.value
         return np.array(value if value.is_fully_replicated else self._whole_fn(value))
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Meanwhile the model has the moving average of its weights, where the optimizer keeps one."""
-        optimizer = inner_optimizer(self.optimizer)
-        if not optimizer.use_ema or optimizer.ema_overwrite_frequency:
-            yield
-            return
-        variables = optimizer._trainable_variables
-        current = [v.value for v in variables]
-        for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
-            variable.assign(average)
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, current, strict=True):
-                variable.assign(value)
+        return averaged_weights(self.optimizer, lambda v: v.value)  # JAX's arrays do not change
 
     # -- evaluation ----------------------------------------------------------------------------
 

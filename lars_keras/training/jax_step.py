@@ -27,14 +27,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lars_keras.training.ghost import GhostBatch
 from lars_keras.training.jax_mesh import cuts, share_sharding
+from lars_keras.training.state import inner_optimizer
 
 Tensor = Any
 State = dict[str, list[Any]]
-
-
-def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
-    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 class JaxStep:

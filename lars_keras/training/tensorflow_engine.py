@@ -1,7 +1,7 @@
 """One update over any number of replicas and micro-batches, on TensorFlow."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -11,7 +11,8 @@ import tensorflow as tf
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
 from lars_keras.training.ghost import GhostBatch, build_model
-from lars_keras.training.update import apply_update, check_options, inner_optimizer
+from lars_keras.training.state import averaged_weights, inner_optimizer, restore_shared, shared_state
+from lars_keras.training.update import apply_update, check_options
 
 Tensor = Any
 
@@ -212,7 +213,7 @@ class TensorFlowEngine:
 
         Weights and slots are the same on every replica; of the metrics, each replica has its own part.
         """
-        state = {name: np.array(v.numpy()) for name, v in self._shared_state().items()}
+        state = {name: np.array(v.numpy()) for name, v in shared_state(self.model).items()}
         # gather, not the variables' own value: that would sum what must stay apart.
         parts = self._snapshot_fn()
         return state | {f"metric/{i}": self.strategy.gather(part, axis=0).numpy() for i, part in enumerate(parts)}
@@ -223,25 +224,10 @@ class TensorFlowEngine:
         Raises:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
-        shared = self._shared_state()
-        known = {name: value for name, value in state.items() if not name.startswith("metric/")}
-        for name, variable in shared.items():
-            if name not in known or known[name].shape != variable.shape or len(known) != len(shared):
-                raise ValueError(
-                    f"The saved state is that of another model or optimizer: {len(known)} variables, not "
-                    f"{len(shared)}, or not of the shape of {variable.path}."
-                )
-        for name, variable in shared.items():
-            variable.assign(known[name])
-        parts = [state[f"metric/{i}"] for i in range(len(state) - len(known))]
+        parts = restore_shared(self.model, state)
         if parts and len(parts[0]) != self.replicas:  # other replicas than before: one of them takes all
             parts = [np.concatenate([[p.sum(0)], np.zeros((self.replicas - 1, *p.shape[1:]), p.dtype)]) for p in parts]
         self.strategy.run(self._put_back, args=(parts,))
-
-    def _shared_state(self) -> dict[str, keras.Variable]:
-        # By number: the paths have the names of model and optimizer, which count the models of a process.
-        groups = {"model": self.model.variables, "optimizer": self.optimizer.variables}
-        return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
 
     def _metric_variables(self) -> list[keras.Variable]:
         return [v for metric in self.model.metrics for v in metric.variables]
@@ -255,22 +241,9 @@ class TensorFlowEngine:
         for variable, part in zip(self._metric_variables(), parts, strict=True):
             variable.assign(tf.gather(tf.constant(part), replica))
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """Meanwhile the model has the moving average of its weights, where the optimizer keeps one."""
-        optimizer = inner_optimizer(self.optimizer)
-        if not optimizer.use_ema or optimizer.ema_overwrite_frequency:
-            yield
-            return
-        variables = optimizer._trainable_variables
-        current = [np.array(v.numpy()) for v in variables]
-        for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
-            variable.assign(average)
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, current, strict=True):
-                variable.assign(value)
+        return averaged_weights(self.optimizer, lambda v: np.array(v.numpy()))
 
     # -- evaluation ----------------------------------------------------------------------------
 

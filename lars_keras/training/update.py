@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import ops
 
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
+from lars_keras.training.state import inner_optimizer
 
 
 def check_options(optimizer: keras.optimizers.Optimizer) -> None:
@@ -26,13 +27,6 @@ def check_options(optimizer: keras.optimizers.Optimizer) -> None:
             "`gradient_accumulation_steps` fails under tf.distribute and lets schedules count micro-batches. "
             f"Received: gradient_accumulation_steps={inner_optimizer(optimizer).gradient_accumulation_steps}"
         )
-
-
-def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer.inner_optimizer
-    return optimizer
 
 
 def apply_update(
