@@ -80,6 +80,7 @@ def main(config: flags.RunConfig) -> None:
             cache=config.cache,
             cache_dir=config.cache_dir,
             remote=hosts_are_remote(strategy),
+            validation_share=config.validation_share,
         )
         steps_per_epoch = data.num_train / config.batch_size
         total_updates = config.total_updates(data.num_train)

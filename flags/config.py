@@ -61,6 +61,11 @@ class RunConfig:
         data.AUGMENTS,
         "What happens to training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
     )
+    validation_share: float = _real(
+        0.0,
+        "Share of the training images left out of training and scored in place of the test split.",
+        high=0.5,
+    )
     cache: str = _choice(
         "none", data.CACHES, "Hold the image files in memory, or copies of them in --cache_dir.", free=True
     )
@@ -88,7 +93,7 @@ class RunConfig:
         "polynomial", SCHEDULES, "Decay after the warm-up. step: a tenth from 1/3, 2/3 and 8/9 of the run on."
     )
     power: float = _real(2.0, "Exponent of the polynomial decay.")
-    end_learning_rate: float = _real(0.0, "Last rate of a polynomial or cosine decay.")
+    end_learning_rate: float = _real(0.0, "Last rate of a polynomial, cosine or exponential decay.")
     warmup_epochs: str | None = _text(
         None,
         "Linear warm-up: epochs, or a duration such as '100 steps' or '1e6 examples'. Default: an epoch, but at most a "
@@ -179,6 +184,11 @@ class RunConfig:
             raise ValueError(f"--momentum must be below 1. Received: --momentum={self.momentum}")
         if self.schedule == "polynomial" and self.power == 0.0:
             raise ValueError("--power must be above 0. Received: --power=0")
+        if self.schedule == "exponential" and not (self.end_learning_rate and self.learning_rate):
+            raise ValueError(
+                "--schedule=exponential needs --learning_rate and --end_learning_rate above 0. Received: "
+                f"--learning_rate={self.learning_rate:g} --end_learning_rate={self.end_learning_rate:g}"
+            )
         try:
             schedules.duration_in_updates(self.warmup_duration, batch_size=1, num_examples=1)
         except ValueError as e:

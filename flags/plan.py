@@ -66,6 +66,7 @@ def text(
     strategy = type(strategy_of(model)).__name__
     per_epoch = data.num_train / config.batch_size
     peak = int(rate.argmax())
+    scored = "validation" if config.validation_share else "test"
     rows = [
         ("data", f"{config.dataset}: {data.description}"),
         ("input", _input(trainer, data)),
@@ -82,7 +83,7 @@ def text(
             f"{config.schedule}, warm-up {warmup_updates} updates: {rate[0]:.4g} at update 1, "
             f"{rate[peak]:.4g} at {peak + 1}, {rate[-1]:.4g} at {total}",
         ),
-        ("evaluation", f"every {_count(config.eval_every, 'epoch')}, all {data.num_test:,} test images once each"),
+        ("evaluation", f"every {_count(config.eval_every, 'epoch')}, all {data.num_test:,} {scored} images once each"),
         ("results", f"{run_dir}/"),
         *(("resumed", note) for note in notes),
     ]
@@ -102,7 +103,7 @@ def scores(values: dict[str, float]) -> str:
     """An evaluation in one line."""
     return (
         f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
-        f"n={values['n']:.0f}, each test image once"
+        f"n={values['n']:.0f}, each image once"
     )
 
 

@@ -126,6 +126,30 @@ class WarmupCosine(_WarmupTo):
 
 
 @keras.saving.register_keras_serializable(package="lars_keras")
+class WarmupExponential(_WarmupTo):
+    """`peak * (end / peak) ** x` after a linear warm-up: the same factor every update, a geometric decay.
+
+    Args:
+        peak: highest rate, above 0.
+        warmup_updates: length of the warm-up; 0 for none.
+        total_updates: length of warm-up and decay; `end` from then on.
+        start: rate from which the warm-up rises.
+        end: last rate, above 0.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(self, peak: float, warmup_updates: int, total_updates: int, start: float = 0.0, end: float = 1e-3):
+        super().__init__(peak, warmup_updates, total_updates, start, end)
+        if not self.peak or not self.end:
+            raise ValueError(f"`peak` and `end` must be above 0. Received: peak={peak!r}, end={end!r}")
+
+    def decay(self, t: Any) -> Any:
+        return self.end * (self.peak / self.end) ** self.left(t)
+
+
+@keras.saving.register_keras_serializable(package="lars_keras")
 class WarmupStep(_Warmup):
     """`peak * factor ** (number of boundaries reached)` after a linear warm-up.
 

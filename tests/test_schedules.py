@@ -14,6 +14,7 @@ WARM = {"peak": 8.0, "warmup_updates": 4, "start": 0.5}
 DECAYING = {
     "polynomial": (schedules.WarmupPolynomial, {"total_updates": 20, "power": 3.0, "end": 1.0}),
     "cosine": (schedules.WarmupCosine, {"total_updates": 20, "end": 1.0}),
+    "exponential": (schedules.WarmupExponential, {"total_updates": 20, "end": 1.0}),
     "step": (schedules.WarmupStep, {"boundaries": [4, 9, 15], "factor": 0.5}),
 }
 
@@ -25,6 +26,7 @@ def expected_rate(name, t):
     return {
         "polynomial": 1 + 7 * (1 - x) ** 3,
         "cosine": 1 + 7 * (1 + math.cos(math.pi * x)) / 2,
+        "exponential": 8 * (1 / 8) ** x,
         "step": 8 * 0.5 ** sum(t >= b for b in (4, 9, 15)),
     }[name]
 
@@ -91,6 +93,8 @@ class SchedulesTest(tf.test.TestCase, parameterized.TestCase):
         ("polynomial", {"end": -0.1}),
         ("cosine", {"total_updates": 3}),
         ("cosine", {"end": float("inf")}),
+        ("exponential", {"peak": 0.0}),
+        ("exponential", {"end": 0.0}),
         ("step", {"boundaries": [9, 4]}),
         ("step", {"boundaries": [9, 9]}),
         ("step", {"boundaries": [3]}),

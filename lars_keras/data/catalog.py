@@ -14,6 +14,7 @@ from lars_keras.data.folder import FolderExamples, read_folder
 from lars_keras.data.image_data import AUGMENTS, ImageData
 from lars_keras.data.jpegs import Examples, JpegData
 from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFRecords
+from lars_keras.data.validation import Subset, split_off
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -34,6 +35,7 @@ def load(
     cache: str = "none",
     cache_dir: str | os.PathLike | None = None,
     remote: bool = False,
+    validation_share: float = 0.0,
 ) -> ImageData:
     """Loads a data set. Nothing is ever downloaded.
 
@@ -50,6 +52,7 @@ def load(
             not decoded; `"disk"`, they are copied once to `cache_dir`, a disk of this machine.
         cache_dir: the folder of the copies; `None` for `~/.cache/lars_keras`.
         remote: whether batches are made on other hosts than this process's; see `JpegData`.
+        validation_share: of the training images, left out of training and scored in the place of the test split.
 
     Returns:
         The data set.
@@ -81,12 +84,16 @@ def load(
     root = data_root(data_dir)
     options: dict[str, Any] = {"image_size": image_size or 227, "augment": augment or "crop_flip", "remote": remote}
     if name == "folder":
+        train_files: Examples
+        test_files: Examples
         train_files, test_files, classes = read_folder(root)
         if cache == "disk":
             train_files, test_files = (
                 FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels)
                 for files in (train_files, test_files)
             )
+        if validation_share:
+            train_files, test_files = _apart(train_files, validation_share)
         return _jpeg_data(name, train_files, test_files, len(classes), f"in {root}", cache, options)
     builder_dir = prepared_dir(root, name)
     if builder_dir is None and name == "digits":
@@ -122,20 +129,44 @@ def load(
     origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
     if name == "imagenet2012":
         parse = _jpeg_parser(builder.info.features)
-        train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
+        train_images: Examples = ParsedRecords(train, parse)
+        test_images: Examples = ParsedRecords(test, parse)
+        if validation_share:
+            train_images, test_images = _apart(train_images, validation_share)
         return _jpeg_data(name, train_images, test_images, num_classes, origin, cache, options)
     height, width, channels = builder.info.features["image"].shape
     if image_size not in (None, height):
         raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
+    train_arrays = _decode_all(builder.info.features, train)
+    if validation_share:
+        images, labels = train_arrays
+        parts = split_off(len(train), validation_share, _originals(name))
+        train_arrays, test_arrays = ((images[ids], labels[ids]) for ids in parts)
+    else:
+        test_arrays = _decode_all(builder.info.features, test)
     return ArrayData(
         name,
-        _decode_all(builder.info.features, train),
-        _decode_all(builder.info.features, test),
+        train_arrays,
+        test_arrays,
         num_classes,
         crop_flip=pad_crop_flip if name == "cifar10" else None,
         augment=augment,
-        description=f"{_counts(train, test)}, {height}x{width}x{channels}, in memory ({origin})",
+        description=f"{_counts(train_arrays[0], test_arrays[0])}, {height}x{width}x{channels}, in memory ({origin})",
     )
+
+
+def _apart(train: Examples, share: float) -> tuple[Examples, Examples]:
+    kept, apart = split_off(len(train), share)
+    return Subset(train, kept), Subset(train, apart)
+
+
+def _originals(name: str) -> int | None:
+    """Of how many images the training images are copies; see `split_off`."""
+    if name != "digits":
+        return None
+    from lars_keras.data.digits import NUM_SOURCES
+
+    return NUM_SOURCES
 
 
 def _jpeg_data(

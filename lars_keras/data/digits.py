@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 SIZE = 16
 NUM_TRAIN = 6 * 8192
+NUM_SOURCES = 1347  # training image i is a warp of training digit i % NUM_SOURCES
 _SEED = 1797
 _FINE = 8  # the warps sample a copy of each 8x8 digit enlarged this many times
 
@@ -127,7 +128,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         digits = load_digits()
         train, test = split_sources(digits.target)
-        sources = train[np.arange(NUM_TRAIN) % len(train)]
+        sources = train[np.arange(NUM_TRAIN) % NUM_SOURCES]
         random = np.random.default_rng(_SEED)
         return {
             "train": self._generate_examples(digits, sources, random),

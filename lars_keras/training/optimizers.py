@@ -9,10 +9,10 @@ from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
 from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.roles import DEFAULT_EXCLUDE
-from lars_keras.schedules import WarmupCosine, WarmupPolynomial, WarmupStep
+from lars_keras.schedules import WarmupCosine, WarmupExponential, WarmupPolynomial, WarmupStep
 
 OPTIMIZERS = ("lars", "lamb", "sgd", "momentum", "adam")
-SCHEDULES = ("polynomial", "cosine", "step")
+SCHEDULES = ("polynomial", "cosine", "exponential", "step")
 
 
 def make_schedule(
@@ -27,7 +27,7 @@ def make_schedule(
         warmup_updates: length of the warm-up.
         total_updates: length of the run.
         power: exponent, for `"polynomial"`.
-        end: last rate, for `"polynomial"` and `"cosine"`.
+        end: last rate, but for `"step"`; above 0 for `"exponential"`.
 
     Raises:
         ValueError: for an unknown name, or a warm-up as long as the run.
@@ -36,6 +36,8 @@ def make_schedule(
         return WarmupPolynomial(peak, warmup_updates, total_updates, power=power, end=end)
     if name == "cosine":
         return WarmupCosine(peak, warmup_updates, total_updates, end=end)
+    if name == "exponential":
+        return WarmupExponential(peak, warmup_updates, total_updates, end=end)
     if name == "step":
         drops = sorted({round(total_updates * share) for share in (1 / 3, 2 / 3, 8 / 9)})
         return WarmupStep(peak, warmup_updates, [d for d in drops if d >= warmup_updates])

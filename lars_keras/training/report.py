@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lars_keras.training.charts import GRID, TRAIN, VALIDATION, inline_svg, layer_charts, svg_style
+from lars_keras.training.page import PAGE, duration, number, section, table
 from lars_keras.training.progress import read_metrics
 from lars_keras.whole_file import write_whole
 
@@ -60,15 +60,15 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         warnings.insert(0, f"The loss was not finite at update {lost}.")
     sections = [
         _tiles(results, updates, evals),
-        _section("Warnings", _warnings(warnings)) if warnings else "",
-        _section("Curves", _charts(updates, evals)),
-        _section("Evaluations", _evaluations(updates, evals)),
-        _section("Layers", layer_charts(measured, layers)) if measured and layers else "",
-        _section("Plan", _text(run_dir / "plan.txt")),
-        _section("Layer plan", _layer_plan(layers)) if layers else "",
-        _section("Configuration", _table(("setting", "value"), _flat(config))),
-        _section("Flags", f'<p class="note">{REPEAT}</p>\n{_text(run_dir / "flags.txt")}'),
-        _section("Versions", _table(("package", "version"), _flat(versions))) if versions else "",
+        section("Warnings", _warnings(warnings)) if warnings else "",
+        section("Curves", _charts(updates, evals)),
+        section("Evaluations", _evaluations(updates, evals)),
+        section("Layers", layer_charts(measured, layers)) if measured and layers else "",
+        section("Plan", _text(run_dir / "plan.txt")),
+        section("Layer plan", _layer_plan(layers)) if layers else "",
+        section("Configuration", table(("setting", "value"), _flat(config))),
+        section("Flags", f'<p class="note">{REPEAT}</p>\n{_text(run_dir / "flags.txt")}'),
+        section("Versions", table(("package", "version"), _flat(versions))) if versions else "",
     ]
     page = PAGE.substitute(
         title=escape(_title(config, run_dir)),
@@ -106,15 +106,15 @@ def _tiles(results: dict[str, Any], updates: Rows, evals: Rows) -> str:
     """The headline numbers; of an unfinished run, its last evaluation and update."""
     score = results or (evals[-1] if evals else {})
     work = results or ({**updates[-1], "updates": updates[-1]["update"]} if updates else {})
-    n = _number(score.get("n"), ",.0f")
+    n = number(score.get("n"), ",.0f")
     tiles = [
-        ("Top-1", _number(score.get("top1"), ".2%")),
-        ("Top-5", _number(score.get("top5"), ".2%")),
-        ("Loss", _number(score.get("loss"), ".4g")),
-        ("Updates", _number(work.get("updates"), ",.0f")),
-        ("Training time", _duration(work.get("seconds"))),
-        ("Images/s", _number(work.get("images_per_second"), ",.0f")),
-        ("Waiting for data", _number(work.get("data_wait"), ".1%")),
+        ("Top-1", number(score.get("top1"), ".2%")),
+        ("Top-5", number(score.get("top5"), ".2%")),
+        ("Loss", number(score.get("loss"), ".4g")),
+        ("Updates", number(work.get("updates"), ",.0f")),
+        ("Training time", duration(work.get("seconds"))),
+        ("Images/s", number(work.get("images_per_second"), ",.0f")),
+        ("Waiting for data", number(work.get("data_wait"), ".1%")),
     ]
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles)
     if score:
@@ -125,27 +125,7 @@ def _tiles(results: dict[str, Any], updates: Rows, evals: Rows) -> str:
     return f'<dl class="tiles">{cells}</dl>\n<p class="note">{escape(note)}</p>'
 
 
-def _number(value: float | None, form: str) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return format(value, form).replace("%", " %")
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
 # Parts of the page.
-
-
-def _section(heading: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(heading)}</h2>\n{body}\n</section>"
 
 
 def _warnings(texts: Iterable[str]) -> str:
@@ -156,18 +136,6 @@ def _text(path: Path) -> str:
     if not path.exists():
         return f'<p class="note">The run folder has no {escape(path.name)}.</p>'
     return f"<pre>{escape(path.read_text(encoding='utf-8').rstrip())}</pre>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], numeric: bool = False) -> str:
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(str(first))}</th>'
-        + "".join(f"<td>{escape(str(cell))}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    kind = ' class="numeric"' if numeric else ""
-    return f'<div class="wide"><table{kind}>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -192,7 +160,7 @@ def _layer_plan(layers: Rows) -> str:
         )
         for layer in layers
     ]
-    return _table(("variable", "shape", "parameters", "adapted", "decayed", "rate scale"), rows)
+    return table(("variable", "shape", "parameters", "adapted", "decayed", "rate scale"), rows)
 
 
 def _evaluations(updates: Rows, evals: Rows) -> str:
@@ -203,14 +171,14 @@ def _evaluations(updates: Rows, evals: Rows) -> str:
     rows = []
     for e in evals:
         before = training.get(e["update"], {})
-        scores = [_number(e[key], form) for key, form in columns]
-        rows.append([*scores, _number(before.get("loss"), ".4g"), _number(before.get("top1"), ".2%")])
+        scores = [number(e[key], form) for key, form in columns]
+        rows.append([*scores, number(before.get("loss"), ".4g"), number(before.get("top1"), ".2%")])
     head = ("epoch", "update", "loss", "top-1", "top-5", "images", "training loss", "training top-1")
-    table = _table(head, rows, numeric=True)
+    shown = table(head, rows, numeric=True)
     if len(rows) > 20:
-        table = f"<details><summary>{len(rows)} evaluations</summary>{table}</details>"
+        shown = f"<details><summary>{len(rows)} evaluations</summary>{shown}</details>"
     note = "Training figures: mean over the epoch so far, each image scored before its update."
-    return f'<p class="note">{note}</p>\n{table}'
+    return f'<p class="note">{note}</p>\n{shown}'
 
 
 # Charts.
@@ -292,60 +260,8 @@ def _svg(title: str, curves: list[_Curve], percent: bool) -> str:
         axes.spines["bottom"].set_color(GRID)
         if len(curves) > 1:
             figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
-    last = (f"{c.label} {_number(c.y[np.isfinite(c.y)][-1], '.2%' if percent else '.4g')}" for c in curves)
+    last = (f"{c.label} {number(c.y[np.isfinite(c.y)][-1], '.2%' if percent else '.4g')}" for c in curves)
     return inline_svg(figure, title, f"{title} over optimizer updates. Last values: {'; '.join(last)}.")
-
-
-PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { --ink: #1c2430; --muted: #5b6675; --line: #d9dee5; --page: #ffffff; --panel: #f5f7f9;
-  --train: #2166ac; --validation: #c4500c; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e9ef; --muted: #9aa7b6; --line: #333d49; --page: #12171d; --panel: #1b222a;
-    --train: #6fb1f2; --validation: #f5a05a; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 66rem; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .75rem; font-size: 1.15rem; }
-.note { margin: .5rem 0; color: var(--muted); font-size: .9rem; }
-.warnings { margin: 0; padding: .75rem 1rem .75rem 2rem; border-left: 4px solid var(--validation);
-  background: var(--panel); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 0; }
-.tiles div { padding: .75rem 1rem; background: var(--panel); border-radius: 6px; }
-dt { color: var(--muted); font-size: .85rem; }
-dd { margin: 0; font-size: 1.45rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 1.5rem; }
-figure { margin: 0; }
-figcaption { font-weight: 600; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif !important; }
-.wide, pre { overflow-x: auto; }
-pre { margin: 0; padding: 1rem; background: var(--panel); border-radius: 6px; font-size: .82rem; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  font-weight: normal; white-space: nowrap; }
-thead th { color: var(--muted); }
-.numeric th, .numeric td { text-align: right; font-variant-numeric: tabular-nums; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="note">$status</p>
-$sections
-</body>
-</html>
-""")
 
 
 def main(argv: Sequence[str]) -> int:
