@@ -1,0 +1,136 @@
+"""What a comparison shows: a table for the terminal, a plot, and a page for a browser."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
+
+from lars_keras.training.charts import GRID, inline_svg, svg_style
+from lars_keras.training.page import PAGE, duration, section, table
+from lars_keras.whole_file import write_whole
+
+Rows = Sequence[dict[str, Any]]
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
+MARKERS = "osD^vPX"
+
+
+def score(row: dict[str, Any] | None) -> str:
+    """Mean and spread of a cell in one phrase."""
+    if not row or row["mean"] is None:
+        return "–"
+    spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
+    return f"{100 * row['mean']:.2f}{spread} %" + (f", {row['diverged']} diverged" if row["diverged"] else "")
+
+
+def _arranged(rows: Rows) -> tuple[list[str], list[int], dict[tuple[str, int], dict[str, Any]]]:
+    """The contenders and the batch sizes, each in their order, and the rows by both."""
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    by_cell = {(row["contender"], row["batch_size"]): row for row in rows}
+    return contenders, sorted({row["batch_size"] for row in rows}), by_cell
+
+
+def text(rows: Rows) -> str:
+    """Top-1 of every cell, batch sizes down and contenders across, as text."""
+    contenders, batch_sizes, by_cell = _arranged(rows)
+    lines = [["batch", *contenders]]
+    lines += [[f"{b}", *(score(by_cell.get((c, b))) for c in contenders)] for b in batch_sizes]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def figure(rows: Rows) -> Figure:
+    """Top-1 against batch size, a line for each contender, with the standard deviation over the seeds."""
+    contenders, batch_sizes, by_cell = _arranged(rows)
+    drawn = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = drawn.add_subplot()
+    for i, contender in enumerate(contenders):
+        cells = [by_cell.get((contender, b)) for b in batch_sizes]
+        known = [row for row in cells if row and row["mean"] is not None]
+        axes.errorbar(
+            [row["batch_size"] for row in known],
+            [row["mean"] for row in known],
+            yerr=[row["std"] or 0.0 for row in known],
+            label=contender,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=5,
+            capsize=3,
+            linewidth=1.6,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batch_sizes, [f"{b:,}" for b in batch_sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("top-1")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    drawn.legend(loc="outside upper left", ncols=min(len(contenders), 5), frameon=False)
+    return drawn
+
+
+def write(out: Path, comparison: dict[str, Any]) -> None:
+    """Writes `compare.svg` and `compare.html` beside `compare.json`, whose contents `comparison` is."""
+    rows = comparison["table"]
+    contenders, batch_sizes, by_cell = _arranged(rows)
+    drawn = figure(rows)
+    with svg_style():
+        drawn.set_facecolor("white")
+        drawn.savefig(out / "compare.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    results = table(
+        ("batch", *contenders),
+        [(f"{b:,}", *(score(by_cell.get((c, b))) for c in contenders)) for b in batch_sizes],
+        numeric=True,
+    )
+    with svg_style():
+        plot = inline_svg(figure(rows), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
+    tuning = table(
+        ("contender", "batch", "updates", "chosen rate", "at an end", "top-1 on the validation share, by rate"),
+        [
+            (
+                row["contender"],
+                f"{row['batch_size']:,}",
+                "–" if row["updates"] is None else f"{row['updates']:,}",
+                "–" if row["rate"] is None else f"{row['rate']:g}",
+                "yes" if row["at_edge"] else "",
+                "   ".join(f"{t['rate']:g}: {100 * t['top1']:.2f} %" for t in row["tuning"]),
+            )
+            for row in rows
+        ],
+    )
+    reports = " ".join(f'<a href="runs/{name}/report.html">{name}</a>' for name in sorted(comparison["runs"]))
+    about = [(name, str(comparison[name])) for name in ("command", "machine", "backend", "commit", "left")]
+    about += [("time", duration(comparison["wall_seconds"]))]
+    about += [(name, str(value)) for name, value in comparison["settings"].items() if name != "contenders"]
+    about += list(comparison["versions"].items())
+    flags = "".join(
+        f"<details><summary>{escape(name)}</summary><pre>{escape(lines)}</pre></details>"
+        for name, lines in comparison["settings"]["contenders"].items()
+    )
+    note = (
+        "Mean and standard deviation over the seeds, on the test split. The rates were chosen on a share of the "
+        "training images, each by a search of the same budget; at an end: the best was the least or greatest tried."
+    )
+    state = "Finished." if not comparison["left"] else f"Unfinished: up to {comparison['left']} runs are left."
+    page = PAGE.substitute(
+        title=escape(comparison["title"]),
+        status=state,
+        sections="\n".join(
+            [
+                section("Top-1", f'<p class="note">{note}</p>\n{results}'),
+                section("Plot", f"<figure>{plot}</figure>"),
+                section("Rates", tuning),
+                section("Runs", f"<details><summary>{len(comparison['runs'])} reports</summary>{reports}</details>"),
+                section("Flags", flags),
+                section("About", table(("what", "value"), about)),
+            ]
+        ),
+    )
+    write_whole(out / "compare.html", page)

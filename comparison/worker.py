@@ -1,0 +1,93 @@
+"""One run of `train.py` in a process that takes one after the other."""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from comparison.search import Job
+from flags import RunConfig
+
+KEPT = ("top1", "top5", "loss", "n", "updates", "seconds", "images_per_second")
+_IN_A_CALL = 4096  # examples: small batches would spend their time between updates
+
+
+def config_of(job: Job, run_dir: Path, validation_share: float) -> RunConfig:
+    """The flags of a run."""
+    config = job.contender.config
+    microbatch = config.microbatch_size
+    return dataclasses.replace(
+        config,
+        batch_size=job.batch_size,
+        microbatch_size=microbatch and min(microbatch, job.batch_size),
+        learning_rate=job.rate,
+        seed=job.seed,
+        validation_share=validation_share if job.tuning else 0.0,
+        run_dir=str(run_dir),
+        updates_per_call=max(config.updates_per_call, _IN_A_CALL // job.batch_size, 1),
+        max_rollbacks=0,  # a rate that diverges is an answer
+        keep_checkpoints=1,
+    )
+
+
+def prepare_process(workers: int) -> None:
+    """To be called once in each process: gives it its share of the cores, and ends it when its parent ends."""
+    os.setpgrp()  # Ctrl-C reaches the parent alone, which stops its workers in order
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+    import tensorflow as tf
+    from absl import logging
+
+    from lars_keras.data.rows import cores
+
+    logging.set_verbosity(logging.ERROR)
+    for set_threads in (
+        tf.config.threading.set_intra_op_parallelism_threads,
+        tf.config.threading.set_inter_op_parallelism_threads,
+    ):
+        set_threads(max(cores() // workers, 1))
+
+
+def take(config: RunConfig) -> dict[str, Any] | None:
+    """Takes a run to its end, from its start or from where it was stopped.
+
+    Returns:
+        `KEPT` of its results, and whether it `diverged`; None if a signal stopped it.
+    """
+    import keras
+
+    import train
+    from lars_keras.training.errors import Diverged, Preempted
+
+    run_dir = Path(config.run_dir or "")
+    results = run_dir / "results.json"
+    if not results.exists():  # else this process's predecessor ended before it could tell
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (
+            open(run_dir / "log.txt", "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            try:
+                train.main(config)
+            except Diverged:
+                return {**dict.fromkeys(KEPT), "top1": 0.0, "top5": 0.0, "diverged": True}
+            except Preempted:
+                return None
+            finally:
+                keras.utils.clear_session()
+                gc.collect()
+    found = json.loads(results.read_text(encoding="utf-8"))
+    return {**{name: found[name] for name in KEPT}, "diverged": False}
