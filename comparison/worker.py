@@ -53,11 +53,7 @@ def prepare_process(workers: int) -> None:
     from lars_keras.data.rows import cores
 
     logging.set_verbosity(logging.ERROR)
-    for set_threads in (
-        tf.config.threading.set_intra_op_parallelism_threads,
-        tf.config.threading.set_inter_op_parallelism_threads,
-    ):
-        set_threads(max(cores() // workers, 1))
+    tf.config.threading.set_intra_op_parallelism_threads(max(cores() // workers, 1))
 
 
 def take(config: RunConfig) -> dict[str, Any] | None:

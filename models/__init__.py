@@ -25,7 +25,7 @@ _SPECS = {
     "alexnet_bn": _Spec(functools.partial(alexnet.alexnet, batch_norm=True), 227, 67),
     "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
     "alexnet_small_lrn": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=False), 32, 16),
-    "lenet5": _Spec(lenet.lenet5, 32, 12),
+    "lenet1989": _Spec(lenet.lenet1989, 16, 8),
     "resnet18": _Spec(resnet.resnet18, 32, 8),
     "resnet50": _Spec(resnet.resnet50, 224, 32),
 }

@@ -60,7 +60,7 @@ class RegistryTest(ModelTestCase):
                 "alexnet_bn": 227,
                 "alexnet_small": 32,
                 "alexnet_small_lrn": 32,
-                "lenet5": 32,
+                "lenet1989": 16,
                 "resnet18": 32,
                 "resnet50": 224,
             },
