@@ -7,11 +7,12 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo test test-all test-tpu-wheel pod-check pod-scaling prove-resume lint lock clean
+.PHONY: help setup demo compare test test-all test-tpu-wheel pod-check pod-scaling prove-resume lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
 	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits"
+	@echo "make compare  compare five optimizers over batch sizes on the digits; about half an hour"
 	@echo "make test    run the tests"
 	@echo "make test-all  run them over the whole of every table"
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
@@ -42,6 +43,9 @@ $(STAMP): requirements/dev.txt pyproject.toml
 
 demo: setup
 	$(BIN)/python train.py --flagfile=flags/demo.flags
+
+compare: setup
+	$(BIN)/python compare.py --flagfile=flags/compare_digits.flags
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope

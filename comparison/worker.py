@@ -53,6 +53,7 @@ def prepare_process(workers: int) -> None:
     from lars_keras.data.rows import cores
 
     logging.set_verbosity(logging.ERROR)
+    tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced anew, as those of each run are
     tf.config.threading.set_intra_op_parallelism_threads(max(cores() // workers, 1))
 
 
