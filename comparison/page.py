@@ -50,6 +50,8 @@ def figure(rows: Rows) -> Figure:
     for i, contender in enumerate(contenders):
         cells = [by_cell.get((contender, b)) for b in batch_sizes]
         known = [row for row in cells if row and row["mean"] is not None]
+        if not known:
+            continue
         axes.errorbar(
             [row["batch_size"] for row in known],
             [row["mean"] for row in known],
@@ -72,7 +74,8 @@ def figure(rows: Rows) -> Figure:
     axes.tick_params(length=0, pad=6)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    drawn.legend(loc="outside upper left", ncols=min(len(contenders), 5), frameon=False)
+    if axes.has_data():
+        drawn.legend(loc="outside upper left", ncols=5, frameon=False)
     return drawn
 
 

@@ -78,8 +78,10 @@ class Cell:
 
     def best(self, outcomes: Mapping[str, Outcome]) -> int | None:
         """The step of the chosen rate; None while the search goes on."""
+        if not self.tuning_runs:
+            return 0
         found = self.tuning(outcomes)
-        return 0 if not self.tuning_runs else None if next_step(found, self.tuning_runs) is not None else _best(found)
+        return _best(found) if next_step(found, self.tuning_runs) is None else None
 
     def scored(self, outcomes: Mapping[str, Outcome]) -> list[Job]:
         """The runs that count; none while the rate is not chosen."""

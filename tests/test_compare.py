@@ -62,7 +62,7 @@ class SearchTest(parameterized.TestCase, tf.test.TestCase):
         """Four rates, then both seeds with the best; the rate is scaled by the root of the batch size."""
         cell, outcomes, order = a_cell(), {}, []
         while jobs := cell.jobs(outcomes):
-            self.assertEqual(cell.left(outcomes) > 0, True)
+            self.assertGreater(cell.left(outcomes), 0)
             for job in jobs:
                 order.append((job.rate, job.tuning, job.seed))
                 outcomes[job.name] = outcome({4.0: 0.6, 8.0: 0.8, 16.0: 0.7}[job.rate] + 0.1 * job.seed)
@@ -115,6 +115,8 @@ class LedgerTest(tf.test.TestCase):
 
     def test_page(self):
         ledger = compare.Ledger(self.out, self.about, self.cells)
+        page.write(self.out, ledger.write())  # of nothing yet
+        self.assertIn("up to 12 runs are left", (self.out / "compare.html").read_text())
         for seed, top1 in ((0, 0.5), (1, 0.6)):
             for step in (0, 1, -1):
                 ledger.outcomes[self.cells[0].job(step, 0, tuning=True).name] = outcome(0.3 - abs(step) / 10)
