@@ -5,7 +5,8 @@
 
 Each optimizer's learning rate is chosen by a search of the same budget on a share of the training images that is kept
 apart; then it is trained on all of them, once for each seed, and scored on the test split. The same command goes on
-with a comparison that was stopped. Results: OUT/compare.json, compare.svg, compare.html, and a run folder for each run.
+with a comparison that was stopped, also with more --seeds or --batch_sizes. Results: OUT/compare.json, compare.svg,
+compare.html, and a run folder for each run.
 Exit codes: 0 done; 1 a run ended unasked; 2 a bad flag, or a file that is not there; 75 stopped by a signal.
 """
 
@@ -39,6 +40,7 @@ from lars_keras.training.optimizers import OPTIMIZERS
 from lars_keras.versions import versions
 from lars_keras.whole_file import write_whole
 
+MAY_GROW = ("batch_sizes", "seeds")  # settings that a comparison can be gone on with although they differ
 PACKAGES = ("lars-keras", "keras", "tensorflow", "tensorflow-cpu", "jax", "numpy")
 
 
@@ -113,7 +115,7 @@ class Ledger:
     """`OUT/compare.json`: the settings, and the outcome of every run that is finished, whole after each.
 
     Raises:
-        UsageError: if the file is damaged, or of a comparison of other settings.
+        UsageError: if the file is damaged, or of a comparison of other settings; `MAY_GROW` may be others.
     """
 
     def __init__(self, out: Path, about: dict[str, Any], cells: list[Cell]):
@@ -128,8 +130,8 @@ class Ledger:
             settings = before["settings"]
         except (ValueError, KeyError) as e:
             raise UsageError(f"{self._path} is damaged: {e!r}. Name another folder with --out.") from e
-        if settings != about["settings"]:
-            other = [name for name, value in about["settings"].items() if settings.get(name) != value]
+        other = [name for name, value in about["settings"].items() if settings.get(name) != value]
+        if other := [name for name in other if name not in MAY_GROW]:
             raise UsageError(
                 f"--out={out} holds a comparison of other settings ({', '.join(other)}). Name another folder."
             )

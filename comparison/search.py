@@ -45,8 +45,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        kind = "tuning" if self.tuning else f"seed{self.seed}"
-        return f"{self.contender.name}-{self.batch_size}-rate{self.rate:.4g}-{kind}"
+        kind = "tuning" if self.tuning else "seed"
+        return f"{self.contender.name}-{self.batch_size}-rate{self.rate:.4g}-{kind}{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)
