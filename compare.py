@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import flags
 from comparison import page
-from comparison.search import FIRST_RATES, FIRST_RATES_BATCH, Cell, Contender, Job, grid
+from comparison.search import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Cell, Contender, Job, grid
 from comparison.worker import config_of, prepare_process, take
 from lars_keras import data as datasets
 from lars_keras.data.rows import cores
@@ -61,9 +61,16 @@ def define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the runs that count.", flag_values=own)
     absl_flags.DEFINE_float("epochs", None, "Takes the place of the recipe's.", **at_least)
     absl_flags.DEFINE_integer(
-        "tuning_runs", 5, "At most so many runs choose the rate in each cell; 0 keeps the recipe's.", **at_least
+        "tuning_runs",
+        5,
+        "At most so many runs choose the rate in each cell; 0 takes the first: the recipe's, or for another optimizer "
+        "than the recipe's that where its search would begin.",
+        **at_least,
     )
     absl_flags.DEFINE_float("factor", 3.0, "Between neighbouring rates of the search.", flag_values=own)
+    absl_flags.DEFINE_enum(
+        "scaling", "sqrt", list(SCALINGS), "Of the first rate, with the batch size it is meant for.", flag_values=own
+    )
     absl_flags.DEFINE_float("validation_share", 0.1, "Of the training images, to choose rates by.", **at_least)
     absl_flags.DEFINE_string("data_dir", None, "Takes the place of the recipe's.", flag_values=own)
     absl_flags.DEFINE_string("out", "runs/compare", "Folder for the results.", flag_values=own)
@@ -80,12 +87,15 @@ def contenders_of(own: absl_flags.FlagValues) -> list[Contender]:
         raise UsageError("--recipes is needed: one flagfile of train.py, or several. Received: none")
     configs = {Path(name).stem: _recipe(name, own) for name in own.recipes}
     if len(configs) > 1:
-        return [Contender(name, c, c.learning_rate, c.batch_size) for name, c in configs.items()]
+        return [Contender(name, c, c.learning_rate, c.batch_size, own.scaling) for name, c in configs.items()]
     (config,) = configs.values()
-    return [
-        Contender(name, dataclasses.replace(config, optimizer=name), FIRST_RATES[name], FIRST_RATES_BATCH)
-        for name in own.optimizer
-    ]
+    found = []
+    for name in own.optimizer:
+        rate, batch_size = FIRST_RATES[name], FIRST_RATES_BATCH
+        if name == config.optimizer and not own.tuning_runs:
+            rate, batch_size = config.learning_rate, config.batch_size
+        found.append(Contender(name, dataclasses.replace(config, optimizer=name), rate, batch_size, own.scaling))
+    return found
 
 
 def _recipe(name: str, own: absl_flags.FlagValues) -> flags.RunConfig:
@@ -238,11 +248,13 @@ def main(own: absl_flags.FlagValues) -> int:
             "commit": _commit(),
             "versions": versions(PACKAGES),
             "settings": {
-                "contenders": {c.name: c.config.as_flags() for c in contenders},
+                # Where the data are does not matter, and is nobody's business in what is published.
+                "contenders": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in contenders},
                 "batch_sizes": batch_sizes,
                 "seeds": seeds,
                 "tuning_runs": own.tuning_runs,
                 "factor": own.factor,
+                "scaling": own.scaling,
                 "validation_share": own.validation_share,
             },
         }

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flags import RunConfig
-from lars_keras.schedules import sqrt_scaling
+from lars_keras.schedules import linear_scaling, sqrt_scaling
 
 Outcome = Mapping[str, Any]
 
 # Where the search for a rate begins; it goes from there where the scores lead it.
 FIRST_RATES_BATCH = 256
+SCALINGS = {"sqrt": sqrt_scaling, "linear": linear_scaling, "none": lambda rate, *_: rate}
 FIRST_RATES = {"sgd": 0.1, "momentum": 0.02, "adam": 1e-3, "lamb": 5e-3, "lars": 2.5}
 
 
@@ -23,14 +24,15 @@ class Contender:
     Args:
         name: for people.
         config: flags of its runs, but for batch size, rate and seed.
-        first_rate, first_batch_size: a rate, and the batch size it is meant for. At others the search begins at the
-            rate of square-root scaling.
+        first_rate, first_batch_size: a rate, and the batch size it is meant for.
+        scaling: of `SCALINGS`, what becomes of the rate at other batch sizes, where the search begins.
     """
 
     name: str
     config: RunConfig
     first_rate: float
     first_batch_size: int
+    scaling: str = "sqrt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Cell:
     seeds: tuple[int, ...]
 
     def job(self, step: int, seed: int, tuning: bool) -> Job:
-        first = sqrt_scaling(self.contender.first_rate, self.batch_size, self.contender.first_batch_size)
+        contender = self.contender
+        first = SCALINGS[contender.scaling](contender.first_rate, self.batch_size, contender.first_batch_size)
         return Job(self.contender, self.batch_size, float(f"{first * self.factor**step:.4g}"), seed, tuning)
 
     def tuning(self, outcomes: Mapping[str, Outcome]) -> dict[int, Outcome]:

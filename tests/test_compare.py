@@ -1,6 +1,7 @@
 """`compare.py`: the search for rates, the ledger, the page, and a comparison that is stopped and goes on."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -83,6 +84,33 @@ class SearchTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual((config.microbatch_size, config.updates_per_call, config.max_rollbacks), (128, 4, 0))
         (scored, _) = a_cell(tuning_runs=0).jobs({})
         self.assertEqual(config_of(scored, pathlib.Path("x"), 0.1).validation_share, 0.0)
+
+    @parameterized.parameters(("sqrt", 4.0), ("linear", 8.0), ("none", 2.0))
+    def test_first_rate(self, scaling, rate):
+        contender = dataclasses.replace(a_cell().contender, scaling=scaling)
+        (job,) = Cell(contender, 1024, 1, 2.0, (0,)).jobs({})
+        self.assertEqual(job.rate, rate)
+
+    def test_flagfiles(self):
+        """Those of comparisons name recipes that are there, and every run they ask for has flags that agree."""
+        for path in sorted((ROOT / "flags").glob("compare_*.flags")):
+            own = compare.define()
+            self.assertEqual(own(["compare.py", f"--flagfile={path}"]), ["compare.py"], path)
+            self.assertEqual(own.out, f"runs/{path.stem}")
+            with contextlib.chdir(ROOT):
+                contenders = compare.contenders_of(own)
+            batch_sizes = [int(b) for b in own.batch_sizes or [contenders[0].config.batch_size]]
+            for cell in grid(contenders, batch_sizes, own.tuning_runs, own.factor, [0]):
+                (job, *_) = cell.jobs({})
+                config_of(job, pathlib.Path("x"), own.validation_share)
+
+    def test_without_tuning_a_recipe_keeps_its_rate(self):
+        own = compare.define()
+        own(["compare.py", "--recipes=flags/demo.flags", "--optimizer=lars", "--optimizer=adam", "--tuning_runs=0"])
+        with contextlib.chdir(ROOT):
+            lars, adam = compare.contenders_of(own)
+        self.assertEqual((lars.first_rate, lars.first_batch_size), (15.0, 8192))
+        self.assertEqual((adam.first_rate, adam.first_batch_size), (1e-3, 256))
 
 
 class LedgerTest(tf.test.TestCase):
