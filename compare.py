@@ -210,8 +210,9 @@ def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validati
             return 1
     finally:
         bar.close()
-        for process in multiprocessing.active_children():
-            process.terminate()
+        if running and not stopping:  # a run has failed, the others shall not go on for nothing
+            for process in multiprocessing.active_children():
+                process.terminate()
         pool.shutdown(cancel_futures=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """What a comparison shows: a table for the terminal, a plot, and a page for a browser."""
 
+import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,12 +19,13 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 MARKERS = "osD^vPX"
 
 
-def score(row: dict[str, Any] | None) -> str:
+def score(row: dict[str, Any] | None, of: str = "top1") -> str:
     """Mean and spread of a cell in one phrase."""
-    if not row or row["mean"] is None:
+    if not row or not row[of]:
         return "–"
-    spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
-    return f"{100 * row['mean']:.2f}{spread} %" + (f", {row['diverged']} diverged" if row["diverged"] else "")
+    spread = f" ± {100 * statistics.stdev(row[of]):.2f}" if len(row[of]) > 1 else ""
+    diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
+    return f"{100 * statistics.fmean(row[of]):.2f}{spread} %{diverged}"
 
 
 def _arranged(rows: Rows) -> tuple[list[str], list[int], dict[tuple[str, int], dict[str, Any]]]:
@@ -87,10 +89,13 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
     with svg_style():
         drawn.set_facecolor("white")
         drawn.savefig(out / "compare.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
-    results = table(
-        ("batch", *contenders),
-        [(f"{b:,}", *(score(by_cell.get((c, b))) for c in contenders)) for b in batch_sizes],
-        numeric=True,
+    top1, top5 = (
+        table(
+            ("batch", *contenders),
+            [(f"{b:,}", *(score(by_cell.get((c, b)), of) for c in contenders)) for b in batch_sizes],
+            numeric=True,
+        )
+        for of in ("top1", "top5")
     )
     with svg_style():
         plot = inline_svg(figure(rows), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
@@ -127,8 +132,9 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
         status=state,
         sections="\n".join(
             [
-                section("Top-1", f'<p class="note">{note}</p>\n{results}'),
+                section("Top-1", f'<p class="note">{note}</p>\n{top1}'),
                 section("Plot", f"<figure>{plot}</figure>"),
+                section("Top-5", top5),
                 section("Rates", tuning),
                 section("Runs", f"<details><summary>{len(comparison['runs'])} reports</summary>{reports}</details>"),
                 section("Flags", flags),

@@ -216,6 +216,7 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
                 results = json.loads((out / "runs" / name / "results.json").read_text())
                 self.assertEqual((results["top1"], results["n"]), (row["top1"][0], 450))
             self.assertIn("Finished.", (out / "compare.html").read_text())
+            self.assertNotIn("leaked", errors + second.stderr)
 
 
 if __name__ == "__main__":

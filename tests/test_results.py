@@ -11,8 +11,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def quoted(text):
-    """Returns the figures, such as 1.58 or 99.3 %, of the paragraphs and list items that link to a result."""
-    parts = [part for part in re.split(r"\n\s*\n|\n(?=- )", text) if re.search(r"\]\(docs/results\.md", part)]
+    """Returns the figures, such as 1.58 or 99.3 %, of the paragraphs and list items that link to a result, with the
+    tables before them and what introduces those."""
+    parts = re.split(r"\n\s*\n(?!\|)|\n(?=- )", re.sub(r"\|\n\s*\n", "|\n", text))
+    parts = [part for part in parts if re.search(r"\]\(docs/results\.md", part)]
     return [figure for part in parts for figure in re.findall(r"(?<![\w.])\d+\.\d+(?!\.?\w|-)", part)]
 
 
@@ -29,6 +31,10 @@ class ResultsTest(tf.test.TestCase):
     def test_a_figure_that_was_not_measured_is_found(self):
         self.assertEqual(
             quoted("LARS 0.1.0 takes 1.58 times [SGD](docs/results.md), not\n2.0.\n\nother 3.5"), ["1.58", "2.0"]
+        )
+        self.assertEqual(
+            quoted("of 9.9\n\nbefore\n\n| a |\n| --- |\n| 88.07 % |\n\nThis is [so](docs/results.md#a).\n\n4.5"),
+            ["88.07"],
         )
 
 
