@@ -1,8 +1,10 @@
 """What LARS and LAMB share: roles of the variables, the update as one program, exclusions that survive saving."""
 
 import abc
+import contextlib
+import contextvars
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +15,19 @@ from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole, check_patterns, reso
 from lars_keras.trust import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
+
+_measured: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("measured", default=None)
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[list[Tensor]]:
+    """Meanwhile updates that Keras itself applies are measured, too; the list gets what `update` returns of them."""
+    measures: list[Tensor] = []
+    token = _measured.set(measures)
+    try:
+        yield measures
+    finally:
+        _measured.reset(token)
 
 
 class LayerwiseOptimizer(keras.optimizers.Optimizer):
@@ -152,7 +167,10 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         if distributed():
             super()._backend_update_step(grads, trainable_variables, learning_rate)
         else:
-            self.update(grads, trainable_variables, learning_rate)
+            measures = _measured.get()
+            found = self.update(grads, trainable_variables, learning_rate, measure=measures is not None)
+            if measures is not None:
+                measures.extend(found)
 
     # The base class would subtract `lr * b * w` outside the ratio.
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import re
 import tempfile
+import time
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras import LARS
+from lars_keras.layerwise import MEASURES
 from lars_keras.training import Trainer
 from lars_keras.training.checkpoint import CheckpointFolder, Every
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
@@ -28,6 +30,7 @@ BACKEND = keras.backend.backend()
 ENGINES = 2e-6  # between the two engines, five updates in float32; the sums have other orders
 SHARES = 1e-6  # between any two ways to cut the work, in float32
 FROM_TENSORFLOW = "TENSORFLOW_RESULTS"
+TELEMETRY = "telemetry"
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -131,6 +134,7 @@ class SecondProcessTest(parameterized.TestCase):
         for name, (model, optimizer, more) in CASES.items():
             strategy = "mirrored2" if model == "synchronized" else "none"
             results[name] = trained(model, optimizer, strategy=strategy, **more)[:2]
+        results[TELEMETRY] = trained("wide", "lars", layer_ratios=True)[2].layer_norms
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "tensorflow.pickle"
             path.write_bytes(pickle.dumps(results))
@@ -163,6 +167,42 @@ class EngineTest(parameterized.TestCase):
         actual = trained(model, optimizer, devices, shard_update=shard_update, **options)
         # Synchronised statistics are differences of two sums, added up in another order.
         self.check(actual, self.expected[name], 2e-5 if model == "synchronized" else ENGINES)
+
+    def test_telemetry_as_tensorflow(self):
+        self.check_telemetry(8, True)
+
+    @parameterized.parameters((0, False), (8, False))
+    @pytest.mark.slow
+    def test_more_telemetry_as_tensorflow(self, devices, shard_update):
+        self.check_telemetry(devices, shard_update)
+
+    def check_telemetry(self, devices, shard_update):
+        """Norms, trust ratios and rates of the last update."""
+        trainer = trained("wide", "lars", devices, shard_update=shard_update, layer_ratios=True)[2]
+        self.assertEqual(list(trainer.layer_norms), ["gradient", "weight", *MEASURES])
+        for name, expected in self.expected[TELEMETRY].items():
+            self.assertEqual(trainer.layer_norms[name].shape, (1, 6))
+            np.testing.assert_allclose(trainer.layer_norms[name], expected, rtol=1e-5, err_msg=name)
+
+    def test_data_wait_is_the_time_that_devices_stand_idle(self):
+        """Three batches take 0.5 s each to read, long after what is compiled is compiled; the others are there."""
+        model = cases.hidden()
+        model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
+        trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=cases.BATCH // 2)
+        x, y = (part[: cases.BATCH] for part in cases.examples())
+        waits = []
+
+        def read(i):
+            time.sleep(0.5 if 10 <= i < 13 else 0.0)
+            return x, y
+
+        batches = tf.data.Dataset.range(1000).map(lambda i: tf.numpy_function(read, [i], (tf.float32, tf.float32)))
+        batches = batches.map(lambda x, y: (tf.ensure_shape(x, [64, 12]), tf.ensure_shape(y, [64, 5])))
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: waits.append(logs["data_wait"]))
+        started = time.monotonic()
+        trainer.fit(lambda *_: batches, epochs=16, steps_per_epoch=1, verbose=0, callbacks=[watch])
+        self.assertBetween(sum(waits), 0.6, time.monotonic() - started)
+        self.assertLess(min(waits), 0.2)
 
     def test_shares_change_nothing(self):
         self.check_shares("lars", None)
@@ -270,6 +310,9 @@ class EngineTest(parameterized.TestCase):
             Trainer(compiled(cases.linear(), LARS(gradient_accumulation_steps=2)), batch_size=64).fit(data)
         with self.assertRaisesRegex(ValueError, "jit_compile=False"):
             Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
+        scaled = keras.optimizers.LossScaleOptimizer(LARS())
+        with self.assertRaisesRegex(ValueError, "--telemetry_every.*mixed_float16"):
+            Trainer(compiled(cases.linear(), scaled), batch_size=64, layer_ratios=True).fit(data)
         x = keras.Input((cases.FEATURES,))
         model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
         model.extra = keras.layers.Dense(3, name="forgotten")
@@ -315,7 +358,7 @@ class EngineTest(parameterized.TestCase):
                 seen = {}
 
                 def note(batch, logs):
-                    seen[batch] = dict(logs)
+                    seen[batch] = {k: v for k, v in logs.items() if k != "data_wait"}  # time differs
                     if batch + 1 == stop_after:
                         raise KeyboardInterrupt
 

@@ -1,8 +1,8 @@
 """The JAX engine: a live model's state, its data and `JaxStep` brought together."""
 
 import concurrent.futures
-import math
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import tensorflow as tf
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.feed import Feed, ghost_batches, scoring_examples
 from lars_keras.training.ghost import build_model
 from lars_keras.training.jax_distribution import SharedUpdate
 from lars_keras.training.jax_mesh import mesh_of
 from lars_keras.training.jax_step import JaxStep
-from lars_keras.training.state import averaged_weights, restore_shared, shared_state
+from lars_keras.training.state import averaged_weights, inner_optimizer, restore_shared, shared_state
 from lars_keras.training.update import check_options
 
 Tensor = Any
@@ -33,11 +34,15 @@ class JaxEngine:
         microbatches: k, passes per update.
         jit_compile: True or "auto"; here everything is compiled.
         layer_norms: measure the norms of gradients and weights.
+        layer_ratios: measure the trust ratios and effective rates, where the optimizer has them.
         reduce_dtype: of the gradients on their way between devices.
 
     Raises:
         ValueError: if it should not be compiled, the distribution is not data parallel, or trainable variables have no
-            effect on the loss.
+            effect on the loss, or ratios are to be measured under dynamic loss scaling.
+
+    Attributes:
+        data_wait: seconds that the devices stood idle for want of data in the last `train`.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class JaxEngine:
         microbatches: int,
         jit_compile: bool | str,
         layer_norms: bool = False,
+        layer_ratios: bool = False,
         reduce_dtype: str = "float32",
     ):
         check_options(model.optimizer)
@@ -64,8 +70,14 @@ class JaxEngine:
         self.model, self.optimizer = model, model.optimizer
         self.replicas = self.mesh.devices.size
         self.microbatches = microbatches
-        self._measure = layer_norms
-        self.data_wait = math.nan  # not measured: the host runs ahead of the devices
+        self.data_wait = 0.0
+        layer_ratios = layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
+        if layer_ratios and self.optimizer is not inner_optimizer(self.optimizer):
+            raise ValueError(
+                "On JAX the telemetry of layers (--telemetry_every) does not go with dynamic loss scaling "
+                "(--precision=mixed_float16)."
+            )
+        self._names = ["gradient", "weight"] * layer_norms + [*MEASURES] * layer_ratios
         build_model(model, element_spec)
         if not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)
@@ -74,6 +86,7 @@ class JaxEngine:
             self.mesh,
             microbatches=microbatches,
             layer_norms=layer_norms,
+            layer_ratios=layer_ratios,
             shard_update=isinstance(distribution, SharedUpdate),
             reduce_dtype=reduce_dtype,
         )
@@ -85,7 +98,7 @@ class JaxEngine:
 
     # -- training ------------------------------------------------------------------------------
 
-    def training_iterator(self, feed: Feed, microbatch_size: int, first_update: int = 0) -> Iterator[Any]:
+    def training_iterator(self, feed: Feed, microbatch_size: int, first_update: int = 0) -> "_Ahead":
         """The batches of `feed` on the devices, from an update on, for `train`: one for each pass."""
         own = ghost_batches(feed, self._input_context(), microbatch_size, self.microbatches, first_update)
         numpy = own.as_numpy_iterator()
@@ -94,18 +107,18 @@ class JaxEngine:
         def batch() -> Any:
             return self._on_devices(jax.tree.map(lambda *a: np.concatenate(a), *[next(numpy) for _ in range(count)]))
 
-        return _ahead(batch)
+        return _Ahead(batch)
 
     def train(
-        self, iterator: Iterator[Any], updates: int
+        self, iterator: "_Ahead", updates: int
     ) -> tuple[list[float], list[float], dict[str, float], dict[str, np.ndarray]]:
-        """Runs `updates` updates; the host waits for the last of them only.
+        """Runs `updates` updates; the host waits for the last of them only. Sets `data_wait`.
 
         Returns:
             The loss and the learning rate of each update, the metrics since their last reset, and the norms of each
             update, if they are measured.
         """
-        state, outcomes = self._read(), []
+        state, outcomes, before = self._read(), [], iterator.idle
         try:
             for _ in range(updates):
                 state, outcome = self.step.update(state, iterator)
@@ -114,13 +127,13 @@ class JaxEngine:
             self._write(state)
         metrics = self._results_fn(state["metrics"])
         outcomes, metrics = jax.device_get((outcomes, metrics))
-        names = ("gradient", "weight") if self._measure else ()
+        self.data_wait = iterator.idle - before
         norms = np.stack([o["norms"] for o in outcomes], axis=1)
         return (
             [float(o["loss"]) for o in outcomes],
             [float(o["learning_rate"]) for o in outcomes],
             {name: float(value) for name, value in metrics.items()},
-            dict(zip(names, norms, strict=True)) if names else {},
+            dict(zip(self._names, norms, strict=True)),
         )
 
     def _input_context(self) -> tf.distribute.InputContext:
@@ -224,11 +237,25 @@ class JaxEngine:
             return self.model.get_metrics_result()
 
 
-def _ahead(make: Callable[[], Any]) -> Iterator[Any]:
-    """What `make` makes, again and again, always one ahead: the next batch is made while an update runs."""
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
-        coming = maker.submit(make)
-        while True:
-            ready = coming.result()
-            coming = maker.submit(make)
-            yield ready
+class _Ahead:
+    """What `make` makes, again and again, always one ahead: the next batch is made while an update runs.
+
+    Attributes:
+        idle: seconds in all that the devices had nothing to do because a batch was not there.
+    """
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self.idle = make, 0.0
+        self._maker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._coming = self._maker.submit(make)
+
+    def __call__(self, at_work_on: Any) -> Any:
+        """The next batch; the devices are idle from the time when `at_work_on` is computed."""
+        if not self._coming.done():
+            jax.block_until_ready(at_work_on)  # nothing can be given to them before the batch is there anyway
+            since = time.perf_counter()
+            self._coming.exception()  # waits
+            self.idle += time.perf_counter() - since
+        batch = self._coming.result()
+        self._coming = self._maker.submit(self._make)
+        return batch

@@ -14,7 +14,7 @@ between updates is that of ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.020
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jax import lax
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lars_keras.layerwise import measuring
 from lars_keras.training.ghost import GhostBatch
 from lars_keras.training.jax_mesh import cuts, share_sharding
 from lars_keras.training.state import inner_optimizer
@@ -41,6 +42,7 @@ class JaxStep:
         mesh: of the replicas; see `jax_mesh`.
         microbatches: k, passes of an update.
         layer_norms: measure the norms of gradients and weights.
+        layer_ratios: measure what a `LayerwiseOptimizer` does to each variable.
         shard_update: keep and update shares of the weights.
         reduce_dtype: of the gradients on their way between devices.
 
@@ -57,6 +59,7 @@ class JaxStep:
         *,
         microbatches: int,
         layer_norms: bool = False,
+        layer_ratios: bool = False,
         shard_update: bool = False,
         reduce_dtype: str = "float32",
     ):
@@ -65,7 +68,7 @@ class JaxStep:
         self.devices = mesh.devices.size
         self.microbatches = microbatches
         self.reduce_dtype = reduce_dtype
-        self._measure = layer_norms
+        self._measure, self._measure_ratios = layer_norms, layer_ratios
         self.ghost = GhostBatch(model)
         self.variables = {
             "trainable": self.ghost.trainable,
@@ -89,19 +92,25 @@ class JaxStep:
         self.one_pass = jax.jit(self._one_pass, donate_argnums=0, out_shardings=(self.sums_sharding, whole))
         self.finish = jax.jit(self._finish, donate_argnums=0, out_shardings=(self.state_shardings, whole))
 
-    def update(self, state: State, batches: Iterator[Any]) -> tuple[State, dict[str, Tensor]]:
+    def update(self, state: State, next_batch: Callable[[Any], Any]) -> tuple[State, dict[str, Tensor]]:
         """Takes the next k batches; the state is donated.
 
+        Args:
+            state: of all variables.
+            next_batch: makes a batch, given arrays that the devices are still at work on.
+
         Returns:
-            The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(2, variables)`: of
-            the gradients, 0 if the update is skipped, and of the weights after it.
+            The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(rows, variables)`.
+            With `layer_norms` two rows: of the gradients, 0 if the update is skipped, and of the weights after it. With
+            `layer_ratios` those of `MEASURES`.
         """
         if self.microbatches == 1:
-            return self.whole_update(state, next(batches))
+            return self.whole_update(state, next_batch(state["trainable"]))
         weights, scale, sums = self.begin(state)
         for i in range(self.microbatches):
+            batch = next_batch(sums)
             sums, counters = self.one_pass(
-                sums, weights, state["averaged"], state["counters"], scale, next(batches), np.int32(i)
+                sums, weights, state["averaged"], state["counters"], scale, batch, np.int32(i)
             )
         return self.finish(state, sums, counters)
 
@@ -203,11 +212,12 @@ class JaxStep:
         """Keras's own update. All devices have the same sums, or their shares of them: as the arguments are cut, the
         compiler cuts the update."""
         averaged, metrics, loss = others
-        trainable, optimizer = self.optimizer.stateless_apply(
-            state["optimizer"],
-            [g.astype(v.dtype) for g, v in zip(gradients, self.ghost.trainable, strict=True)],
-            state["trainable"],
-        )
+        with measuring() as measures:  # what nobody asks for, the compiler leaves out
+            trainable, optimizer = self.optimizer.stateless_apply(
+                state["optimizer"],
+                [g.astype(v.dtype) for g, v in zip(gradients, self.ghost.trainable, strict=True)],
+                state["trainable"],
+            )
         iterations = inner_optimizer(self.optimizer).iterations
         i = next(i for i, v in enumerate(self.variables["optimizer"]) if v is iterations)
         taken = optimizer[i] > state["optimizer"][i]
@@ -218,10 +228,12 @@ class JaxStep:
             "optimizer": optimizer,
             "metrics": [total + own for total, own in zip(state["metrics"], metrics, strict=True)],
         }
-        norms = jnp.zeros([2, 0])
+        norms = jnp.zeros([0, len(trainable)])
         if self._measure:
             scale = self._loss_scale(state)
             norms = jnp.stack([jnp.where(taken, _norms(gradients) / scale, 0.0), _norms(trainable)])
+        if self._measure_ratios:
+            norms = jnp.concatenate([norms, jnp.stack(measures, axis=1)])
         with keras.StatelessScope(self._mapping("optimizer", state)):
             rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)
         return new, {"loss": loss, "learning_rate": rate, "norms": norms}

@@ -61,7 +61,7 @@ class Trainer:
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
         reduce_dtype: of the gradients on their way between devices. Below "float32", on JAX only, half the traffic
             and a rounding of each device's sum.
-        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too; TensorFlow only.
+        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too.
 
     Attributes:
         position: where the run is; see `Position`.
@@ -96,10 +96,6 @@ class Trainer:
         self.microbatch_size, self.microbatches = split_batch(batch_size, self.replicas, microbatch_size)
         if updates_per_call < 1:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
-        if layer_ratios and keras.backend.backend() == "jax":
-            raise ValueError(
-                "Telemetry of layers (--telemetry_every) is measured on TensorFlow only. Received: KERAS_BACKEND=jax"
-            )
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
         self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
@@ -257,6 +253,7 @@ class Trainer:
                 "microbatches": self.microbatches,
                 "jit_compile": self._jit_compile,
                 "layer_norms": self._measures_norms,
+                "layer_ratios": self._measures_ratios,
             }
             if keras.backend.backend() == "jax":
                 from lars_keras.training.jax_engine import JaxEngine as engine
@@ -265,7 +262,6 @@ class Trainer:
             else:
                 from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
 
-                options["layer_ratios"] = self._measures_ratios
                 if self._reduce_dtype != "float32":
                     raise ValueError(f"On TensorFlow gradients are reduced in float32. Received: {self._reduce_dtype}")
             self._engine = engine(self.model, element_spec(data, *first_update), **options)
