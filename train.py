@@ -50,7 +50,7 @@ from lars_keras.training.preemption import StopOnSignal
 from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
 from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
-from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy
+from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy, says_worker_is_lost
 from lars_keras.training.telemetry import LayerTelemetry
 
 
@@ -182,10 +182,10 @@ def main(config: flags.RunConfig) -> None:
         raise
 
     # ---- Results: the last evaluation came after the last update.
+    trainer.save_model(run_dir / "model.keras", write=chief)
     if not chief:
         return
     final = {name[4:]: values[-1] for name, values in history.history.items() if name.startswith("val_")}
-    model.save(run_dir / "model.keras")
     write_results(
         run_dir,
         final,
@@ -312,11 +312,16 @@ def run(argv: list[str]) -> int:
     except OSError as e:
         print(f"train.py: cannot write: {e}. Checkpoints that were written before are whole.", file=sys.stderr)
         return EXIT_NOT_SAVED
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as e:
+    except (tf.errors.OpError, RuntimeError, ValueError) as e:
+        if not says_worker_is_lost(e):
+            raise
         print(f"train.py: another worker is gone: {str(e).splitlines()[0]}", file=sys.stderr)
         return EXIT_WORKER_LOST
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv))
+    code = run(sys.argv)
+    if code == EXIT_WORKER_LOST:
+        os._exit(code)  # at an ordinary exit JAX waits for the worker that is gone, and then aborts
+    sys.exit(code)

@@ -1,6 +1,7 @@
 """Kills real runs at random moments and compares what they end with: `make prove-resume`, in short in the tests.
 
     python -m tests.kill_and_resume --kills=20 --out=docs/resume.json
+    KERAS_BACKEND=jax python -m tests.kill_and_resume --kills=20 --out=docs/resume_jax.json
 
 A run of train.py on small random images, with augmentation, dropout, a moving average of the weights and micro-batches,
 is killed by SIGKILL after a random time, started again, and so on until it ends. Its model, optimizer and metrics must
@@ -31,8 +32,10 @@ FLAGS = (
     "--excluded_lr_scale=0.01",
     "--ema=0.9",
     "--checkpoint_updates=1",
-    "--jit_compile=off",
 )
+SEVERAL_DEVICES = ["--strategy=mirrored", "--replicas=2"]
+if os.environ.get("KERAS_BACKEND") == "jax":
+    SEVERAL_DEVICES = ["--strategy=mirrored", "--replicas=8", "--microbatch_size=4", "--shard_update"]
 
 
 def write_images(folder, train=500, test=200):
@@ -159,7 +162,7 @@ def main():
     parser.add_argument("--out", help="JSON file for the results")
     args = parser.parse_args()
     results = []
-    for strategy in (["--strategy=one"], ["--strategy=mirrored", "--replicas=2"]):
+    for strategy in (["--strategy=one"], SEVERAL_DEVICES):
         results.append(prove(args.kills, strategy, steps=args.steps))
         print(f"{' '.join(strategy)}: relative difference {results[-1]['relative_difference']:.3g}", flush=True)
     if args.out:

@@ -9,6 +9,7 @@ import tempfile
 import time
 import unittest.mock
 from pathlib import Path
+from typing import ClassVar
 
 import keras
 import pytest
@@ -99,6 +100,8 @@ class XlaTest(parameterized.TestCase, tf.test.TestCase):
 class WorkersTest(tf.test.TestCase):
     """`train.py` in two real processes on loopback."""
 
+    environment: ClassVar = {}
+
     def setUp(self):
         super().setUp()
         self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -112,15 +115,18 @@ class WorkersTest(tf.test.TestCase):
             "--microbatch_size=64",
             "--warmup_epochs=0",
             "--learning_rate=0.2",  # at the demo's rate of 15 the first updates multiply the last bit by a thousand
-            "--jit_compile=off",
+            "--jit_compile=auto",  # JAX compiles, TensorFlow on a CPU does not
         ]
 
+    def start(self, command):
+        return workers.start(2, command, **self.environment)
+
     def test_equals_two_mirrored_replicas(self):
-        two = workers.start(2, [*self.command, "--steps=4", "--strategy=multi_worker", f"--run_dir={self.dir}/two"])
+        two = self.start([*self.command, "--steps=4", "--strategy=multi_worker", f"--run_dir={self.dir}/two"])
         for process, output in zip(two, workers.wait(two), strict=True):
             self.assertEqual(process.returncode, 0, output)
         mirrored = [*self.command, "--steps=4", "--strategy=mirrored", "--replicas=2", f"--run_dir={self.dir}/mirrored"]
-        subprocess.run(mirrored, cwd=workers.ROOT, check=True, capture_output=True)
+        subprocess.run(mirrored, cwd=workers.ROOT, check=True, capture_output=True, env=os.environ | self.environment)
         results = [json.loads((self.dir / name / "results.json").read_text()) for name in ("two", "mirrored")]
         self.assertEqual(*(r["n"] for r in results))
         self.assertEqual(*(r["updates"] for r in results))
@@ -130,7 +136,7 @@ class WorkersTest(tf.test.TestCase):
     @pytest.mark.slow
     def test_a_signal_to_one_worker_saves_and_stops_both(self):
         command = [*self.command, "--strategy=multi_worker", f"--run_dir={self.dir}/run"]
-        two = workers.start(2, [*command, "--steps=40"])
+        two = self.start([*command, "--steps=40"])
         try:
             self.wait_for_an_update(two[0], self.dir / "run")
             two[1].send_signal(signal.SIGTERM)
@@ -142,7 +148,7 @@ class WorkersTest(tf.test.TestCase):
         for process, output in zip(two, outputs, strict=True):
             self.assertEqual(process.returncode, EXIT_PREEMPTED, output)
             self.assertIn("saved; start it again", output)
-        again = workers.start(2, command)
+        again = self.start(command)
         outputs = workers.wait(again)
         self.assertEqual([p.returncode for p in again], [0, 0], outputs)
         self.assertRegex(outputs[0], "went on after update [1-9]")
@@ -156,7 +162,7 @@ class WorkersTest(tf.test.TestCase):
 
     def test_a_killed_worker_stops_the_other(self):
         run_dir = self.dir / "run"
-        two = workers.start(2, [*self.command, "--epochs=1000", "--strategy=multi_worker", f"--run_dir={run_dir}"])
+        two = self.start([*self.command, "--epochs=1000", "--strategy=multi_worker", f"--run_dir={run_dir}"])
         try:
             self.wait_for_an_update(two[0], run_dir)
             two[1].send_signal(signal.SIGKILL)
@@ -168,6 +174,13 @@ class WorkersTest(tf.test.TestCase):
         self.assertEqual(two[0].returncode, EXIT_WORKER_LOST, output)
         self.assertIn("another worker is gone", output)
         self.assertNotIn("Traceback", output)
+
+
+@pytest.mark.slow
+class JaxWorkersTest(WorkersTest):
+    """The same on JAX."""
+
+    environment: ClassVar = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start(count, command):
-    """Starts `command` as `count` workers of one cluster."""
+def start(count, command, **more):
+    """Starts `command` as `count` workers of one cluster, with `more` in their environment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:
@@ -20,7 +20,7 @@ def start(count, command):
     processes = []
     for index in range(count):
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment = {**os.environ, "TF_CONFIG": json.dumps(cluster), "TF_CPP_MIN_LOG_LEVEL": "2", **more}
         processes.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

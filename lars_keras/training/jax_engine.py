@@ -1,6 +1,7 @@
 """The JAX engine: a live model's state, its data and `JaxStep` brought together."""
 
 import concurrent.futures
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -186,6 +187,20 @@ class JaxEngine:
         parts = restore_shared(self.model, state)
         for variable, part in zip(self.step.variables["metrics"], parts, strict=False):
             variable.assign(part.sum(0).astype(variable.dtype))
+
+    def save_model(self, path: str | os.PathLike, write: bool) -> None:
+        """Writes a `.keras` file, where `write`. It is for the end of a run: what lay in shares is whole after it."""
+        for variable in shared_state(self.model).values():
+            if not variable.value.is_fully_addressable:
+                variable._value = self._numpy(variable)
+        distribution = keras.distribution.distribution()
+        # Or Keras, which makes a variable while it saves, would wait for all processes to agree on its value.
+        keras.distribution.set_distribution(None)
+        try:
+            if write:
+                self.model.save(path)
+        finally:
+            keras.distribution.set_distribution(distribution)
 
     def _numpy(self, variable: keras.Variable) -> np.ndarray:
         value = variable.value

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import urllib.parse
 from typing import Any, TypeAlias
@@ -100,6 +101,14 @@ def on_any_worker(strategy: Strategy, mine: bool) -> bool:
         return mine
     votes = strategy.run(lambda: tf.constant(float(mine)))
     return bool(strategy.reduce(tf.distribute.ReduceOp.SUM, votes, axis=None) > 0)
+
+
+def says_worker_is_lost(error: Exception) -> bool:
+    """Whether an error of TensorFlow or JAX comes from another worker's end."""
+    if isinstance(error, tf.errors.OpError):
+        return isinstance(error, tf.errors.UnavailableError | tf.errors.AbortedError | tf.errors.DeadlineExceededError)
+    # JAX has no type for it, and raises ValueError where an array is fetched. Gloo joins the CPUs of processes.
+    return re.match(r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|\w+: Gloo \S+ failed):", str(error)) is not None
 
 
 def hosts_are_remote(strategy: Strategy) -> bool:

@@ -1,5 +1,6 @@
 """One update over any number of replicas and micro-batches, on TensorFlow."""
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -240,6 +241,11 @@ class TensorFlowEngine:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         for variable, part in zip(self._metric_variables(), parts, strict=True):
             variable.assign(tf.gather(tf.constant(part), replica))
+
+    def save_model(self, path: str | os.PathLike, write: bool) -> None:
+        """Writes a `.keras` file, where `write`."""
+        if write:
+            self.model.save(path)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Meanwhile the model has the moving average of its weights, where the optimizer keeps one."""

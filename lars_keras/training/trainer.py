@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -244,6 +245,13 @@ class Trainer:
         self._built_engine(data, 0).restore(arrays)
         self.position = Position(**{field.name: position[field.name] for field in dataclasses.fields(Position)})
         self._resumed = True
+
+    def save_model(self, path: str | os.PathLike, write: bool = True) -> None:
+        """Writes the model and its optimizer as a `.keras` file. `fit` must have begun.
+
+        Every worker must call it, because each may hold a share of the weights; `write` is for one of them.
+        """
+        self._engine.save_model(path, write)
 
     def _built_engine(self, data: Any, *first_update: int) -> Any:
         """The compiled functions, made on first use, when the shapes of the examples are known."""
