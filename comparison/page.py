@@ -16,6 +16,7 @@ from lars_keras.whole_file import write_whole
 Rows = Sequence[dict[str, Any]]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
+LIGHT = "#d8dde6"  # of the plot that stands alone; within the page it is the page's
 MARKERS = "osD^vPX"
 
 
@@ -44,7 +45,7 @@ def text(rows: Rows) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
-def figure(rows: Rows) -> Figure:
+def figure(rows: Rows, grid: str) -> Figure:
     """Top-1 against batch size, a line for each contender, with the standard deviation over the seeds."""
     contenders, batch_sizes, by_cell = _arranged(rows)
     drawn = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -55,7 +56,8 @@ def figure(rows: Rows) -> Figure:
         if not known:
             continue
         axes.errorbar(
-            [row["batch_size"] for row in known],
+            # Side by side, so that one does not hide another's spread.
+            [row["batch_size"] * 1.03 ** (i - (len(contenders) - 1) / 2) for row in known],
             [row["mean"] for row in known],
             yerr=[row["std"] or 0.0 for row in known],
             label=contender,
@@ -71,11 +73,11 @@ def figure(rows: Rows) -> Figure:
     axes.set_xlabel("batch size")
     axes.set_ylabel("top-1")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
+    axes.grid(axis="y", color=grid, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=6)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
+    axes.spines["bottom"].set_color(grid)
     if axes.has_data():
         drawn.legend(loc="outside upper left", ncols=5, frameon=False)
     return drawn
@@ -85,7 +87,7 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
     """Writes `compare.svg` and `compare.html` beside `compare.json`, whose contents `comparison` is."""
     rows = comparison["table"]
     contenders, batch_sizes, by_cell = _arranged(rows)
-    drawn = figure(rows)
+    drawn = figure(rows, LIGHT)
     with svg_style():
         drawn.set_facecolor("white")
         drawn.savefig(out / "compare.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
@@ -98,7 +100,7 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
         for of in ("top1", "top5")
     )
     with svg_style():
-        plot = inline_svg(figure(rows), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
+        plot = inline_svg(figure(rows, GRID), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
     tuning = table(
         ("contender", "batch", "updates", "chosen rate", "at an end", "top-1 on the validation share, by rate"),
         [
@@ -108,7 +110,7 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
                 "–" if row["updates"] is None else f"{row['updates']:,}",
                 "–" if row["rate"] is None else f"{row['rate']:g}",
                 "yes" if row["at_edge"] else "",
-                "   ".join(f"{t['rate']:g}: {100 * t['top1']:.2f} %" for t in row["tuning"]),
+                " · ".join(f"{t['rate']:g}: {100 * t['top1']:.2f} %" for t in row["tuning"]),
             )
             for row in rows
         ],

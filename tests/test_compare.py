@@ -154,7 +154,7 @@ class LedgerTest(tf.test.TestCase):
         found = ledger.write()
         page.write(self.out, found)
         html = (self.out / "compare.html").read_text()
-        for text in ("a &lt; b", "55.00 ± 7.07 %", "Unfinished: up to 6 runs are left", "2: 20.00 %   4: 30.00 %"):
+        for text in ("a &lt; b", "55.00 ± 7.07 %", "Unfinished: up to 6 runs are left", "2: 20.00 % · 4: 30.00 %"):
             self.assertIn(text, html)
         self.assertIn("55.00 ± 7.07 %    –", page.text(found["table"]))
         self.assertIn("<svg", (self.out / "compare.svg").read_text())
