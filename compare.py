@@ -3,10 +3,10 @@
     python compare.py --flagfile=flags/compare_digits.flags
     python compare.py --recipes=flags/a.flags,flags/b.flags --batch_sizes=256,4096 --out=runs/a_or_b
 
-Each optimizer's learning rate is chosen by a search of the same budget on a share of the training images that is kept
-apart; then it is trained on all of them, once for each seed, and scored on the test split. The same command goes on
-with a comparison that was stopped, also with more --seeds or --batch_sizes. Results: OUT/compare.json, compare.svg,
-compare.html, and a run folder for each run.
+Each optimizer's learning rate is chosen by a search of the same budget, scored on a share of the training images that
+is kept apart; then it is trained on all of them, once for each seed, and scored on the test split. The same command
+goes on with a comparison that was stopped, also with more --seeds or --batch_sizes. Results: OUT/compare.json,
+compare.svg, compare.html, and a run folder for each run.
 Exit codes: 0 done; 1 a run ended unasked; 2 a bad flag, or a file that is not there; 75 stopped by a signal.
 """
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 import flags
 from comparison import page
 from comparison.search import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Cell, Contender, Job, grid
-from comparison.worker import config_of, prepare_process, take
+from comparison.worker import Failed, config_of, prepare_process, take
 from lars_keras import data as datasets
 from lars_keras.data.rows import cores
 from lars_keras.training.errors import EXIT_PREEMPTED, EXIT_USAGE, UsageError, usage_errors
@@ -40,6 +40,7 @@ from lars_keras.training.optimizers import OPTIMIZERS
 from lars_keras.versions import versions
 from lars_keras.whole_file import write_whole
 
+BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 MAY_GROW = ("batch_sizes", "seeds")  # settings that a comparison can be gone on with although they differ
 PACKAGES = ("lars-keras", "keras", "tensorflow", "tensorflow-cpu", "jax", "numpy")
 
@@ -63,15 +64,17 @@ def define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_integer(
         "tuning_runs",
         5,
-        "At most so many runs choose the rate in each cell; 0 takes the first: the recipe's, or for another optimizer "
-        "than the recipe's that where its search would begin.",
+        "At most so many runs choose the rate in each cell. 0: the recipe's rate is kept, and another optimizer takes "
+        "the rate where its search would begin.",
         **at_least,
     )
     absl_flags.DEFINE_float("factor", 3.0, "Between neighbouring rates of the search.", flag_values=own)
     absl_flags.DEFINE_enum(
         "scaling", "sqrt", list(SCALINGS), "Of the first rate, with the batch size it is meant for.", flag_values=own
     )
-    absl_flags.DEFINE_float("validation_share", 0.1, "Of the training images, to choose rates by.", **at_least)
+    absl_flags.DEFINE_float(
+        "validation_share", 0.1, "Of the training images, to choose rates by; at most 0.5.", **at_least, upper_bound=0.5
+    )
     absl_flags.DEFINE_string("data_dir", None, "Takes the place of the recipe's.", flag_values=own)
     absl_flags.DEFINE_string("out", "runs/compare", "Folder for the results.", flag_values=own)
     absl_flags.DEFINE_integer(
@@ -86,7 +89,13 @@ def contenders_of(own: absl_flags.FlagValues) -> list[Contender]:
     if not own.recipes:
         raise UsageError("--recipes is needed: one flagfile of train.py, or several. Received: none")
     configs = {Path(name).stem: _recipe(name, own) for name in own.recipes}
+    if len(configs) < len(own.recipes):
+        raise UsageError(f"--recipes need file names that differ. Received: {','.join(own.recipes)}")
     if len(configs) > 1:
+        if not own["optimizer"].using_default_value:
+            raise UsageError("--optimizer goes with one recipe; several are compared as they are.")
+        if not own.batch_sizes and len({c.batch_size for c in configs.values()}) > 1:
+            raise UsageError("--batch_sizes is needed, because the recipes have several. Received: none")
         return [Contender(name, c, c.learning_rate, c.batch_size, own.scaling) for name, c in configs.items()]
     (config,) = configs.values()
     found = []
@@ -105,6 +114,8 @@ def _recipe(name: str, own: absl_flags.FlagValues) -> flags.RunConfig:
     if arguments:
         raise UsageError(f"--recipes={name} holds what is no flag: {' '.join(arguments)}")
     changed: dict[str, Any] = {key: own[key].value for key in ("epochs", "data_dir") if own[key].value is not None}
+    if "epochs" in changed:
+        changed["steps"] = None
     return dataclasses.replace(flags.read(values), **changed)
 
 
@@ -145,6 +156,15 @@ class Ledger:
             raise UsageError(
                 f"--out={out} holds a comparison of other settings ({', '.join(other)}). Name another folder."
             )
+        for outcome in self.outcomes.values():
+            outcome.setdefault("commit", before["commit"])
+        if not self.left:  # nothing new will be known, so what made it stays
+            self._about = {name: before[name] for name in about}
+
+    @property
+    def commit(self) -> str | None:
+        """Of the runs that are taken now."""
+        return self._about["commit"]
 
     @property
     def left(self) -> int:
@@ -153,6 +173,8 @@ class Ledger:
 
     def write(self) -> dict[str, Any]:
         found = self._about | {
+            # Of the runs, which may have been taken from several.
+            "commit": ", ".join(sorted({o["commit"] or "?" for o in self.outcomes.values()})) or self._about["commit"],
             "wall_seconds": round(self._earlier + time.monotonic() - self._began, 1),
             "left": self.left,
             "table": [cell.row(self.outcomes) for cell in self._cells],
@@ -166,11 +188,15 @@ def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validati
     """Takes all runs that are not in the ledger, `workers` at a time. Returns the exit code."""
     stopping = False
 
+    def end_all() -> None:
+        for process in multiprocessing.active_children():
+            process.terminate()  # which saves its run
+
     def stop(*_: Any) -> None:
         nonlocal stopping
+        if not stopping:
+            end_all()
         stopping = True
-        for process in multiprocessing.active_children():
-            process.terminate()  # which saves the run
 
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=prepare_process, initargs=(workers,)
@@ -188,10 +214,15 @@ def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validati
                 return 0
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                job, outcome = running.pop(future), future.result()
+                job = running.pop(future)
+                try:
+                    outcome = future.result()
+                except Failed as e:
+                    print(f"compare.py: {job.name} failed: {e} See {out}/runs/{job.name}/log.txt.", file=sys.stderr)
+                    return 1
                 if outcome is None:
                     continue
-                ledger.outcomes[job.name] = outcome
+                ledger.outcomes[job.name] = outcome | {"commit": ledger.commit}
                 ledger.write()
                 bar.total = len(ledger.outcomes) + ledger.left
                 bar.update()
@@ -211,8 +242,7 @@ def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validati
     finally:
         bar.close()
         if running and not stopping:  # a run has failed, the others shall not go on for nothing
-            for process in multiprocessing.active_children():
-                process.terminate()
+            end_all()
         pool.shutdown(cancel_futures=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -229,10 +259,14 @@ def main(own: absl_flags.FlagValues) -> int:
         if own.factor <= 1.0:
             raise UsageError(f"--factor must be above 1. Received: --factor={own.factor:g}")
         cells = grid(contenders, batch_sizes, own.tuning_runs, own.factor, seeds)
+        if own.tuning_runs and not own.validation_share:
+            raise UsageError("--validation_share must be above 0 while --tuning_runs is. Received: 0")
+        accelerator = _take_no_accelerator()
         # Made ready here, before several processes want it at once.
-        data = datasets.load(
-            config.dataset, data_dir=config.data_dir, validation_share=own.validation_share if own.tuning_runs else 0.0
-        )
+        data = {
+            (c.config.dataset, c.config.data_dir): datasets.load(c.config.dataset, data_dir=c.config.data_dir)
+            for c in contenders
+        }
         out = Path(own.out)
         for cell in cells:  # what is wrong with one of the runs is said before the first
             config_of(cell.job(0, seeds[0], tuning=True), out, own.validation_share)
@@ -241,11 +275,13 @@ def main(own: absl_flags.FlagValues) -> int:
         except OSError as e:
             raise UsageError(f"--out={out} cannot be written: {e.strerror}") from e
         names = [c.name for c in contenders]
+        networks = " and ".join(dict.fromkeys(c.config.model for c in contenders))
+        sets = " and ".join(dict.fromkeys(c.config.dataset for c in contenders))
         about = {
-            "title": f"{config.model} on {config.dataset}: {', '.join(names)}",
+            "title": f"{networks} on {sets}: {', '.join(names)}",
             "command": f"python compare.py {' '.join(sys.argv[1:])}",
             "machine": f"{platform.machine()}, {cores()} cores",
-            "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
+            "backend": BACKEND,
             "commit": _commit(),
             "versions": versions(PACKAGES),
             "settings": {
@@ -253,6 +289,7 @@ def main(own: absl_flags.FlagValues) -> int:
                 "contenders": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in contenders},
                 "batch_sizes": batch_sizes,
                 "seeds": seeds,
+                "backend": BACKEND,
                 "tuning_runs": own.tuning_runs,
                 "factor": own.factor,
                 "scaling": own.scaling,
@@ -260,11 +297,16 @@ def main(own: absl_flags.FlagValues) -> int:
             },
         }
         ledger = Ledger(out, about, cells)
-    workers = own.workers or (1 if _has_accelerator() else cores())
+    # On JAX a run takes all cores.
+    workers = own.workers or (1 if accelerator or BACKEND == "jax" else cores())
     epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in contenders))
-    print(f"  compared    {', '.join(names)}: {config.model}, {epochs} epochs of {data.num_train:,} images")
+    images = " and ".join(f"{found.num_train:,}" for found in data.values())
+    print(f"  compared    {', '.join(names)}: {networks}, {epochs} epochs of {images} images")
     print(f"  batches     {', '.join(map(str, batch_sizes))}; seeds {', '.join(map(str, seeds))}")
-    print(f"  rates       at most {own.tuning_runs} runs each, on {own.validation_share:g} of the training images")
+    rates = (
+        f"each the best of at most {own.tuning_runs} runs, scored on {own.validation_share:g} of the training images"
+    )
+    print(f"  rates       {rates if own.tuning_runs else 'as they are'}")
     print(f"  runs        {len(ledger.outcomes)} finished, at most {ledger.left} left, {workers} at a time")
     print(f"  results     {out}/compare.html", flush=True)
     code = compare(cells, ledger, out, workers, own.validation_share)
@@ -275,14 +317,14 @@ def main(own: absl_flags.FlagValues) -> int:
     return code
 
 
-def _has_accelerator() -> bool:
-    if os.environ.get("KERAS_BACKEND") == "jax":
-        import jax
-
-        return jax.default_backend() != "cpu"
+def _take_no_accelerator() -> bool:
+    """Leaves GPUs and TPUs to the processes of the runs; whether TensorFlow has one."""
     import tensorflow as tf
 
-    return any(device.device_type in ("GPU", "TPU") for device in tf.config.list_physical_devices())
+    kinds = [kind for kind in ("GPU", "TPU") if tf.config.list_physical_devices(kind)]
+    for kind in kinds:
+        tf.config.set_visible_devices([], kind)
+    return bool(kinds)
 
 
 def _commit() -> str | None:

@@ -49,12 +49,14 @@ from lars_keras.training.guard import BoundBadImages, Guard
 from lars_keras.training.preemption import StopOnSignal
 from lars_keras.training.progress import MetricsLog, Progress
 from lars_keras.training.report import write_report
-from lars_keras.training.resume import SaveCheckpoints, fit_and_survive
+from lars_keras.training.resume import SaveCheckpoints, check_all_found, fit_and_survive
 from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy, says_worker_is_lost
 from lars_keras.training.telemetry import LayerTelemetry
 
 
 def main(config: flags.RunConfig) -> None:
+    if config.eval_only:  # on the test split, also where rates were chosen on a share of the training images
+        config = dataclasses.replace(config, validation_share=0.0)
     with usage_errors():
         run_dir = open_run_dir(config)
         folder = CheckpointFolder(
@@ -116,7 +118,8 @@ def main(config: flags.RunConfig) -> None:
     }
     notes = []
     with usage_errors():
-        checkpoint = folder.latest()
+        checkpoint = None if config.dry_run else folder.latest()
+        check_all_found(strategy, checkpoint)
         if checkpoint:
             about["rollbacks"] = checkpoint.info["rollbacks"]
             notes = resume(config, trainer, checkpoint, train_feed)
@@ -322,6 +325,6 @@ def run(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     code = run(sys.argv)
-    if code == EXIT_WORKER_LOST:
+    if code == EXIT_WORKER_LOST and keras.backend.backend() == "jax":
         os._exit(code)  # at an ordinary exit JAX waits for the worker that is gone, and then aborts
     sys.exit(code)

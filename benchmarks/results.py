@@ -69,8 +69,8 @@ def comparison_part(name: str, heading: str) -> str:
         + _table(["batch", *contenders], top1)
         + "\nTop-5:\n\n"
         + _table(["batch", *contenders], top5)
-        + f"\nRates, each the best of at most {settings['tuning_runs']} on {settings['validation_share']:g} of the "
-        "training images (* the least or greatest of those tried):\n\n" + _table(["batch", *contenders], rates)
+        + f"\nRates, each the best of at most {settings['tuning_runs']}, scored on {settings['validation_share']:g} of "
+        "the training images (* the least or greatest of those tried):\n\n" + _table(["batch", *contenders], rates)
     )
 
 

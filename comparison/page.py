@@ -126,7 +126,8 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
     )
     note = (
         "Mean and standard deviation over the seeds, on the test split. The rates were chosen on a share of the "
-        "training images, each by a search of the same budget; at an end: the best was the least or greatest tried."
+        "training images, each by a search of the same budget; at an end: the best was the least or greatest tried. "
+        "A run that diverged counts as 0 %."
     )
     state = "Finished." if not comparison["left"] else f"Unfinished: up to {comparison['left']} runs are left."
     page = PAGE.substitute(

@@ -123,7 +123,7 @@ class Cell:
             ],
             "rate": None if best is None else self.job(best, 0, tuning=False).rate,
             "at_edge": bool(found) and best in (min(found), max(found)),
-            "updates": next((run["updates"] for run in runs if "updates" in run), None),
+            "updates": next((run["updates"] for run in runs if run["updates"] is not None), None),
             "top1": top1,
             "top5": [run["top5"] for run in runs],
             "mean": statistics.fmean(top1) if top1 else None,

@@ -6,12 +6,15 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
 from comparison.search import Job
 from flags import RunConfig
+from lars_keras.training.errors import Diverged, Preempted
 
 KEPT = ("top1", "top5", "loss", "n", "updates", "seconds", "images_per_second")
 _IN_A_CALL = 4096  # examples: small batches would spend their time between updates
@@ -35,9 +38,25 @@ def config_of(job: Job, run_dir: Path, validation_share: float) -> RunConfig:
     )
 
 
+_taking, _stopped = False, False
+
+
+class Failed(Exception):
+    """A run ended by an error, which its log tells."""
+
+
+def _stop(*_: Any) -> None:
+    """For SIGTERM outside of training, where `train.main` does not listen for it."""
+    global _stopped
+    _stopped = True
+    if _taking:
+        raise Preempted("stopped before or after the training")
+
+
 def prepare_process(workers: int) -> None:
-    """To be called once in each process: gives it its share of the cores, and ends it when its parent ends."""
+    """To be called once in each process: gives TensorFlow its share of the cores, and ends it when its parent ends."""
     os.setpgrp()  # Ctrl-C reaches the parent alone, which stops its workers in order
+    signal.signal(signal.SIGTERM, _stop)
 
     def follow() -> None:
         parent = multiprocessing.parent_process()
@@ -62,29 +81,54 @@ def take(config: RunConfig) -> dict[str, Any] | None:
 
     Returns:
         `KEPT` of its results, and whether it `diverged`; None if a signal stopped it.
+
+    Raises:
+        Failed: if it ended by an error, or its folder holds a run of other flags.
     """
-    import keras
-
-    import train
-    from lars_keras.training.errors import Diverged, Preempted
-
+    global _taking
+    if _stopped:
+        return None
     run_dir = Path(config.run_dir or "")
     results = run_dir / "results.json"
-    if not results.exists():  # else this process's predecessor ended before it could tell
+    if results.exists():  # this process's predecessor ended before it could tell
+        if _flags_in(run_dir) != _lines(config.as_flags()):
+            raise Failed("its folder holds a run of other flags: remove it, or name another --out.")
+    else:
         run_dir.mkdir(parents=True, exist_ok=True)
         with (
             open(run_dir / "log.txt", "a", encoding="utf-8") as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
+            _taking = True
             try:
+                import train
+
                 train.main(config)
             except Diverged:
                 return {**dict.fromkeys(KEPT), "top1": 0.0, "top5": 0.0, "diverged": True}
             except Preempted:
                 return None
+            except Exception as e:
+                traceback.print_exc()
+                raise Failed(f"{type(e).__name__}: {e}") from None
             finally:
-                keras.utils.clear_session()
-                gc.collect()
+                _taking = False
+                _forget()
     found = json.loads(results.read_text(encoding="utf-8"))
     return {**{name: found[name] for name in KEPT}, "diverged": False}
+
+
+def _forget() -> None:
+    import keras
+
+    keras.utils.clear_session()
+    gc.collect()
+
+
+def _flags_in(run_dir: Path) -> list[str]:
+    return _lines((run_dir / "flags.txt").read_text(encoding="utf-8"))
+
+
+def _lines(flags: str) -> list[str]:
+    return [line for line in flags.splitlines() if not line.startswith("--data_dir=")]

@@ -175,6 +175,8 @@ class RunConfig:
                 f"--replicas goes with --strategy=mirrored. Received: --replicas={self.replicas} "
                 f"--strategy={self.strategy}"
             )
+        if self.tpu and self.strategy not in ("auto", "tpu"):
+            raise ValueError(f"--tpu goes with --strategy=tpu. Received: --tpu={self.tpu} --strategy={self.strategy}")
         if self.telemetry_every and self.optimizer not in ("lars", "lamb"):
             raise ValueError(
                 "--telemetry_every needs trust ratios, so --optimizer=lars or lamb. Received: "

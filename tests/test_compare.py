@@ -11,22 +11,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 
 import tensorflow as tf
 from absl.testing import parameterized
 
 import compare
 import flags
-from comparison import page
+from comparison import page, worker
 from comparison.search import Cell, Contender, grid, next_step
 from comparison.worker import config_of
-from lars_keras.training.errors import UsageError
+from lars_keras.training.errors import Preempted, UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def outcome(top1, loss=1.0, diverged=False):
-    return {"top1": top1, "top5": 1.0, "loss": loss, "diverged": diverged, "updates": 7, "seconds": 1.0}
+    scores = {"top1": top1, "top5": 1.0, "loss": loss, "diverged": diverged}
+    return scores | {"updates": 7, "seconds": 1.0, "commit": "-"}
 
 
 def a_cell(tuning_runs=4, seeds=(0, 1), name="lars"):
@@ -113,6 +115,35 @@ class SearchTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual((adam.first_rate, adam.first_batch_size), (1e-3, 256))
 
 
+class WorkerTest(tf.test.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.config = flags.RunConfig(run_dir=str(self.dir))
+        (self.dir / "flags.txt").write_text(self.config.as_flags())
+        results = dict.fromkeys(worker.KEPT, 1)
+        (self.dir / "results.json").write_text(json.dumps(results | {"more": 2}))
+
+    def test_a_finished_run_is_taken_over_if_it_is_this_one(self):
+        moved = dataclasses.replace(self.config, data_dir="elsewhere")
+        self.assertEqual(worker.take(moved), dict.fromkeys(worker.KEPT, 1) | {"diverged": False})
+        with self.assertRaisesRegex(worker.Failed, "other flags"):
+            worker.take(dataclasses.replace(self.config, epochs=3.0))
+
+    def test_a_signal_outside_of_training(self):
+        with unittest.mock.patch.multiple(worker, _stopped=False, _taking=False):
+            worker._stop()
+            self.assertIsNone(worker.take(self.config))
+        with unittest.mock.patch.multiple(worker, _stopped=False, _taking=True), self.assertRaises(Preempted):
+            worker._stop()
+
+    def test_an_error_is_in_the_log(self):
+        folder = self.dir / "new"
+        with self.assertRaisesRegex(worker.Failed, "UsageError.*model.keras"):
+            worker.take(dataclasses.replace(self.config, run_dir=str(folder), eval_only=True))
+        self.assertIn("Traceback", (folder / "log.txt").read_text())
+
+
 class LedgerTest(tf.test.TestCase):
     def setUp(self):
         super().setUp()
@@ -142,6 +173,16 @@ class LedgerTest(tf.test.TestCase):
         (self.out / "compare.json").write_text("{")
         with self.assertRaisesRegex(UsageError, "is damaged"):
             compare.Ledger(self.out, self.about, self.cells)
+
+    def test_what_made_a_finished_comparison_stays(self):
+        ledger = compare.Ledger(self.out, self.about | {"commit": "a"}, [])
+        ledger.outcomes["x"] = outcome(0.5) | {"commit": ledger.commit}
+        self.assertEqual(ledger.write()["commit"], "a")
+        again = compare.Ledger(self.out, self.about | {"commit": "b", "machine": "another"}, [])
+        self.assertEqual((again.write()["commit"], again.write()["machine"]), ("a", "-"))
+        more = compare.Ledger(self.out, self.about | {"commit": "b"}, self.cells)  # has runs left
+        more.outcomes["y"] = outcome(0.5) | {"commit": more.commit}
+        self.assertEqual(more.write()["commit"], "a, b")
 
     def test_page(self):
         ledger = compare.Ledger(self.out, self.about, self.cells)
@@ -173,6 +214,14 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         (["--recipes=flags/digits_lenet.flags", "--factor=1"], "--factor must be above 1. Received: --factor=1"),
         (["--recipes=flags/digits_lenet.flags", "--optimizer=rmsprop"], "rmsprop"),
         (["--recipes=flags/digits_lenet.flags", "--batch_sizes=1500"], "--microbatch_size must divide"),
+        (
+            ["--recipes=flags/demo.flags,flags/digits_lenet.flags", "--optimizer=lars"],
+            "--optimizer goes with one recipe",
+        ),
+        (["--recipes=flags/alexnet_bn_4k.flags,flags/alexnet_bn_32k.flags"], "--batch_sizes is needed"),
+        (["--recipes=flags/demo.flags,flags/../flags/demo.flags"], "--recipes need file names that differ"),
+        (["--recipes=flags/digits_lenet.flags", "--validation_share=0"], "--validation_share must be above 0"),
+        (["--recipes=flags/digits_lenet.flags", "--validation_share=0.6"], "validation_share"),
         (["extra"], "Every argument must be a flag"),
     )
     def test_bad_flags(self, arguments, message):

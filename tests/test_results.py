@@ -28,6 +28,11 @@ class ResultsTest(tf.test.TestCase):
         on_page = set(re.findall(r"\d+\.\d+", results.page()))
         self.assertEqual([figure for figure in figures if figure not in on_page], [])
 
+    def test_quoted_tables_are_on_the_page(self):
+        rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\|.* ± ", line)]
+        self.assertNotEmpty(rows)
+        self.assertContainsSubset(rows, results.page().splitlines())
+
     def test_a_figure_that_was_not_measured_is_found(self):
         self.assertEqual(
             quoted("LARS 0.1.0 takes 1.58 times [SGD](docs/results.md), not\n2.0.\n\nother 3.5"), ["1.58", "2.0"]

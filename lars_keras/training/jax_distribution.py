@@ -63,6 +63,13 @@ def on_any_process(mine: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(mine))))
 
 
+def same_in_all_processes(mine: int) -> bool:
+    """Whether all processes have the same number; all of them must ask."""
+    if jax.process_count() == 1:
+        return True
+    return bool(np.all(multihost_utils.process_allgather(np.array(mine)) == mine))
+
+
 def _local_devices(name: str, replicas: int | None) -> list[jax.Device]:
     if replicas and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         _make_logical_cpus(replicas)

@@ -40,7 +40,7 @@ class JaxEngine:
 
     Raises:
         ValueError: if it should not be compiled, the distribution is not data parallel, or trainable variables have no
-            effect on the loss, or ratios are to be measured under dynamic loss scaling.
+            effect on the loss.
 
     Attributes:
         data_wait: seconds that the devices stood idle for want of data in the last `train`.
@@ -58,8 +58,6 @@ class JaxEngine:
         reduce_dtype: str = "float32",
     ):
         check_options(model.optimizer)
-        if not jit_compile:
-            raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
         distribution = keras.distribution.distribution()
         if distribution is not None and not isinstance(distribution, keras.distribution.DataParallel):
             raise ValueError(
@@ -73,11 +71,6 @@ class JaxEngine:
         self.microbatches = microbatches
         self.data_wait = 0.0
         layer_ratios = layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
-        if layer_ratios and self.optimizer is not inner_optimizer(self.optimizer):
-            raise ValueError(
-                "On JAX the telemetry of layers (--telemetry_every) does not go with dynamic loss scaling "
-                "(--precision=mixed_float16)."
-            )
         self._names = ["gradient", "weight"] * layer_norms + [*MEASURES] * layer_ratios
         build_model(model, element_spec)
         if not self.optimizer.built:

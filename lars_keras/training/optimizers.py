@@ -76,7 +76,9 @@ def _make(name: str, learning_rate: Any, options: dict[str, Any]) -> keras.optim
     if name == "lars":
         return LARS(learning_rate, **options)
     names = ("weight_decay", "global_clipnorm", "use_ema", "ema_momentum")
-    shared = {name: options[name] for name in names if options.get(name)}
+    shared = {name: options[name] for name in names if options.get(name) is not None}
+    if not shared.get("weight_decay"):
+        shared.pop("weight_decay", None)  # Keras would multiply every weight by 1
     momentum = options.get("momentum", 0.9)
     if name == "sgd":
         return keras.optimizers.SGD(learning_rate, **shared)

@@ -6,9 +6,9 @@ from typing import Any
 
 import keras
 
-from lars_keras.training.checkpoint import CheckpointFolder, Every
-from lars_keras.training.errors import Diverged, Preempted
-from lars_keras.training.strategy import is_chief, on_any_worker, strategy_of
+from lars_keras.training.checkpoint import Checkpoint, CheckpointFolder, Every
+from lars_keras.training.errors import Diverged, Preempted, UsageError
+from lars_keras.training.strategy import agree, is_chief, on_any_worker, strategy_of
 from lars_keras.training.trainer import Trainer
 
 
@@ -102,6 +102,7 @@ def fit_and_survive(
                 folder.wait()
             on_any_worker(strategy, True)  # no worker looks before the chief has written
             checkpoint = folder.latest()
+            check_all_found(strategy, checkpoint)
             if len(rollbacks) >= max_rollbacks or checkpoint is None:
                 raise
             trainer.restore(checkpoint.arrays, checkpoint.info["position"], data)
@@ -109,3 +110,22 @@ def fit_and_survive(
             trainer.position.data_update = next_data
             save.save()  # so that a kill from here on does not forget what to skip
             on_rollback(rollbacks[-1])
+        except Exception:
+            with contextlib.suppress(OSError):
+                folder.wait()  # what is being written may be all that is left
+            raise
+
+
+def check_all_found(strategy: Any, checkpoint: Checkpoint | None) -> None:
+    """All workers must go on from the same update, or they would average the gradients of different weights.
+
+    Raises:
+        UsageError: if they have not found the same checkpoint.
+    """
+    update = checkpoint.update if checkpoint else 0
+    if not agree(strategy, update):
+        found = f"that of update {update}" if checkpoint else "none"
+        raise UsageError(
+            "--run_dir must be a folder that all workers share: they have found different checkpoints. "
+            f"Found by this one: {found}"
+        )

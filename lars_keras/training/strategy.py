@@ -103,12 +103,37 @@ def on_any_worker(strategy: Strategy, mine: bool) -> bool:
     return bool(strategy.reduce(tf.distribute.ReduceOp.SUM, votes, axis=None) > 0)
 
 
+def agree(strategy: Strategy, mine: int) -> bool:
+    """Whether all workers have the same number; all of them must ask."""
+    if not isinstance(strategy, tf.distribute.Strategy):
+        from lars_keras.training.jax_distribution import same_in_all_processes
+
+        return same_in_all_processes(mine)
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    numbers = strategy.run(lambda: tf.constant(mine, tf.int64))
+    total = strategy.reduce(tf.distribute.ReduceOp.SUM, numbers, axis=None)
+    return not on_any_worker(strategy, int(total) != mine * strategy.num_replicas_in_sync)
+
+
 def says_worker_is_lost(error: Exception) -> bool:
     """Whether an error of TensorFlow or JAX comes from another worker's end."""
+    if not _has_other_workers():
+        return False
     if isinstance(error, tf.errors.OpError):
         return isinstance(error, tf.errors.UnavailableError | tf.errors.AbortedError | tf.errors.DeadlineExceededError)
     # JAX has no type for it, and raises ValueError where an array is fetched. Gloo joins the CPUs of processes.
-    return re.match(r"(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|\w+: Gloo \S+ failed):", str(error)) is not None
+    return re.search(r"\b(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|Gloo \S+ failed", str(error)) is not None
+
+
+def _has_other_workers() -> bool:
+    if len(workers_of_cluster()) > 1:
+        return True
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return jax.process_count() > 1
 
 
 def hosts_are_remote(strategy: Strategy) -> bool:

@@ -42,7 +42,8 @@ class LayerTelemetry(keras.callbacks.Callback):
         paths = [v.path for v in self._trainer.model.trainable_variables]
         first = batch + 2 - len(measured[0])
         for update, values in enumerate(np.stack(measured, axis=1), first):
-            if update % self._every == 0:
+            skipped = not values[0].any()  # by dynamic loss scaling, which then measures nothing
+            if update % self._every == 0 and not skipped:
                 self._log.layers(update, paths, dict(zip(MEASURES, values, strict=True)))
 
 

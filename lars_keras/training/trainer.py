@@ -97,6 +97,7 @@ class Trainer:
         self.microbatch_size, self.microbatches = split_batch(batch_size, self.replicas, microbatch_size)
         if updates_per_call < 1:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
+        _check_engine(model.optimizer, jit_compile, reduce_dtype, layer_ratios)
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
         self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
@@ -270,8 +271,6 @@ class Trainer:
             else:
                 from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
 
-                if self._reduce_dtype != "float32":
-                    raise ValueError(f"On TensorFlow gradients are reduced in float32. Received: {self._reduce_dtype}")
             self._engine = engine(self.model, element_spec(data, *first_update), **options)
         return self._engine
 
@@ -289,6 +288,26 @@ class Trainer:
                 f"`batch_size` must be at most the number of examples, {examples}. Received: {self.batch_size}"
             )
         return data.rebatch(self.batch_size, drop_remainder=True), steps
+
+
+def _check_engine(
+    optimizer: keras.optimizers.Optimizer, jit_compile: bool | str, reduce_dtype: str, layer_ratios: bool
+) -> None:
+    """Refuses what the engine of this backend cannot do."""
+    if keras.backend.backend() != "jax":
+        if reduce_dtype != "float32":
+            raise ValueError(
+                "On TensorFlow gradients are reduced in float32; --reduce_dtype is for KERAS_BACKEND=jax. Received: "
+                f"reduce_dtype={reduce_dtype}"
+            )
+        return
+    if not jit_compile:
+        raise ValueError("On JAX every update is compiled. Received: jit_compile=False (--jit_compile=off)")
+    if layer_ratios and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "On JAX the telemetry of layers (--telemetry_every) does not go with dynamic loss scaling "
+            "(--precision=mixed_float16)."
+        )
 
 
 def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> tuple[int, int]:
