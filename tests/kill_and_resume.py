@@ -1,7 +1,7 @@
 """Kills real runs at random moments and compares what they end with: `make prove-resume`, in short in the tests.
 
     python -m tests.kill_and_resume --kills=20 --out=docs/resume.json
-    KERAS_BACKEND=jax python -m tests.kill_and_resume --kills=20 --out=docs/resume_jax.json
+    KERAS_BACKEND=jax python -m tests.kill_and_resume --kills=8 --steps=60 --out=docs/resume_jax.json
 
 A run of train.py on small random images, with augmentation, dropout, a moving average of the weights and micro-batches,
 is killed by SIGKILL after a random time, started again, and so on until it ends. Its model, optimizer and metrics must

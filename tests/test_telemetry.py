@@ -3,6 +3,7 @@
 import json
 import pathlib
 import tempfile
+import types
 
 import keras
 import numpy as np
@@ -76,6 +77,15 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
         log.layers(3, ["a", "b"], {name: np.array([np.nan, 1.23456789]) for name in MEASURES})
         line = json.loads((self.dir / "metrics.jsonl").read_text())
         self.assertEqual(line, {"event": "layers", "update": 3} | {name: [None, 1.23457] for name in MEASURES})
+
+    def test_a_skipped_update_is_no_collapse(self):
+        log, model = MetricsLog(self.dir), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        trainer = types.SimpleNamespace(model=model)
+        telemetry = LayerTelemetry(trainer, log, every=1)
+        for update, scale in ((0, 1.0), (1, 0.0), (2, 2.0)):
+            trainer.layer_norms = {name: np.full((1, 2), scale, "f4") for name in MEASURES}
+            telemetry.on_train_batch_end(update)
+        self.assertEqual([e["update"] for e in read_metrics(self.dir / "metrics.jsonl")], [1, 3])
 
     def test_health(self):
         def said(*events):

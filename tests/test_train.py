@@ -25,6 +25,7 @@ from lars_keras import data as datasets
 from lars_keras.data import ArrayData
 from lars_keras.recipes import RECIPES
 from lars_keras.training.checkpoint import CheckpointFolder
+from lars_keras.training.optimizers import OPTIMIZERS, make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -162,6 +163,18 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(code, 75, out + err)
         self.assertIn("stopped after update 5, saved", err)
         self.assertLen(list((run_dir / "checkpoints").glob("update-00000005-*.npz")), 1)
+
+        with self.subTest("a dry run goes from the start"):
+            code, out, err = self.train(f"--run_dir={run_dir}", "--dry_run")
+            self.assertEqual(code, 0, err)
+            self.assertIn("dry run passed", out)
+
+        with self.subTest("workers that find different checkpoints are refused"):
+            with unittest.mock.patch("lars_keras.training.resume.agree", lambda strategy, mine: mine != 5):
+                code, _, err = self.train(f"--run_dir={run_dir}")
+            self.assertEqual(code, 2)
+            self.assertIn("--run_dir must be a folder that all workers share", err)
+            self.assertIn("that of update 5", err)
 
         with self.subTest("other flags are refused"):
             code, _, err = self.train(f"--run_dir={run_dir}", "--batch_size=32", "--seed=3")
@@ -305,6 +318,8 @@ with StopOnSignal() as stop:
         (["--exclude=("], "regular expression"),
         (["--strategy=mirrored"], "no GPU"),
         (["--strategy=multi_worker"], "TF_CONFIG"),
+        (["--tpu=name", "--strategy=one"], "--tpu goes with"),
+        (["--reduce_dtype=bfloat16"], "KERAS_BACKEND=jax"),
         (["--eval_only"], "--run_dir"),
         (["--variant=ratio_on_momentum", "--nesterov"], "Nesterov"),
         (["stray"], "stray"),
@@ -328,6 +343,15 @@ with StopOnSignal() as stop:
         self.assertEqual(process.returncode, 2, process.stderr)
         self.assertIn("lars_keras.data.prepare", process.stderr)
         self.assertNotIn("Traceback", process.stderr)
+
+
+class OptimizerTest(tf.test.TestCase):
+    def test_zero_is_a_value(self):
+        variables = [keras.Variable([1.0], name="kernel")]
+        for name in OPTIMIZERS:
+            made = make_optimizer(name, 0.1, variables, use_ema=True, ema_momentum=0.0, weight_decay=0.0)
+            self.assertEqual(made.ema_momentum, 0.0, name)
+            self.assertFalse(made.weight_decay, name)
 
 
 class RecipesTest(tf.test.TestCase):
