@@ -138,11 +138,10 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         super().setUp()
         self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-    @parameterized.parameters(("none", 1), ("mirrored2", 1))
-    def test_same_end_from_anywhere(self, strategy, updates_per_call):
-        self.check_same_end(strategy, updates_per_call)
+    def test_same_end_from_anywhere(self):
+        self.check_same_end("none", 1)
 
-    @parameterized.parameters(("one", 1), ("none", 3))
+    @parameterized.parameters(("mirrored2", 1), ("one", 1), ("none", 3))
     @pytest.mark.slow
     def test_same_end_of_other_loops(self, strategy, updates_per_call):
         self.check_same_end(strategy, updates_per_call)
@@ -337,7 +336,7 @@ class KerasFitTest(tf.test.TestCase):
 class KillTest(tf.test.TestCase):
     def test_a_killed_process(self):
         """In short; `make prove-resume` kills 20 times, also with two replicas."""
-        result = kill_and_resume.prove(2, ["--strategy=one"], steps=24, log=lambda line: None)
+        result = kill_and_resume.prove(1, ["--strategy=one"], steps=16, log=lambda line: None)
         self.assertEqual(result["relative_difference"], 0.0, result)
 
 

@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -125,8 +126,14 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertIn("2 updates", out)
         self.assertNotIn("WARNING", "".join(line for line in out.splitlines(True) if "only 2 updates" not in line))
 
-    @parameterized.parameters("mixed_bfloat16", "mixed_float16")
-    def test_half_precision(self, precision):
+    def test_bfloat16(self):
+        self.check_half_precision("mixed_bfloat16")
+
+    @pytest.mark.slow
+    def test_float16(self):
+        self.check_half_precision("mixed_float16")
+
+    def check_half_precision(self, precision):
         code, _, err = self.train(
             *SMALL,
             f"--precision={precision}",
