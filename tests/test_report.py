@@ -319,7 +319,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         for text in (
             "alexnet_small on digits: lars, batch 8192",
             "Finished.",
-            "Top-1, top-5 and loss: validation images, 450 scored, each exactly once.",
+            "Top-1, top-5 and loss: held-out images, 450 scored, each exactly once.",
             "The rate is 100 times off & so on.",
             "batch 8192 = 16 micro-batches of 512",
             '["<b>bias</b>"]',
@@ -371,7 +371,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
             page.texts,
         )
         self.assertIn(
-            "Top-1, top-5 and loss: validation images after update 6, 450 scored, each exactly once.",
+            "Top-1, top-5 and loss: held-out images after update 6, 450 scored, each exactly once.",
             page.texts,
         )
 

@@ -119,7 +119,7 @@ def _tiles(results: dict[str, Any], updates: Rows, evals: Rows) -> str:
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles)
     if score:
         at = "" if results else f" after update {score['update']}"
-        note = f"Top-1, top-5 and loss: validation images{at}, {n} scored, each exactly once."
+        note = f"Top-1, top-5 and loss: held-out images{at}, {n} scored, each exactly once."
     else:
         note = "No evaluation is logged yet."
     return f'<dl class="tiles">{cells}</dl>\n<p class="note">{escape(note)}</p>'
