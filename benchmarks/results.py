@@ -60,10 +60,12 @@ def comparison_part(name: str, heading: str) -> str:
         cells = [by_cell[c, b] for c in contenders]
         chosen = ["–" if r["rate"] is None else f"{r['rate']:g}" + "*" * r["at_edge"] for r in cells]
         rates.append([f"{b:,}", *chosen])
+    seeds = len(settings["seeds"])
+    spread = f"n = {seeds} seeds, mean ± standard deviation of" if seeds > 1 else "n = 1 seed,"
     state = "" if not found["left"] else f" **Unfinished: up to {found['left']} runs are left.**"
     return (
         f"## {heading}\n\n![top-1 over batch size]({name}.svg)\n\n"
-        f"{found['title']}; n = {len(settings['seeds'])} seeds, mean ± standard deviation of top-1 on the test split."
+        f"{found['title']}; {spread} top-1 on the test split."
         f"{state} "
         f"`{found['command']}`, {found['machine']}, {found['wall_seconds'] / 60:.0f} min, commit {found['commit']}.\n\n"
         + _table(["batch", *contenders], top1)
