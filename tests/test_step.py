@@ -56,7 +56,6 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.parameters(
         *(("mirrored2", *row) for row in cases.TABLE),
         ("one", 4, "lars", "float32"),
-        ("mirrored8", 4, "lars", "float32"),
     )
     def test_same_update(self, strategy, microbatches, optimizer, policy):
         self.check_row(strategy, microbatches, optimizer, policy)

@@ -232,6 +232,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         timed = ("seconds", "images_per_second", "data_wait")
         return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] != "note"]
 
+    @pytest.mark.slow  # tests/test_bad_images.py has the parts
     def test_bad_images(self):
         data = few_digits()
         data.bad_images.found.update({"record 3 of a": "no JPEG", "record 4 of a": "empty"})
