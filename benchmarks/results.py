@@ -28,7 +28,7 @@ NOT_RUN = """## Not run
 
 - Anything on a GPU or TPU.
 - ImageNet to its end, at any batch size.
-- The speed of the update beside timm's, on JAX, and of a whole training step with LARS against one with SGD.
+- The speed of the update beside timm's, and on JAX.
 """
 # Test accuracy of ResNet-18 on CIFAR-10 after 200 epochs, in percent, that github.com/noahgolmant/pytorch-lars reports.
 PYTORCH_LARS = {64: 89.39, 256: 85.45, 1024: 81.2, 4096: 73.41, 16384: 64.13}
@@ -124,7 +124,18 @@ def optimizer_part(found: dict[str, Any]) -> str:
 def other_part(found: dict[str, Any]) -> str:
     """Measurements of one figure each."""
     replicas, resume = found["replicas"]["rows"], found["resume"]
+    (step,) = found["optimizer_training_step"]["results"].values()
     rows = [
+        [
+            "a training step of `alexnet_bn` with LARS against one with Keras SGD+momentum, time",
+            f"{step['lars_over_sgd']:.3f}",
+            f"`python -m benchmarks.optimizer_step --step_batch={step['batch_size']}`",
+        ],
+        [
+            "the same with telemetry of every update against one without",
+            f"{step['telemetry_over_none']:.3f}",
+            f"`python -m benchmarks.optimizer_step --step_batch={step['batch_size']}`",
+        ],
         [
             "reductions per update, all replicas and micro-batches",
             ", ".join(sorted({f"{r['reductions_per_update']:.2f}" for r in replicas if r["replicas"] > 1})),
@@ -157,8 +168,13 @@ def page() -> str:
         pytorch_lars_part(),
         "## One update\n",
         optimizer_part(_read("optimizer_step")),
-        "## Exactness and memory\n",
-        other_part({name: _read(name) for name in ("replicas", "resume", "input_memory", "overhead")}),
+        "## Steps, exactness and memory\n",
+        other_part(
+            {
+                name: _read(name)
+                for name in ("optimizer_training_step", "replicas", "resume", "input_memory", "overhead")
+            }
+        ),
         NOT_RUN,
     ]
     return "\n".join(parts)
