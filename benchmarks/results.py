@@ -147,6 +147,11 @@ def other_part(found: dict[str, Any]) -> str:
             "`make prove-resume`",
         ],
         [
+            "on JAX, runs killed 8 times against one that was not, largest relative difference",
+            ", ".join(f"{r['relative_difference']:g} ({' '.join(r['flags'][:-1])})" for r in found["resume_jax"]),
+            "`KERAS_BACKEND=jax python -m tests.kill_and_resume --kills=8 --steps=60`",
+        ],
+        [
             "feeding 3 epochs at batch 32,768, peak resident memory",
             f"{found['input_memory']['results']['gib_peak']:.2f} GiB",
             "`python -m benchmarks.input_pipeline --memory`",
@@ -172,7 +177,7 @@ def page() -> str:
         other_part(
             {
                 name: _read(name)
-                for name in ("optimizer_training_step", "replicas", "resume", "input_memory", "overhead")
+                for name in ("optimizer_training_step", "replicas", "resume", "resume_jax", "input_memory", "overhead")
             }
         ),
         NOT_RUN,
