@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
 
+import keras
 from absl import flags as absl_flags
 from absl import logging
 from tqdm import tqdm
@@ -40,7 +41,6 @@ from lars_keras.training.optimizers import OPTIMIZERS
 from lars_keras.versions import versions
 from lars_keras.whole_file import write_whole
 
-BACKEND = os.environ.get("KERAS_BACKEND", "tensorflow")
 MAY_GROW = ("batch_sizes", "seeds")  # settings that a comparison can be gone on with although they differ
 PACKAGES = ("lars-keras", "keras", "tensorflow", "tensorflow-cpu", "jax", "numpy")
 
@@ -151,15 +151,15 @@ class Ledger:
             settings = before["settings"]
         except (ValueError, KeyError) as e:
             raise UsageError(f"{self._path} is damaged: {e!r}. Name another folder with --out.") from e
-        other = [name for name, value in about["settings"].items() if settings.get(name) != value]
-        if other := [name for name in other if name not in MAY_GROW]:
+        now = about["settings"]
+        if other := [name for name in now if name not in MAY_GROW and settings.get(name) != now[name]]:
             raise UsageError(
                 f"--out={out} holds a comparison of other settings ({', '.join(other)}). Name another folder."
             )
         for outcome in self.outcomes.values():
             outcome.setdefault("commit", before["commit"])
         if not self.left:  # nothing new will be known, so what made it stays
-            self._about = {name: before[name] for name in about}
+            self._about = about | {name: before[name] for name in about if name != "settings"}
 
     @property
     def commit(self) -> str | None:
@@ -281,7 +281,6 @@ def main(own: absl_flags.FlagValues) -> int:
             "title": f"{networks} on {sets}: {', '.join(names)}",
             "command": f"python compare.py {' '.join(sys.argv[1:])}",
             "machine": f"{platform.machine()}, {cores()} cores",
-            "backend": BACKEND,
             "commit": _commit(),
             "versions": versions(PACKAGES),
             "settings": {
@@ -289,7 +288,7 @@ def main(own: absl_flags.FlagValues) -> int:
                 "contenders": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in contenders},
                 "batch_sizes": batch_sizes,
                 "seeds": seeds,
-                "backend": BACKEND,
+                "backend": keras.config.backend(),
                 "tuning_runs": own.tuning_runs,
                 "factor": own.factor,
                 "scaling": own.scaling,
@@ -298,7 +297,7 @@ def main(own: absl_flags.FlagValues) -> int:
         }
         ledger = Ledger(out, about, cells)
     # On JAX a run takes all cores.
-    workers = own.workers or (1 if accelerator or BACKEND == "jax" else cores())
+    workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())
     epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in contenders))
     images = " and ".join(f"{found.num_train:,}" for found in data.values())
     print(f"  compared    {', '.join(names)}: {networks}, {epochs} epochs of {images} images")

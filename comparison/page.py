@@ -116,7 +116,7 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
         ],
     )
     reports = " ".join(f'<a href="runs/{name}/report.html">{name}</a>' for name in sorted(comparison["runs"]))
-    about = [(name, str(comparison[name])) for name in ("command", "machine", "backend", "commit", "left")]
+    about = [(name, str(comparison[name])) for name in ("command", "machine", "commit", "left")]
     about += [("time", duration(comparison["wall_seconds"]))]
     about += [(name, str(value)) for name, value in comparison["settings"].items() if name != "contenders"]
     about += list(comparison["versions"].items())

@@ -12,6 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import keras
+
 from comparison.search import Job
 from flags import RunConfig
 from lars_keras.training.errors import Diverged, Preempted
@@ -114,16 +116,10 @@ def take(config: RunConfig) -> dict[str, Any] | None:
                 raise Failed(f"{type(e).__name__}: {e}") from None
             finally:
                 _taking = False
-                _forget()
+                keras.utils.clear_session()
+                gc.collect()
     found = json.loads(results.read_text(encoding="utf-8"))
     return {**{name: found[name] for name in KEPT}, "diverged": False}
-
-
-def _forget() -> None:
-    import keras
-
-    keras.utils.clear_session()
-    gc.collect()
 
 
 def _flags_in(run_dir: Path) -> list[str]:

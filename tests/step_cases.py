@@ -1,6 +1,7 @@
 """The models, data and strategies on which one device, N replicas and k micro-batches are compared."""
 
 import itertools
+import time
 
 import keras
 import numpy as np
@@ -126,3 +127,24 @@ def oracle():
         losses.append(-np.mean(np.sum(labels * np.log(p), 1)))
         lars.step([features.T @ (p - labels) / BATCH, np.mean(p - labels, 0)])
     return lars.weights, lars.slots, losses
+
+
+def waits_for_slow_batches(model):
+    """Trains for 16 updates; three batches take 0.5 s each to read, long after what is compiled is compiled.
+
+    Returns the `data_wait` of each update, and the seconds in all.
+    """
+    trainer = Trainer(model, batch_size=BATCH, microbatch_size=BATCH // 2)
+    waits = []
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: waits.append(logs["data_wait"]))
+    x, y = (part[:BATCH] for part in examples())
+
+    def read(i):
+        time.sleep(0.5 if 10 <= i < 13 else 0.0)
+        return x, y
+
+    batches = tf.data.Dataset.range(1000).map(lambda i: tf.numpy_function(read, [i], (tf.float32, tf.float32)))
+    batches = batches.map(lambda x, y: (tf.ensure_shape(x, [BATCH, FEATURES]), tf.ensure_shape(y, [BATCH, CLASSES])))
+    started = time.monotonic()
+    trainer.fit(lambda *_: batches, epochs=16, steps_per_epoch=1, verbose=0, callbacks=[watch])
+    return waits, time.monotonic() - started

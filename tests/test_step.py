@@ -3,7 +3,6 @@
 import pickle
 import sys
 import tempfile
-import time
 
 import keras
 import numpy as np
@@ -191,24 +190,10 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters("none", "mirrored2")
     def test_data_wait_is_the_time_that_devices_stand_idle(self, strategy):
-        """Three batches take 0.5 s each to read, long after what is compiled is compiled; the others are there."""
         with cases.strategy(strategy).scope():
             model = cases.hidden()
             model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
-        trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=cases.BATCH // 2)
-        waits = []
-        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: waits.append(logs["data_wait"]))
-        x, y = (part[: cases.BATCH] for part in cases.examples())
-
-        def read(i):
-            time.sleep(0.5 if 10 <= i < 13 else 0.0)
-            return x, y
-
-        batches = tf.data.Dataset.range(1000).map(lambda i: tf.numpy_function(read, [i], (tf.float32, tf.float32)))
-        batches = batches.map(lambda x, y: (tf.ensure_shape(x, [64, 12]), tf.ensure_shape(y, [64, 5])))
-        started = time.monotonic()
-        trainer.fit(lambda *_: batches, epochs=16, steps_per_epoch=1, verbose=0, callbacks=[watch])
-        elapsed = time.monotonic() - started
+        waits, elapsed = cases.waits_for_slow_batches(model)
         self.assertBetween(sum(waits), 0.6, elapsed)
         self.assertLess(min(waits), 0.2)  # the least: on a busy machine some of them wait for a processor
 

@@ -33,7 +33,6 @@ class JaxEngine:
         model: compiled; created under the same distribution.
         element_spec: shapes and dtypes of the batches to train or evaluate on.
         microbatches: k, passes per update.
-        jit_compile: True or "auto"; here everything is compiled.
         layer_norms: measure the norms of gradients and weights.
         layer_ratios: measure the trust ratios and effective rates, where the optimizer has them.
         reduce_dtype: of the gradients on their way between devices.
@@ -52,7 +51,6 @@ class JaxEngine:
         element_spec: Any,
         *,
         microbatches: int,
-        jit_compile: bool | str,
         layer_norms: bool = False,
         layer_ratios: bool = False,
         reduce_dtype: str = "float32",

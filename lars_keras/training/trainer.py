@@ -260,7 +260,6 @@ class Trainer:
             engine: Any
             options: dict[str, Any] = {
                 "microbatches": self.microbatches,
-                "jit_compile": self._jit_compile,
                 "layer_norms": self._measures_norms,
                 "layer_ratios": self._measures_ratios,
             }
@@ -271,6 +270,7 @@ class Trainer:
             else:
                 from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
 
+                options["jit_compile"] = self._jit_compile
             self._engine = engine(self.model, element_spec(data, *first_update), **options)
         return self._engine
 
