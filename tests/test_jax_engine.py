@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import re
 import tempfile
+import types
 
 import keras
 import numpy as np
@@ -232,6 +233,13 @@ class EngineTest(parameterized.TestCase):
         *other, _ = trained("dropout", "lars", 0)
         self.assertGreater(difference(other[0], one[0]), 1e-3)
 
+    def test_ghost_batches_where_processes_alternate(self):
+        """In a torus: each process has consecutive ones, as it reads them."""
+        from lars_keras.training.jax_mesh import ghost_numbers
+
+        devices = [types.SimpleNamespace(process_index=p) for p in (0, 0, 1, 1, 0, 0, 1, 1, 2, 2)]
+        self.assertEqual(list(ghost_numbers(devices)), [0, 1, 4, 5, 2, 3, 6, 7, 8, 9])
+
     def test_loss_scaling(self):
         """A value that is not finite on one device skips the update on all, and halves the scale."""
         with distribution(8):
@@ -271,7 +279,7 @@ class EngineTest(parameterized.TestCase):
             programs = [engine.step.whole_update.lower(state, data)]
         else:
             weights, scale, sums = engine.step.begin(state)
-            inputs = weights, state["averaged"], state["counters"], scale, data, np.int32(0)
+            inputs = weights or state["trainable"], state["averaged"], state["counters"], scale, data, np.int32(0)
             a_pass = engine.step.one_pass.lower(sums, *inputs).compile().as_text()
             self.assertNotRegex(a_pass, "all-reduce|reduce-scatter|all-gather|all-to-all")
             programs = [engine.step.finish.lower(state, sums, state["counters"])]

@@ -80,6 +80,7 @@ ENTRY %main (a: f32[100], b: bf16[10]) -> f32[100] {
 
     def test_memory(self):
         self.assertEqual(Program("update", 1, 100, 90, 80, 50, 5, 0.0, 0.0, 0.0, []).memory, 165)
+        self.assertEqual(Program("pass", 4, 100, 90, 80, 50, 5, 0.0, 0.0, 0.0, [], beside=7).memory, 172)
 
 
 class RooflineTest(tf.test.TestCase):

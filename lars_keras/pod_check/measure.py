@@ -48,6 +48,7 @@ class Program:
         hbm_bytes: read from and written to HBM, each transfer once; see `hbm_bytes`.
         bytes_accessed: XLA's own count of the same, in which a prefetch in slices counts several times.
         collectives: in the order of the program.
+        beside: memory that is none of its arguments, but is held meanwhile: what other parts of the update need.
     """
 
     name: str
@@ -61,11 +62,12 @@ class Program:
     hbm_bytes: float
     bytes_accessed: float
     collectives: list[Collective]
+    beside: int = 0
 
     @property
     def memory(self) -> int:
-        """All that it holds at once."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        """All that is held at once while it runs."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.beside
 
 
 def program(name: str, times: int, compiled: Any) -> Program:

@@ -107,17 +107,20 @@ def jax_programs(
     batch = placed(
         tuple(jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype.as_numpy_dtype) for s in spec), step.batch_sharding
     )
+    ahead = _bytes_of(batch)  # the next batch comes while this one is used
     if k == 1:
-        return [program("update", 1, step.whole_update.lower(state, batch).compile())]
+        update = program("update", 1, step.whole_update.lower(state, batch).compile())
+        return [dataclasses.replace(update, beside=ahead)]
     weights, scale, sums = jax.eval_shape(step.begin, state)
     sums, (weights, scale) = placed(sums, step.sums_sharding), placed((weights, scale), step.whole)
+    kept = _bytes_of(state["optimizer"]) + (_bytes_of(state["trainable"]) if weights else 0)
     a_pass = known_pass
     if a_pass is None:
-        inputs = (weights, state["averaged"], state["counters"], scale, batch, jax.ShapeDtypeStruct((), np.int32))
-        a_pass = program("pass", k, step.one_pass.lower(sums, *inputs).compile())
+        inputs = (state["averaged"], state["counters"], scale, batch, jax.ShapeDtypeStruct((), np.int32))
+        a_pass = program("pass", k, step.one_pass.lower(sums, weights or state["trainable"], *inputs).compile())
     return [
         program("begin", 1, step.begin.lower(state).compile()),
-        dataclasses.replace(a_pass, times=k),
+        dataclasses.replace(a_pass, times=k, beside=kept + ahead),
         program("finish", 1, step.finish.lower(state, sums, state["counters"]).compile()),
     ]
 
@@ -148,8 +151,10 @@ def tensorflow_programs(
 
     if k == 1:
         return [_tensorflow_program("update", 1, update, examples, devices)]
+    a_program = _tensorflow_program("pass", k, a_pass, (sums, *examples, tf.TensorSpec((), tf.int32)), devices)
+    slots = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in model.optimizer.variables)
     return [
-        _tensorflow_program("pass", k, a_pass, (sums, *examples, tf.TensorSpec((), tf.int32)), devices),
+        dataclasses.replace(a_program, beside=slots),
         _tensorflow_program("finish", 1, finish, (sums,), devices),
     ]
 
@@ -229,6 +234,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "compile_seconds": round(seconds, 1),
         "versions": versions(PACKAGES),
     }
+
+
+def _bytes_of(arrays: Any) -> int:
+    """Bytes of arrays, or of what describes them, on one device."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
 
 def _averaged(model: keras.Model) -> list[keras.Variable]:

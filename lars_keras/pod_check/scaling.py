@@ -1,9 +1,9 @@
-"""Compiles the JAX update of two networks for slices of growing size: the figures of docs/scaling.md.
+"""Compiles the JAX update of two networks for slices of growing size: the figures of docs/pod.md.
 
     KERAS_BACKEND=jax python -m lars_keras.pod_check.scaling --out=docs/pod_scaling.json --plot=docs/pod_scaling.svg
 
 Takes about half an hour on two idle cores. Each point is written as soon as it is compiled, and a file that is there is
-completed. Prints the table of docs/scaling.md.
+completed. Prints the table of docs/pod.md.
 """
 
 import argparse

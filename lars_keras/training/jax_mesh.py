@@ -33,6 +33,17 @@ def in_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
     return sorted(devices, key=lambda device: _place(device) or (device.process_index, device.id))
 
 
+def ghost_numbers(devices: Sequence[jax.Device]) -> np.ndarray:
+    """Which ghost batch of a pass each device takes, int32, in the order of `devices`.
+
+    A process reads consecutive ghost batches, and its devices take them in their order here. In a torus the devices of
+    several processes may alternate.
+    """
+    numbers = np.empty(len(devices), np.int32)
+    numbers[np.argsort([device.process_index for device in devices], kind="stable")] = np.arange(len(devices))
+    return numbers
+
+
 def _place(device: jax.Device) -> tuple[int, ...]:
     """Coordinates in the torus, and the core in a chip that has several; empty for what is no TPU."""
     if device.platform != "tpu":

@@ -1,7 +1,7 @@
 """One update over any number of devices and micro-batches, on JAX: pure functions.
 
-An update of R devices and k micro-batches takes R * k ghost batches, device r taking number `i * R + r` in pass i. A
-device sums what its passes give; after the last, the sums are reduced over the devices, once, and the optimizer runs.
+An update of R devices and k micro-batches takes R * k ghost batches, R in a pass (`jax_mesh.ghost_numbers`). A device
+sums what its passes give; after the last, the sums are reduced over the devices, once, and the optimizer runs.
 With k = 1 that is one program; else one for a pass, run k times without waiting for it, and one for the rest, so that
 the devices hold the images of a pass or two, never of an update. (A loop inside one program is seven times slower on a
 CPU, where XLA does not hand the convolutions of a loop's body to its fast ones.)
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lars_keras.layerwise import measuring
 from lars_keras.training.ghost import GhostBatch
-from lars_keras.training.jax_mesh import cuts, share_sharding
+from lars_keras.training.jax_mesh import cuts, ghost_numbers, share_sharding
 from lars_keras.training.state import inner_optimizer
 
 Tensor = Any
@@ -35,7 +35,7 @@ State = dict[str, list[Any]]
 
 
 class JaxStep:
-    """The functions of a built model and its optimizer, over the devices of a mesh with one axis.
+    """The functions of a built model and its optimizer, over the devices of a mesh.
 
     Args:
         model: compiled and built, with a built optimizer.
@@ -68,6 +68,7 @@ class JaxStep:
         self.devices = mesh.devices.size
         self.microbatches = microbatches
         self.reduce_dtype = reduce_dtype
+        self._in_shares = shard_update
         self._measure, self._measure_ratios = layer_norms, layer_ratios
         self.ghost = GhostBatch(model)
         self.variables = {
@@ -110,7 +111,7 @@ class JaxStep:
         for i in range(self.microbatches):
             batch = next_batch(sums)
             sums, counters = self.one_pass(
-                sums, weights, state["averaged"], state["counters"], scale, batch, np.int32(i)
+                sums, weights or state["trainable"], state["averaged"], state["counters"], scale, batch, np.int32(i)
             )
         return self.finish(state, sums, counters)
 
@@ -145,7 +146,7 @@ class JaxStep:
             shares: list[Tensor], averaged: list[Tensor], counters: list[Tensor], scale: Tensor, data: Any
         ) -> tuple[list[Tensor], Any, list[Tensor]]:
             weights = [self._gathered(*each) for each in zip(shares, self._cuts, self.ghost.trainable, strict=True)]
-            index = lax.axis_index(self.axes)
+            index = self._ghost_number()
             sums, counters = self._ghost_sums(weights, averaged, counters, data, index, scale)
             return *self._reduced(sums), counters
 
@@ -157,11 +158,12 @@ class JaxStep:
         return self._applied(state, gradients, others, counters)
 
     def _begin(self, state: State) -> tuple[list[Tensor], Tensor, Any]:
-        """Of an update of several passes: the whole weights, the scale of the loss, and sums of nothing."""
-        weights = [
-            self._rounded(w, axis, v)
-            for w, axis, v in zip(state["trainable"], self._cuts, self.ghost.trainable, strict=True)
-        ]
+        """Of an update of several passes: the whole weights, the scale of the loss, and sums of nothing.
+
+        No weights where none lie in shares: the state has them, and a copy would take as much again.
+        """
+        cut = zip(state["trainable"], self._cuts, self.ghost.trainable, strict=True)
+        weights = [self._rounded(*each) for each in cut] if self._in_shares else []
         groups = (self.ghost.trainable, self.ghost.averaged, self.variables["metrics"])
         gradients, averaged, metrics = (
             [jnp.zeros((self.devices, *v.shape), "float32" if group < 2 else v.dtype) for v in variables]
@@ -184,7 +186,7 @@ class JaxStep:
         def on_device(sums: Any, weights: list[Tensor], *arguments: Any) -> tuple[Any, list[Tensor]]:
             averaged, counters, scale, data, i = arguments
             whole = [w.astype(v.dtype) for w, v in zip(weights, self.ghost.trainable, strict=True)]
-            index = i * self.devices + lax.axis_index(self.axes)
+            index = i * self.devices + self._ghost_number()
             own, counters = self._ghost_sums(whole, averaged, counters, data, index, scale)
             return jax.tree.map(lambda total, value: total + value[None], sums, own), counters
 
@@ -271,6 +273,10 @@ class JaxStep:
         new_averaged = [a.astype(jnp.float32) / ghosts for a in new_averaged]
         metrics = self._metrics_from_nothing(x, y, y_pred, sample_weight)
         return (gradients, (new_averaged, metrics, loss.astype(jnp.float32))), new_counters
+
+    def _ghost_number(self) -> Tensor:
+        """The place of this device's ghost batch in its pass."""
+        return jnp.asarray(ghost_numbers(list(self.mesh.devices.flat)))[lax.axis_index(self.axes)]
 
     def _metrics_from_nothing(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> list[Tensor]:
         """What a batch adds to the metrics' variables, which are sums."""
