@@ -10,10 +10,10 @@ The same --run_dir goes on with a run that was interrupted. All flags: `python t
 read; 6 the disk took no checkpoint or result; 75 stopped by a signal and saved.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
-import time
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
@@ -30,6 +30,7 @@ from flags.dry_run import dry_run
 from flags.run_dir import open_run_dir, write_plan, write_results
 from lars_keras import data as datasets
 from lars_keras.data import ImageData
+from lars_keras.metrics import LeftOut
 from lars_keras.training import Trainer, make_optimizer, make_schedule
 from lars_keras.training.checkpoint import Checkpoint, CheckpointFolder, Every
 from lars_keras.training.errors import (
@@ -106,7 +107,7 @@ def main(config: flags.RunConfig) -> None:
 
     # ---- Evaluation only
     if config.eval_only:
-        print(plan.scores(trainer.evaluate(test_feed)))
+        print(plan.scores(trainer.evaluate(test_feed), data.num_test))
         return
 
     # ---- Where the run is
@@ -122,7 +123,7 @@ def main(config: flags.RunConfig) -> None:
         check_all_found(strategy, checkpoint)
         if checkpoint:
             about["rollbacks"] = checkpoint.info["rollbacks"]
-            notes = resume(config, trainer, checkpoint, train_feed)
+            notes = resume(config, trainer, checkpoint, train_feed, total_updates)
         data.bad_images.load(run_dir / "bad_images.json")
 
     # ---- Plan
@@ -140,7 +141,6 @@ def main(config: flags.RunConfig) -> None:
         print(text, flush=True)
 
     # ---- Training
-    started = time.perf_counter()
     progress, log = Progress(), MetricsLog(run_dir)
     for note in notes if chief else ():
         log.note(trainer.position.update, note)
@@ -151,9 +151,11 @@ def main(config: flags.RunConfig) -> None:
         log.note(rollback["update"], text)
 
     def on_bad_image(update: int, where: str, reason: str) -> None:
-        data.bad_images.save(run_dir / "bad_images.json")
+        with contextlib.suppress(OSError):  # the log has it, too
+            data.bad_images.save(run_dir / "bad_images.json")
         log.note(update, f"left out an image that cannot be read, {where}: {reason}")
 
+    bound = BoundBadImages(data, config.max_bad_images, on_bad_image if chief else lambda *_: None)
     save = SaveCheckpoints(trainer, folder, Every(config.checkpoint_updates, config.checkpoint_minutes), about)
     try:
         with StopOnSignal() as stop:
@@ -174,7 +176,7 @@ def main(config: flags.RunConfig) -> None:
                     ),
                     Guard(trainer),
                     *([progress, log] if chief else []),
-                    BoundBadImages(data.bad_images, config.max_bad_images, on_bad_image if chief else lambda *_: None),
+                    bound,
                     stop,
                 ],
                 verbose=0,
@@ -188,18 +190,18 @@ def main(config: flags.RunConfig) -> None:
     trainer.save_model(run_dir / "model.keras", write=chief)
     if not chief:
         return
-    final = {name[4:]: values[-1] for name, values in history.history.items() if name.startswith("val_")}
+    final = {name: history.history[f"val_{name}"][-1] for name in ("top1", "top5", "loss", "n")}
     write_results(
         run_dir,
         final,
         updates=total_updates,
-        seconds=round(time.perf_counter() - started, 3),
+        seconds=round(log.seconds, 3),
         images_per_second=progress.images_per_second,
         data_wait=progress.data_wait,
         rollbacks=about["rollbacks"],
-        bad_images=len(data.bad_images.found),
+        bad_images=bound.count,
     )
-    print(plan.scores(final))
+    print(plan.scores(final, data.num_test))
     print(f"report: {write_report(run_dir)}")
 
 
@@ -231,15 +233,18 @@ def compile_model(model: keras.Model, config: flags.RunConfig, data: ImageData) 
         weighted_metrics=[
             keras.metrics.CategoricalAccuracy(name="top1"),
             keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
+            LeftOut(),
         ],
     )
 
 
-def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, train_feed: Any) -> list[str]:
+def resume(
+    config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, train_feed: Any, total_updates: int
+) -> list[str]:
     """Puts the trainer where the checkpoint was made, and says so.
 
     Raises:
-        UsageError: if the run would not go on exactly as it began, and that is not allowed.
+        UsageError: if the run would not go on exactly as it began, and that is not allowed, or is past its end.
     """
     before = checkpoint.info["flags"]
     changes = config.changes(before)
@@ -252,6 +257,11 @@ def resume(config: flags.RunConfig, trainer: Trainer, checkpoint: Checkpoint, tr
         raise UsageError(
             f"--run_dir={config.run_dir} holds a run that began otherwise: {'; '.join(changes)}. Give it the same "
             "flags, or none, to go on exactly, another --run_dir to begin again, or --allow_inexact_resume."
+        )
+    if checkpoint.update > total_updates:
+        raise UsageError(
+            f"--run_dir={config.run_dir} holds a run that has taken {checkpoint.update} updates, more than the "
+            f"{total_updates} that the flags now ask for. Give more --epochs, or another --run_dir."
         )
     trainer.restore(checkpoint.arrays, checkpoint.info["position"], train_feed)
     notes = [f"went on after update {checkpoint.update}, from {checkpoint.path.name}"]

@@ -53,7 +53,7 @@ def measure(data, updates: int, rounds: int, save_every: int, jit_compile: bool)
     seconds: dict[str, list[float]] = {"bare": [], "full": []}
     with tempfile.TemporaryDirectory() as folder, StopOnSignal() as stop:
         save = SaveCheckpoints(full, CheckpointFolder(pathlib.Path(folder) / "c"), Every(save_every), {})
-        callbacks = [Guard(full), MetricsLog(folder), BoundBadImages(data.bad_images, 100), stop]
+        callbacks = [Guard(full), MetricsLog(folder), BoundBadImages(data, 100), stop]
         for i in range(rounds + 1):
             for name, run in (
                 ("bare", lambda: bare.fit(feed, **options)),

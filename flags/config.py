@@ -1,6 +1,8 @@
 """`RunConfig`: each field is a flag, with its default, its bounds and its help in one place."""
 
+import csv
 import dataclasses
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -248,9 +250,16 @@ class RunConfig:
             if value is None or field.name in ("run_dir", "eval_only", "dry_run", "allow_inexact_resume"):
                 continue
             if isinstance(value, tuple):
-                value = ",".join(value)
+                value = _as_csv(value)
             lines.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
         return "\n".join(lines) + "\n"
+
+
+def _as_csv(values: Sequence[str]) -> str:
+    """A line that `absl` reads as a list again: what has a comma is quoted."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()
 
 
 def define() -> flags.FlagValues:

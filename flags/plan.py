@@ -99,11 +99,12 @@ def text(
     return "\n".join(lines)
 
 
-def scores(values: dict[str, float]) -> str:
+def scores(values: dict[str, float], num_test: int) -> str:
     """An evaluation in one line."""
+    missing = num_test - round(values["n"])
     return (
         f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
-        f"n={values['n']:.0f}, each image once"
+        f"n={values['n']:.0f}, each image once" + (f"; {missing:,} could not be read" if missing else "")
     )
 
 

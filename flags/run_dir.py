@@ -62,6 +62,7 @@ def write_plan(
     settings = {
         **dataclasses.asdict(config),
         "warnings": warnings,
+        "versions": _versions(),
         "layer_plan": [dataclasses.asdict(row) for row in rows],
     }
     write_whole(path / "config.json", json.dumps(settings, indent=2) + "\n")
@@ -70,6 +71,9 @@ def write_plan(
 
 def write_results(path: Path, scores: dict[str, float], **measured: Any) -> None:
     """Writes `results.json`: the last scores, what was measured on the way, and the versions of everything."""
-    found = {**versions(_PACKAGES), "keras_backend": keras.backend.backend()}
-    results = {**scores, "n": round(scores["n"]), **measured, "versions": found}
+    results = {**scores, "n": round(scores["n"]), **measured, "versions": _versions()}
     write_whole(path / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {**versions(_PACKAGES), "keras_backend": keras.backend.backend()}

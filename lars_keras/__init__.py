@@ -4,10 +4,10 @@ Importing this package imports Keras only, on whichever backend Keras runs.
 `lars_keras.data` and `lars_keras.training` are imported on demand.
 """
 
-from lars_keras import schedules
+from lars_keras import metrics, schedules
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
 from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
 
-__all__ = ["DEFAULT_EXCLUDE", "LAMB", "LARS", "VariableRole", "schedules"]
+__all__ = ["DEFAULT_EXCLUDE", "LAMB", "LARS", "VariableRole", "metrics", "schedules"]
 __version__ = "0.1.0"

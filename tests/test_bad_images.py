@@ -1,16 +1,25 @@
 """Images and record files that are damaged: delivered with mask 0, named once, and nothing else is touched."""
 
+import contextlib
+import functools
+import io
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 
+import keras
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
 import lars_keras.data
+import train
+from lars_keras.training.errors import TooManyBadImages
+from lars_keras.training.guard import BoundBadImages
 from tests import test_jpegs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,6 +108,35 @@ class BadImagesTest(tf.test.TestCase, parameterized.TestCase):
     def test_other_hosts_run_no_python(self):
         self.rewrite({5: lambda jpeg: b""})
         self.assertEmpty(self.check({5}, remote=True))
+
+    @parameterized.parameters((0, 5), (1, 0))
+    def test_those_without_a_name_are_bounded(self, maximum, code):
+        """All that is known of what the other hosts of a pod could not read is how many there were."""
+        self.rewrite({i: lambda jpeg: b"" for i in (5, 9)})
+        load = functools.partial(lars_keras.data.load, remote=True)
+        flags = "--dataset=imagenet2012 --model=alexnet_small --image_size=24 --batch_size=8 --epochs=2"
+        run_dir = pathlib.Path(self.root, "run")
+        arguments = [*flags.split(), f"--data_dir={self.root}", f"--run_dir={run_dir}", f"--max_bad_images={maximum}"]
+        err = io.StringIO()
+        with (
+            unittest.mock.patch.object(train.datasets, "load", lambda *a, **o: load(*a, **{**o, "remote": True})),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(err),
+        ):
+            self.assertEqual(train.run(["train.py", *arguments]), code, err.getvalue())
+        if code:
+            self.assertIn("1 images cannot be read, more than --max_bad_images=0. The logs of the", err.getvalue())
+        else:  # two, each in one of an epoch's permutations or the next: one at least
+            self.assertEqual(json.loads((run_dir / "results.json").read_text())["bad_images"], 1)
+
+    def test_an_evaluation_that_misses_images(self):
+        data = self.load()
+        bound = BoundBadImages(data, data.num_test - 1)
+        bound.set_model(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
+        bound.on_epoch_end(0, {"val_n": 1.0})
+        self.assertEqual(bound.count, data.num_test - 1)
+        with self.assertRaisesRegex(TooManyBadImages, f"{data.num_test} images cannot be read"):
+            bound.on_epoch_end(1, {"val_n": 0.0})
 
     def test_another_host_makes_the_same_batches(self):
         """A TensorFlow server on loopback stands for the other hosts of a TPU pod."""

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 import lars_keras.data
 from lars_keras.training.checkpoint import CheckpointFolder, Every
+from lars_keras.training.state import restore_shared, shared_state
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -76,6 +78,31 @@ class CheckpointTest(tf.test.TestCase):
     def test_how_many_are_kept(self):
         self.saved(range(1, 8), keep=2)
         self.assertEqual([p.name[:15] for p in sorted(self.path.iterdir())], ["update-00000006", "update-00000007"])
+
+    def test_the_newest_is_kept_whatever_lies_beyond_it(self):
+        """A run whose last checkpoints are damaged goes back, and what it writes then is not what is thrown away."""
+        for keep in (1, 2):
+            folder = self.saved([100, 140], keep=keep)
+            for path in self.path.iterdir():
+                path.write_bytes(b"damaged")
+            with self.assertLogs(level="ERROR"):
+                self.assertIsNone(folder.latest())
+            self.saved([7], keep=keep)
+            self.assertEqual([p.name[:15] for p in self.path.iterdir()], ["update-00000007"])
+            self.assertEqual(folder.latest().update, 7)
+
+    def test_bfloat16(self):
+        keras.config.set_dtype_policy("bfloat16")
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+        model.compile("sgd", "mse")
+        weights = [w.astype("float32") for w in model.get_weights()]
+        folder = CheckpointFolder(self.path)
+        folder.save(1, {name: np.array(v.numpy()) for name, v in shared_state(model).items()}, {})
+        model.set_weights([w + 1 for w in weights])
+        restore_shared(model, folder.latest().arrays)
+        for own, expected in zip(model.get_weights(), weights, strict=True):
+            self.assertAllEqual(own.astype("float32"), expected)
 
     def test_one_of_the_older_ones_for_every_hour(self):
         folder = CheckpointFolder(self.path, keep=2, keep_hours=1)

@@ -143,8 +143,8 @@ class FolderTest(tf.test.TestCase):
         self.write("val/b/1.jpg")
         with self.assertRaisesRegex(ValueError, "val/b is no class of the training split"):
             self.load()
-        (self.root / "labels.txt").write_text("a\nb\n")
-        self.assertEqual(self.load().num_classes, 2)
+        (self.root / "labels.txt").write_text("a\n b \n\nc d\n")
+        self.assertEqual(self.load().num_classes, 3)
         (self.root / "val" / "b" / "1.jpg").unlink()
         with self.assertRaisesRegex(FileNotFoundError, "val has no images"):
             self.load()

@@ -12,6 +12,7 @@ from absl.testing import parameterized
 
 from lars_keras import LARS
 from lars_keras.training import Trainer, split_batch
+from lars_keras.training.feed import ghost_batches
 from tests import step_cases as cases
 from tests import workers
 
@@ -97,6 +98,13 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_synchronized_batch_norm(self):
         self.check_synchronized_batch_norm("mirrored2")
+
+    def test_synchronized_batch_norm_is_not_for_xla_on_cpus(self):
+        with cases.strategy("mirrored2").scope():
+            model = cases.batch_norm(synchronized=True)()
+            model.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "--sync_batch_norm asks for. Use --jit_compile=off"):
+            Trainer(model, batch_size=8, jit_compile=True)
 
     @pytest.mark.slow
     def test_synchronized_batch_norm_of_eight(self):
@@ -239,6 +247,51 @@ class EpochsTest(tf.test.TestCase):
         trainer = Trainer(model, batch_size=64)
         trainer.fit(data, epochs=7, steps_per_epoch=0.4, validation_data=data, callbacks=[record], verbose=0)
         self.assertEqual(seen, [(0, 1, True), (2, 2, True), (5, 3, True)])
+
+    def test_the_number_of_epochs(self):
+        """40 updates for 10 epochs of 3.99 make no eleventh."""
+        model = cases.linear()
+        model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+        data = tf.data.Dataset.from_tensor_slices(cases.examples(1)).batch(64)
+        seen = []
+        record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))
+        trainer = Trainer(model, batch_size=64)
+        trainer.fit(data, epochs=40 / 3.99, steps_per_epoch=3.99, callbacks=[record], verbose=0)
+        self.assertEqual((record.params["epochs"], seen), (10, [*range(10)]))
+
+    def test_workers_read_one_endless_dataset(self):
+        """Together they have the ghost batches that one process has, also where the dataset ends within a batch."""
+        data = tf.data.Dataset.from_tensor_slices((np.arange(10), np.arange(10))).batch(5)
+
+        def read(worker, workers, replicas):
+            context = tf.distribute.InputContext(workers, worker, replicas)
+            batches = ghost_batches(data, context, microbatch_size=2, microbatches=1, first_update=1)
+            return [x.tolist() for x, _ in batches.take(5 * replicas // workers).as_numpy_iterator()]
+
+        one = read(0, 1, 2)
+        self.assertEqual(one[:4], [[4, 5], [6, 7], [8, 9], [0, 1]])
+        self.assertEqual([read(0, 2, 2), read(1, 2, 2)], [one[0::2], one[1::2]])
+
+    def test_a_dataset_is_counted_once_and_never_batched_whole(self):
+        model = cases.linear()
+        model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+        x, y = cases.examples(2)
+        read = []
+
+        def examples():
+            read.append(len(x))
+            yield from zip(x, y, strict=True)
+
+        signature = (tf.TensorSpec(x.shape[1:]), tf.TensorSpec(y.shape[1:]))
+        data = tf.data.Dataset.from_generator(examples, output_signature=signature).batch(20)
+        data = data.apply(tf.data.experimental.assert_cardinality(-(-len(x) // 20)))
+        trainer = Trainer(model, batch_size=48, microbatch_size=16)
+        ghosts, steps = trainer._whole_batches(data)
+        self.assertEqual((steps, {len(x) for x, _ in ghosts}), (len(x) // 48, {16}))
+        self.assertLen(list(ghosts), 3 * steps)
+        counted = len(read)
+        trainer._whole_batches(data)
+        self.assertLen(read, counted)
 
 
 class EvaluationTest(parameterized.TestCase, tf.test.TestCase):

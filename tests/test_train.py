@@ -1,5 +1,6 @@
 """`train.py` as a user runs it: results, repeatability, and clear errors with exit code 2."""
 
+import dataclasses
 import io
 import json
 import os
@@ -189,6 +190,11 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertIn("--batch_size=32 was 64; --seed=3 was 0", err)
             self.assertIn("--allow_inexact_resume", err)
 
+        with self.subTest("an end that is past is refused"):
+            code, _, err = self.train(f"--run_dir={run_dir}", "--epochs=0.1", "--allow_inexact_resume")
+            self.assertEqual(code, 2)
+            self.assertIn("has taken 5 updates, more than the ", err)
+
         with self.subTest("other replicas are refused"):
             folder = CheckpointFolder(run_dir / "checkpoints")
             saved = folder.latest()
@@ -367,6 +373,12 @@ class RecipesTest(tf.test.TestCase):
         values = flags.define()
         values(["train.py", f"--flagfile={path}"])
         return flags.read(values)
+
+    def test_patterns_with_a_comma_are_read_again(self):
+        patterns = ("conv[0-9]{1,2}/bias", "gamma", 'a"b')
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "flags.txt")
+        path.write_text(dataclasses.replace(self.config(ROOT / "flags/demo.flags"), exclude=patterns).as_flags())
+        self.assertEqual(self.config(path).exclude, patterns)
 
     def test_flagfiles_hold_the_published_values(self):
         published = {(r.model, r.batch_size): r for r in RECIPES}

@@ -61,6 +61,10 @@ class ArrayData(ImageData):
         self.augment = augment or ("crop_flip" if crop_flip else "none")
         if self.augment == "crop_flip" and not crop_flip:
             raise ValueError(f"{name} has no random crop and flip. Received: augment={augment!r}")
+        if self.augment == "randaugment" and train[0].shape[3] != 3:
+            raise ValueError(
+                f"--augment=randaugment needs images of 3 channels, those of {name} have {train[0].shape[3]}."
+            )
         self.name = name
         self.num_classes = num_classes
         self.image_shape = train[0].shape[1:]

@@ -81,7 +81,8 @@ def read_folder(root: Path) -> tuple[FolderExamples, FolderExamples, list[str]]:
         )
     numbering = root / "labels.txt"
     if numbering.is_file():
-        classes = numbering.read_text(encoding="utf-8").split()
+        lines = numbering.read_text(encoding="utf-8").splitlines()
+        classes = [line.strip() for line in lines if line.strip()]
     else:
         classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
     return _split(train, classes), _split(test, classes), classes

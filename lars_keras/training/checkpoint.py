@@ -106,16 +106,19 @@ class CheckpointFolder:
                 os.fsync(directory)
             finally:
                 os.close(directory)
-            self._prune()
+            self._prune(update)
         except OSError as e:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             logging.error("the checkpoint of update %d could not be written, the one before stands: %s", update, e)
             raise
 
-    def _prune(self) -> None:
+    def _prune(self, newest: int) -> None:
         for leftover in self._folder.glob(".writing-*"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
+        for path in self._paths():
+            if _update(path) > newest:  # damaged, or the run would have gone on from there
+                path.unlink()
         kept_at: float | None = None
         for path in reversed(self._paths()[self._keep :]):  # the oldest first
             written = path.stat().st_mtime

@@ -40,5 +40,5 @@ def usage_errors() -> Iterator[None]:
     """While a run is set up, an argument or file that is refused is the user's to mend, not a bug to trace."""
     try:
         yield
-    except (ValueError, FileNotFoundError, PermissionError) as e:
+    except (ValueError, OSError) as e:
         raise UsageError(str(e)) from e

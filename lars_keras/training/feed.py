@@ -44,7 +44,7 @@ def ghost_batches(
     """
     replicas = context.num_replicas_in_sync // context.num_input_pipelines
     if isinstance(feed, tf.data.Dataset):
-        dataset = _own_part(feed, context, microbatch_size).repeat()
+        dataset = _own_part(feed.repeat(), context, microbatch_size)  # the end of an epoch may lie in a block
         dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
         dataset = dataset.skip(first_update * microbatches * replicas)
     else:

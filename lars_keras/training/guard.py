@@ -8,8 +8,9 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from lars_keras.data.bad_images import BadImages
+from lars_keras.data.image_data import ImageData
 from lars_keras.training.errors import Diverged, TooManyBadImages
+from lars_keras.training.strategy import on_any_worker, strategy_of
 from lars_keras.training.trainer import Trainer
 
 
@@ -89,37 +90,61 @@ class Guard(keras.callbacks.Callback):
 
 
 class BoundBadImages(keras.callbacks.Callback):
-    """Raises `TooManyBadImages` when more than `maximum` different images could not be read.
+    """Raises `TooManyBadImages`, on all workers, when more than `maximum` different images could not be read.
+
+    Those that this process could not read have names. Of those of other workers, and of the hosts of a TPU pod, only
+    numbers are known: by the model's metric `lars_keras.metrics.LeftOut`, and by what an evaluation misses.
 
     Args:
-        bad_images: of the data set.
+        data: the data set.
         maximum: how many are allowed.
-        on_new: is told of each, once, after the update in or before which it was met.
+        on_new: is told of each that has a name, once, after the update in or before which it was met.
     """
 
-    def __init__(self, bad_images: BadImages, maximum: int, on_new: Callable[[int, str, str], None] = lambda *_: None):
+    def __init__(self, data: ImageData, maximum: int, on_new: Callable[[int, str, str], None] = lambda *_: None):
         super().__init__()
-        self._bad_images, self._maximum, self._on_new = bad_images, maximum, on_new
-        self._known = set(bad_images.found)
+        self._data, self._maximum, self._on_new = data, maximum, on_new
+        self._named = set(data.bad_images.found)
+        self._left_out = {"train": 0, "test": 0}
+
+    @property
+    def count(self) -> int:
+        """How many different images could not be read, at least."""
+        return max(len(self._named), sum(self._left_out.values()))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._update = self.params.get("first_update", 0)
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._began = math.ceil(epoch * self.params["steps_per_epoch"] - 1e-9)
+
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._update = batch + 1
-        self._check()
+        taken = (self._update - self._began) * self.params["batch_size"]
+        # An epoch's updates may reach into the permutation before it and the one after it.
+        most = taken // self._data.num_train + 2
+        self._learn("train", math.ceil((logs or {}).get("left_out", 0.0) / most))
 
     def on_test_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._check()
 
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if logs and "val_n" in logs:
+            self._learn("test", self._data.num_test - round(logs["val_n"]))
+
+    def _learn(self, split: str, left_out: int) -> None:
+        self._left_out[split] = max(self._left_out[split], left_out)
+        self._check()
+
     def _check(self) -> None:
-        where, reason = "", ""
-        for where, reason in list(self._bad_images.found.items()):
-            if where not in self._known:
-                self._known.add(where)
+        found = self._data.bad_images.found
+        for where, reason in list(found.items()):
+            if where not in self._named:
+                self._named.add(where)
                 self._on_new(self._update, where, reason)
-        if len(self._known) > self._maximum:
+        if on_any_worker(strategy_of(self.model), self.count > self._maximum):
+            last = [f"{where}: {reason}" for where, reason in found.items()][-1:]
             raise TooManyBadImages(
-                f"{len(self._known)} images cannot be read, more than --max_bad_images={self._maximum}. The last: "
-                f"{where}: {reason}"
+                f"{max(self.count, self._maximum + 1)} images cannot be read, more than --max_bad_images="
+                f"{self._maximum}. {'The last: ' + last[0] if last else 'The logs of the workers or hosts name them.'}"
             )

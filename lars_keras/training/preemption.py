@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from lars_keras.training.errors import Preempted
 from lars_keras.training.strategy import on_any_worker, strategy_of
@@ -17,8 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopOnSignal(keras.callbacks.Callback):
     """Raises `Preempted` after the update, or the batch of an evaluation, in which SIGTERM or SIGINT arrives.
 
-    A second signal ends the process at once. On several workers all stop after the same update. On a TPU, a
-    maintenance event that TensorFlow reports counts as a signal.
+    A second signal ends the process at once. On several workers all stop after the same update.
 
     ```python
     with StopOnSignal() as stop:
@@ -29,7 +27,6 @@ class StopOnSignal(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._received = threading.Event()
-        self._watcher: Any = None
 
     def __enter__(self) -> "StopOnSignal":
         # Python runs its handlers between two of its own instructions, and an update is one instruction. The
@@ -58,10 +55,6 @@ class StopOnSignal(keras.callbacks.Callback):
                 os._exit(128 + number[0])
             self._received.set()
 
-    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        if isinstance(strategy_of(self.model), tf.distribute.TPUStrategy):
-            self._watcher = tf.distribute.experimental.PreemptionWatcher()
-
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._check(f"after update {batch + 1}")
 
@@ -69,6 +62,5 @@ class StopOnSignal(keras.callbacks.Callback):
         self._check("during an evaluation")
 
     def _check(self, when: str) -> None:
-        maintenance = self._watcher is not None and self._watcher.preemption_message is not None
-        if on_any_worker(strategy_of(self.model), self._received.is_set() or maintenance):
+        if on_any_worker(strategy_of(self.model), self._received.is_set()):
             raise Preempted(f"stopped {when}")

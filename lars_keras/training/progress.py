@@ -5,12 +5,13 @@ Ordinary Keras callbacks. They expect `params` to hold "epochs", "steps" (update
 `on_train_batch_end(update, logs)` to get the 0-based index of the last finished optimizer update.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -171,8 +172,9 @@ class Progress(keras.callbacks.Callback):
         self._last_line = self._clock()
 
     def _write(self, line: str) -> None:
-        tqdm.write(line, file=self._file)
-        self._file.flush()
+        with contextlib.suppress(OSError):  # a full disk, a pipe that is closed: nothing that should end a run
+            tqdm.write(line, file=self._file)
+            self._file.flush()
 
 
 class MetricsLog(keras.callbacks.Callback):
@@ -207,6 +209,7 @@ class MetricsLog(keras.callbacks.Callback):
         self._path = self._run_dir / "metrics.jsonl"
         self._clock = clock
         self._writers: dict[str, Any] = {}
+        self._torn = False
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._finished = self.params["first_update"]
@@ -217,8 +220,7 @@ class MetricsLog(keras.callbacks.Callback):
         self._began = self._clock() - earlier
         self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
         # A resumed run writes new event files; TensorBoard lets their steps replace the older ones.
-        for writer in self._writers.values():
-            writer.close()
+        self._close_tensorboard()
         self._writers = _tensorboard_writers(self._run_dir / "tensorboard")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -228,7 +230,7 @@ class MetricsLog(keras.callbacks.Callback):
         values = {name: (logs or {}).get(name, math.nan) for name in names}
         values["images_per_second"] = self._speed.images_per_second
         values["data_wait"] = self._speed.data_wait
-        self._add("update", "train", values, {"seconds": self._clock() - self._began})
+        self._add("update", "train", values, {"seconds": self.seconds})
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._speed.restart()
@@ -240,13 +242,17 @@ class MetricsLog(keras.callbacks.Callback):
             names = ("loss", "top1", "top5")
             values = {name: logs.get(f"val_{name}", math.nan) for name in names}
             self._add("eval", "validation", values, {"n": round(logs.get("val_n", 0))})
-        for writer in self._writers.values():
-            writer.flush()
+        with self._or_without_tensorboard():
+            for writer in self._writers.values():
+                writer.flush()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        for writer in self._writers.values():
-            writer.close()
-        self._writers = {}
+        self._close_tensorboard()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training so far, over all processes that had a part in it."""
+        return self._clock() - self._began
 
     def note(self, update: int, text: str) -> None:
         """Adds a line of text, once, as of an update; it is shown in the report."""
@@ -259,22 +265,43 @@ class MetricsLog(keras.callbacks.Callback):
         rounded = {name: [float(f"{v:.6g}") for v in of_layers] for name, of_layers in values.items()}
         finite = {name: [v if math.isfinite(v) else None for v in row] for name, row in rounded.items()}
         self._append({"event": "layers", "update": update, **finite})
-        for name, row in rounded.items() if "train" in self._writers else ():
-            for path, value in zip(paths, row, strict=True):
-                if math.isfinite(value):
-                    self._writers["train"].add_scalar(f"layers/{name}/{path}", value, update)
+        each = {f"layers/{name}/{path}": v for name, row in rounded.items() for path, v in zip(paths, row, strict=True)}
+        self._scalars("train", each, update)
 
     def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
         epoch = self._finished / self.params["steps_per_epoch"]
         self._append({"event": event, "update": self._finished, "epoch": epoch, **values, **more})
-        if run in self._writers:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._writers[run].add_scalar(name, value, self._finished)
+        self._scalars(run, values, self._finished)
 
     def _append(self, event: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:  # closed, so kept, whatever happens next
-            file.write(_line(event))
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:  # closed, so kept, whatever happens next
+                file.write("\n" * self._torn + _line(event))
+            self._torn = False
+        except OSError as e:
+            if not self._torn:
+                logging.error("the run goes on without its log, which cannot be written: %s", e)
+            self._torn = True
+
+    def _scalars(self, run: str, values: dict[str, float], update: int) -> None:
+        with self._or_without_tensorboard():
+            for name, value in values.items() if run in self._writers else ():
+                if math.isfinite(value):
+                    self._writers[run].add_scalar(name, value, update)
+
+    def _close_tensorboard(self) -> None:
+        with self._or_without_tensorboard():
+            for writer in self._writers.values():
+                writer.close()
+        self._writers = {}
+
+    @contextlib.contextmanager
+    def _or_without_tensorboard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # an error of its thread, on a full disk; the kind depends on how it is installed
+            logging.error("the run goes on without TensorBoard events, which cannot be written: %s", e)
+            self._writers = {}
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -288,7 +315,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in filter(None, path.read_text(encoding="utf-8").splitlines() if path.exists() else ()):
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:

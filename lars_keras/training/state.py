@@ -44,7 +44,10 @@ def restore_shared(model: keras.Model, state: Mapping[str, np.ndarray]) -> list[
                 f"{len(shared)}, or not of the shape of {variable.path}."
             )
     for name, variable in shared.items():
-        variable.assign(known[name].astype(variable.dtype))
+        value = known[name]
+        if value.dtype.kind == "V":  # NumPy's files know no bfloat16; the bytes are there
+            value = value.view(variable.dtype)
+        variable.assign(value.astype(variable.dtype))
     return [state[f"metric/{i}"] for i in range(len(state) - len(known))]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from lars_keras.program import has_accelerator
 from lars_keras.training.feed import element_spec
 from lars_keras.training.strategy import replicas_in, strategy_of
 
@@ -97,7 +98,7 @@ class Trainer:
         self.microbatch_size, self.microbatches = split_batch(batch_size, self.replicas, microbatch_size)
         if updates_per_call < 1:
             raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
-        _check_engine(model.optimizer, jit_compile, reduce_dtype, layer_ratios)
+        _check_engine(model, self.replicas, jit_compile, reduce_dtype, layer_ratios)
         self.updates_per_call = updates_per_call
         self._jit_compile = jit_compile
         self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
@@ -105,6 +106,7 @@ class Trainer:
         self.layer_norms: dict[str, np.ndarray] = {}
         self.position = Position()
         self._resumed = False
+        self._counted: tuple[Any, int] = (None, 0)
         self._engine: Any = None
 
     def fit(
@@ -144,6 +146,8 @@ class Trainer:
         if steps_per_epoch is None:
             data, steps_per_epoch = self._whole_batches(data)
         total = math.ceil(epochs * steps_per_epoch - 1e-9)
+        ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
+        ends = ends[: ends.index(total) + 1]  # the rounding of `total` may leave nothing for the last epoch
         engine = self._built_engine(data, 0)
         if not self._resumed:
             self.position = Position()
@@ -153,7 +157,7 @@ class Trainer:
             [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
             add_history=True,
             model=self.model,
-            epochs=math.ceil(epochs),
+            epochs=len(ends),
             steps=total,
             steps_per_epoch=steps_per_epoch,
             batch_size=self.batch_size,
@@ -163,7 +167,6 @@ class Trainer:
         self.model.stop_training = False
         iterator = engine.training_iterator(data, self.microbatch_size, position.data_update)
         callback_list.on_train_begin()
-        ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
@@ -281,17 +284,20 @@ class Trainer:
             raise ValueError(
                 "`steps_per_epoch` is needed where the size of the data is not known. Received: steps_per_epoch=None"
             )
-        examples = sum(len(keras.tree.flatten(batch)[0]) for batch in data)
+        if self._counted[0] is not data:
+            self._counted = data, sum(len(keras.tree.flatten(batch)[0]) for batch in data)
+        examples = self._counted[1]
         steps = examples // self.batch_size
         if steps == 0:
             raise ValueError(
                 f"`batch_size` must be at most the number of examples, {examples}. Received: {self.batch_size}"
             )
-        return data.rebatch(self.batch_size, drop_remainder=True), steps
+        ghosts = data.rebatch(self.microbatch_size, drop_remainder=True)  # never a global batch in one piece
+        return ghosts.take(steps * self.microbatches * self.replicas), steps
 
 
 def _check_engine(
-    optimizer: keras.optimizers.Optimizer, jit_compile: bool | str, reduce_dtype: str, layer_ratios: bool
+    model: keras.Model, replicas: int, jit_compile: bool | str, reduce_dtype: str, layer_ratios: bool
 ) -> None:
     """Refuses what the engine of this backend cannot do."""
     if keras.backend.backend() != "jax":
@@ -300,10 +306,16 @@ def _check_engine(
                 "On TensorFlow gradients are reduced in float32; --reduce_dtype is for KERAS_BACKEND=jax. Received: "
                 f"reduce_dtype={reduce_dtype}"
             )
+        synchronized = any(getattr(layer, "synchronized", False) for layer in model._flatten_layers())
+        if jit_compile is True and synchronized and replicas > 1 and not has_accelerator():
+            raise ValueError(
+                "XLA compiles no traffic between CPU replicas, as --sync_batch_norm asks for. Use --jit_compile=off. "
+                "Received: jit_compile=True (--jit_compile=on)"
+            )
         return
     if not jit_compile:
         raise ValueError("On JAX every update is compiled. Received: jit_compile=False (--jit_compile=off)")
-    if layer_ratios and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    if layer_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             "On JAX the telemetry of layers (--telemetry_every) does not go with dynamic loss scaling "
             "(--precision=mixed_float16)."
