@@ -44,9 +44,9 @@ def _complete(found: dict[str, Any], out: Path) -> None:
 
     passes: dict[Any, Any] = {}  # of a model and micro-batch: the same on slices of any size
     done = {(p["model"], p["batch"], p["chips"]) for p in found["points"]}
-    for chips in (256, 1, 16, 64):
-        for batch in reversed(BATCHES):
-            for model in RECIPES:
+    for model in RECIPES:
+        for chips in (256, 1, 16, 64):
+            for batch in reversed(BATCHES):
                 if (model, batch, chips) not in done:
                     found["points"].append(_point(model, batch, chips, passes))
                     found["versions"] = versions(PACKAGES)

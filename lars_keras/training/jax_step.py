@@ -311,9 +311,17 @@ class JaxStep:
         return [g.astype(jnp.float32) for g in summed], others
 
     def _scattered(self, gradient: Tensor, cut: Sequence[int]) -> Tensor:
+        """This device's share of a gradient, summed over the devices.
+
+        Kernels of 1 x 1 convolutions go without their dimensions of 1: with them, the compiler of libtpu 0.0.52 ends in
+        "AllReduceScatterFusion not implemented".
+        """
+        ones = tuple(d for d, size in enumerate(gradient.shape) if size == 1)
+        gradient = jnp.squeeze(gradient, ones)
         for name, dimension in zip(self.axes, cut, strict=True):
-            gradient = lax.psum_scatter(gradient, name, scatter_dimension=dimension, tiled=True)
-        return gradient
+            place = dimension - sum(d < dimension for d in ones)
+            gradient = lax.psum_scatter(gradient, name, scatter_dimension=place, tiled=True)
+        return jnp.expand_dims(gradient, ones)
 
     @contextlib.contextmanager
     def _synchronized_moments(self) -> Iterator[None]:
