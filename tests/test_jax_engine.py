@@ -42,7 +42,9 @@ MODELS = {
         [
             keras.Input((cases.FEATURES,)),
             keras.layers.Dense(256, "relu"),
-            keras.layers.Dense(256, "relu"),
+            keras.layers.Reshape((1, 1, 256)),
+            keras.layers.Conv2D(256, 1, activation="relu"),  # a kernel with dimensions of 1
+            keras.layers.Flatten(),
             keras.layers.Dense(cases.CLASSES),
         ]
     ),
@@ -204,7 +206,7 @@ class EngineTest(parameterized.TestCase):
         *whole, _ = trained("wide", optimizer, 8, **options)
         *shares, trainer = trained("wide", optimizer, 8, shard_update=True, **options)
         self.check(shares, whole, SHARES)
-        kernel = trainer.model.layers[1].kernel
+        kernel = trainer.model.layers[2].kernel
         slots = [v for v in trainer.model.optimizer.variables if v.shape == kernel.shape]
         self.assertNotEmpty(slots)
         for v in (kernel, *slots):
