@@ -258,6 +258,8 @@ class EpochsTest(tf.test.TestCase):
         trainer = Trainer(model, batch_size=64)
         trainer.fit(data, epochs=40 / 3.99, steps_per_epoch=3.99, callbacks=[record], verbose=0)
         self.assertEqual((record.params["epochs"], seen), (10, [*range(10)]))
+        trainer.fit(data, epochs=0, steps_per_epoch=3, callbacks=[record], verbose=0)
+        self.assertLen(seen, 10)
 
     def test_workers_read_one_endless_dataset(self):
         """Together they have the ghost batches that one process has, also where the dataset ends within a batch."""

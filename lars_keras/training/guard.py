@@ -143,8 +143,9 @@ class BoundBadImages(keras.callbacks.Callback):
                 self._named.add(where)
                 self._on_new(self._update, where, reason)
         if on_any_worker(strategy_of(self.model), self.count > self._maximum):
-            last = [f"{where}: {reason}" for where, reason in found.items()][-1:]
+            count = max(self.count, self._maximum + 1)
+            last = [f"The last: {where}: {reason}" for where, reason in found.items()][-1:]
             raise TooManyBadImages(
-                f"{max(self.count, self._maximum + 1)} images cannot be read, more than --max_bad_images="
-                f"{self._maximum}. {'The last: ' + last[0] if last else 'The logs of the workers or hosts name them.'}"
+                f"{count} image{'s' * (count > 1)} cannot be read, more than --max_bad_images={self._maximum}. "
+                + (last or ["The logs of the workers or hosts name them."])[0]
             )

@@ -147,7 +147,8 @@ class Trainer:
             data, steps_per_epoch = self._whole_batches(data)
         total = math.ceil(epochs * steps_per_epoch - 1e-9)
         ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
-        ends = ends[: ends.index(total) + 1]  # the rounding of `total` may leave nothing for the last epoch
+        while len(ends) > 1 and ends[-2] == total:  # nothing is left for the last epoch
+            ends.pop()
         engine = self._built_engine(data, 0)
         if not self._resumed:
             self.position = Position()
