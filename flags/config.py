@@ -177,6 +177,10 @@ class RunConfig:
                 f"--replicas goes with --strategy=mirrored. Received: --replicas={self.replicas} "
                 f"--strategy={self.strategy}"
             )
+        if self.replicas and self.tpu:
+            raise ValueError(
+                f"--replicas does not go with --tpu. Received: --replicas={self.replicas} --tpu={self.tpu}"
+            )
         if self.tpu and self.strategy not in ("auto", "tpu"):
             raise ValueError(f"--tpu goes with --strategy=tpu. Received: --tpu={self.tpu} --strategy={self.strategy}")
         if self.telemetry_every and self.optimizer not in ("lars", "lamb"):

@@ -46,6 +46,11 @@ class StrategyTest(parameterized.TestCase, tf.test.TestCase):
             ):
                 make_strategy("multi_worker")
 
+    def test_replicas_of_several_workers_are_refused(self):
+        cluster = '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 0}}'
+        with unittest.mock.patch.dict(os.environ, {"TF_CONFIG": cluster}), self.assertRaisesRegex(UsageError, "=4"):
+            make_strategy("auto", replicas=4)
+
     @parameterized.parameters("grpc://127.0.0.1:9", "local")
     def test_unreachable_tpu(self, address):
         with self.assertRaisesRegex(UsageError, f"no TPU at --tpu={address}"):

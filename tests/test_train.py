@@ -322,6 +322,7 @@ with StopOnSignal() as stop:
         (["--batch_size=0"], "batch_size"),
         (["--batch_size=64", "--microbatch_size=24"], "--microbatch_size must divide --batch_size"),
         (["--batch_size=63", "--strategy=one", "--replicas=2"], "--replicas goes with"),
+        (["--batch_size=64", "--tpu=name", "--replicas=2"], "--replicas does not go with --tpu"),
         (["--optimizer=rmsprop"], "optimizer"),
         (["--learning_rate=-1"], "learning_rate"),
         (["--epochs=0"], "--epochs must be above 0"),

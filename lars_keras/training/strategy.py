@@ -37,6 +37,11 @@ def make_strategy(
         UsageError: if the devices asked for are not there.
     """
     backend = keras.backend.backend()
+    if name == "auto" and replicas and len(workers_of_cluster()) > 1:
+        raise UsageError(
+            "TF_CONFIG lists several workers, and --replicas goes with --strategy=mirrored. Received: "
+            f"--replicas={replicas}"
+        )
     if backend == "jax":
         if tpu not in (None, "local"):
             raise UsageError(
