@@ -18,7 +18,7 @@ help:
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
 	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; about half an hour"
 	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
-	@echo "make pod-scaling compile what is missing of docs/pod_scaling.json; half an hour"
+	@echo "make pod-scaling compile what is missing of docs/pod_scaling.json; about an hour"
 	@echo "make lint    check style, format and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-tpu, caches and build output"

@@ -132,6 +132,11 @@ class ScalingTest(tf.test.TestCase):
             scaling.draw(points, f"{folder}/plot.svg")
             self.assertIn("batch 8,192", pathlib.Path(folder, "plot.svg").read_text())
 
+    def test_the_page_has_the_committed_points(self):
+        docs = pathlib.Path(__file__).parents[1] / "docs"
+        points = json.loads((docs / "pod_scaling.json").read_text())["points"]
+        self.assertIn(f"\n{scaling.table(points)}\n", (docs / "pod.md").read_text())
+
 
 class CommandTest(parameterized.TestCase, tf.test.TestCase):
     def run_command(self, *arguments):

@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python -m lars_keras.pod_check.scaling --out=docs/pod_scaling.json --plot=docs/pod_scaling.svg
 
-Takes about half an hour on two idle cores. Each point is written as soon as it is compiled, and a file that is there is
+Takes about an hour on two idle cores. Each point is written as soon as it is compiled, and a file that is there is
 completed. Prints the table of docs/pod.md.
 """
 
@@ -109,31 +109,43 @@ def table(points: list[dict[str, Any]]) -> str:
 
 
 def draw(points: list[dict[str, Any]], path: str) -> None:
-    """The time of an update, and the memory of a chip, over the number of chips."""
+    """The time of an update, and the speed and memory of a chip, over the number of chips."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lars_keras", "font.size": 9}):
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots(2, len(RECIPES), sharex=True, squeeze=False)
+        figure = Figure(figsize=(8, 6.5), layout="constrained")
+        axes = figure.subplots(3, len(RECIPES), sharex=True, squeeze=False)
         for column, model in enumerate(RECIPES):
             for batch in BATCHES:
                 own = sorted(
                     (p for p in points if (p["model"], p["batch"]) == (model, batch)), key=lambda p: p["chips"]
                 )
                 chips = [p["chips"] for p in own]
-                times = [1e3 * p["roofline"]["seconds_per_update"] for p in own]
-                axes[0][column].plot(chips, times, marker="o", label=f"batch {batch:,}")
-                axes[1][column].plot(chips, [p["memory"] / 2**20 for p in own], marker="o")
-            axes[0][column].set_title(model)
-            axes[0][column].set_yscale("log")
-            axes[0][column].legend(frameon=False)
-            axes[1][column].set_xscale("log", base=2)
-            axes[1][column].set_ylim(bottom=0)
-            axes[1][column].set_xlabel("chips")
-        axes[0][0].set_ylabel("least ms an update")
-        axes[1][0].set_ylabel("MiB a chip")
+                best = [p["roofline"] for p in own]
+                rows = (
+                    [1e3 * b["seconds_per_update"] for b in best],
+                    [b["images_per_second"] / n for b, n in zip(best, chips, strict=True)],
+                    [p["memory"] / 2**20 for p in own],
+                )
+                for row, values in zip(axes[:, column], rows, strict=True):
+                    row.plot(chips, values, marker="o", label=f"batch {batch:,}")
+            top, *rest = axes[:, column]
+            top.set_title(model)
+            top.set_yscale("log")
+            top.yaxis.set_major_formatter("{x:g}")
+            top.legend(frameon=False)
+            for row in rest:
+                row.set_ylim(bottom=0)
+                row.yaxis.set_major_formatter("{x:,.0f}")
+            rest[-1].set_xscale("log", base=2)
+            rest[-1].set_xticks(list(TOPOLOGIES), [str(chips) for chips in TOPOLOGIES])
+            rest[-1].set_xlabel("chips of v5e")
+        for row, label in zip(
+            axes[:, 0], ("ms an update, at best", "images/s a chip, at best", "MiB a chip"), strict=True
+        ):
+            row.set_ylabel(label)
         FigureCanvasSVG(figure).print_svg(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
