@@ -286,6 +286,8 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, message):
                 lars_keras.data.ArrayData("x", train, (images, labels), 10)
+        with self.assertRaisesRegex(ValueError, "--augment=randaugment needs images of 3 channels, those of x have 1"):
+            lars_keras.data.ArrayData("x", (images, labels), (images, labels), 10, augment="randaugment")
 
 
 if __name__ == "__main__":
