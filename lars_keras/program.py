@@ -20,10 +20,10 @@ _tracing = contextvars.ContextVar("tracing", default=False)
 
 
 def has_accelerator() -> bool:
-    """Whether TensorFlow sees a GPU or TPU."""
+    """Whether TensorFlow has a GPU or TPU, of this machine or of those that it is connected to."""
     import tensorflow as tf
 
-    return any(device.device_type in ("GPU", "TPU") for device in tf.config.list_physical_devices())
+    return any(device.device_type in ("GPU", "TPU") for device in tf.config.list_logical_devices())
 
 
 def distributed() -> bool:

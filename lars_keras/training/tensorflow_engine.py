@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
+from lars_keras.program import has_accelerator
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
 from lars_keras.training.ghost import GhostBatch, build_model
 from lars_keras.training.state import averaged_weights, inner_optimizer, restore_shared, shared_state
@@ -54,7 +55,7 @@ class TensorFlowEngine:
         self.data_wait = 0.0
         self._measure_ratios = layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
         if jit_compile == "auto":
-            jit_compile = any(d.device_type in ("GPU", "TPU") for d in tf.config.list_logical_devices())
+            jit_compile = has_accelerator()
         with self.strategy.scope():
             build_model(model, element_spec)
         self.ghost = GhostBatch(model)
