@@ -28,8 +28,8 @@ def _sum_of_squares(x: Tensor, streams: int, rows: int, lanes: int = 8) -> Tenso
     XLA may not reassociate a sum of floats. TensorFlow's, on a CPU, then either stores all the squares or adds them one
     by one, at a fifth of the speed of memory. But it unrolls short sums and runs along the last axis in vector
     registers. So vectors of `lanes` are added first, `rows` that are neighbours in each of `streams` places, and then
-    those sums, which are `streams * rows` times fewer. It is also the more exact order. At most 32 rows are fused; 28
-    were measured to be the fastest. A longer expression is unrolled less. Other compilers do as much by themselves.
+    those sums, which are `streams * rows` times fewer. It is also the more exact order. At most 32 rows are fused. A
+    longer expression is unrolled less. Other compilers do as much by themselves.
     """
     if keras.backend.backend() != "tensorflow" or program.has_accelerator():
         return ops.sum(ops.square(x))

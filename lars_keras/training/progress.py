@@ -251,7 +251,7 @@ class MetricsLog(keras.callbacks.Callback):
 
     @property
     def seconds(self) -> float:
-        """Wall time of the training so far, over all processes that had a part in it."""
+        """Wall time of the training that is in the log, over all processes that had a part in it."""
         return self._clock() - self._began
 
     def note(self, update: int, text: str) -> None:
