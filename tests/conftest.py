@@ -8,6 +8,7 @@ for name, value in {
     "JAX_PLATFORMS": "cpu",
     "MPLBACKEND": "Agg",
     "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only
+    "TF_ENABLE_ONEDNN_OPTS": "1",  # as train.py
     "TF_NUM_INTEROP_THREADS": "2",  # the order of a parallel sum follows the number of threads
     "TF_NUM_INTRAOP_THREADS": "2",
 }.items():
