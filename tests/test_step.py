@@ -83,7 +83,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
             for (_, optimizer, policy), (state, history) in zip(cases.TABLE, rows, strict=True):
                 self.check(state, history, optimizer, policy)
 
-    @parameterized.parameters(("none", None), ("none", 8), ("mirrored2", 8), ("mirrored8", None))
+    @parameterized.parameters(("none", None), ("none", 8), ("mirrored2", 8), ("mirrored4", None))
     def test_float64_oracle(self, strategy, microbatch_size):
         trainer, history = cases.trained(
             cases.linear, cases.OPTIMIZERS["lars"], strategy, microbatch_size=microbatch_size
