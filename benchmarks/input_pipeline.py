@@ -3,8 +3,9 @@
     python -m benchmarks.input_pipeline --data_dir=DIR --out=docs/input_pipeline.json
 
 DIR holds `imagenet2012` as `lars_keras.data.prepare` writes it; a few hundred images will do, they are repeated. All
-contenders run in one process, in turn, each with a fresh iterator that has already given two batches. `ms` is processor
-time of all threads for an image: on a busy machine it says more than images/s.
+contenders run in one process, in turn, on the training images, each with a fresh iterator that has already given two
+batches. `ms` is processor time of all threads for an image: on a busy machine it says more than images/s. With
+`--folder=DIR` also from image files in DIR/train/CLASS and DIR/val/CLASS.
 
     python -m benchmarks.input_pipeline --data_dir=DIR --memory --out=docs/input_memory.json
 
@@ -73,16 +74,16 @@ def decoded(files: tf.Tensor, windows: np.ndarray, batch: int, size: int | None)
     return rows.map(pixels, num_parallel_calls=cores()).batch(batch, drop_remainder=True).prefetch(2)
 
 
-def tutorial(builder: Any, split: str, batch: int, size: int) -> tf.data.Dataset:
+def tutorial(builder: Any, train: bool, batch: int, size: int) -> tf.data.Dataset:
     """As in most tutorials: the whole image is decoded, then resized."""
 
     def pixels(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.image.resize(example["image"], (size, size))
-        image = tf.image.random_flip_left_right(image) if split == "train" else image
+        image = tf.image.random_flip_left_right(image) if train else image
         return image / 255.0, example["label"]
 
     config = tfds.ReadConfig(try_autocache=False)  # ImageNet is too large to hold its pixels; this sample is not
-    examples = builder.as_dataset(split=split, shuffle_files=split == "train", read_config=config).repeat()
+    examples = builder.as_dataset(split="train", shuffle_files=train, read_config=config).repeat()
     return examples.map(pixels, tf.data.AUTOTUNE).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
@@ -110,7 +111,7 @@ def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Itera
 
     crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     crop = crop if train else [transforms.Resize(256), transforms.CenterCrop(size)]
-    images = datasets.ImageFolder(folder, transforms.Compose([*crop, transforms.PILToTensor()]))
+    images = datasets.ImageFolder(f"{folder}/train", transforms.Compose([*crop, transforms.PILToTensor()]))
     many = torch.utils.data.ConcatDataset([images] * (100_000 // len(images)))
     return iter(torch.utils.data.DataLoader(many, batch, shuffle=train, num_workers=cores()))
 
@@ -132,28 +133,32 @@ def contenders(data_dir: str, folder: str | None, batch: int, size: int) -> dict
         return JpegData("images", Repeated(examples, 10**6), Repeated(examples, 10**6), 1000, image_size=size)
 
     tensor = tf.constant(files)
+    if folder:
+        in_folder = load("folder", data_dir=folder, image_size=size)
+        assert isinstance(in_folder, JpegData)
 
-    def group(split: str, windows: np.ndarray, batches: Callable[[JpegData], tf.data.Dataset]) -> dict[str, Contender]:
+    def group(train: bool, windows: np.ndarray, batches: Callable[[JpegData], tf.data.Dataset]) -> dict[str, Contender]:
         found: dict[str, Contender] = {
             "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, windows, batch, None)),
             "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, windows, batch, size)),
             "lars_keras": lambda: iter(batches(ours(data._train))),
             "lars_keras, --cache=memory": lambda: iter(batches(ours(held))),
-            "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, split, batch, size)),
+            "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, train, batch, size)),
         }
+        if folder:
+            found["lars_keras, --dataset=folder"] = lambda: iter(batches(ours(in_folder._train)))
         if importlib.util.find_spec("PIL"):
             found["Pillow, threads"] = lambda: pillow(files, windows, batch, size)
         if importlib.util.find_spec("torchvision") and folder:
-            own = "train" if split == "train" else "val"
-            found["torchvision, processes"] = lambda: torchvision_loader(f"{folder}/{own}", batch, size, own == "train")
+            found["torchvision, processes"] = lambda: torchvision_loader(folder, batch, size, train)
         return found
 
     for name in ("PIL", "torchvision"):
         if not importlib.util.find_spec(name):
             print(f"{name} is not installed: not run")
     return {
-        "training": group("train", random, lambda data: data.train_batches(batch)),
-        "evaluation": group("validation", central, lambda data: data.test_batches(batch)),
+        "training": group(True, random, lambda data: data.train_batches(batch)),
+        "evaluation": group(False, central, lambda data: data.test_batches(batch)),
     }
 
 
@@ -230,7 +235,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--folder", help="the same images in folders of their classes, for torchvision")
+    parser.add_argument("--folder", help="images in DIR/train/CLASS and DIR/val/CLASS")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--size", type=int, default=227, help="height and width of the images made")
     parser.add_argument("--images", type=int, default=2048, help="images of a round")

@@ -121,6 +121,30 @@ def optimizer_part(found: dict[str, Any]) -> str:
     return text
 
 
+def input_part(found: dict[str, Any]) -> str:
+    """`benchmarks.input_pipeline`."""
+    settings, versions = found["settings"], found["versions"]
+    text = (
+        f"Real ImageNet JPEGs to {settings['size']} pixels, {versions['machine']}, {versions['cores']} cores, "
+        f"medians of {settings['rounds']} rounds. `ms` is processor time for an image, and what the shares are of. "
+        "`python -m benchmarks.input_pipeline`.\n"
+    )
+    for kind, contenders in found["results"].items():
+        rows = [
+            [
+                name,
+                f"{row['images_per_second']:,.0f}",
+                f"{row['ms']:.2f}",
+                f"{row['of_decoder_by_ms']:.2f}",
+                f"{row['of_decoder_and_resize_by_ms']:.2f}",
+            ]
+            for name, row in contenders.items()
+        ]
+        head = [kind, "images/s", "ms", "of the decoder alone", "of decoder and resize"]
+        text += "\n" + _table(head, rows)
+    return text
+
+
 def other_part(found: dict[str, Any]) -> str:
     """Measurements of one figure each."""
     replicas, resume = found["replicas"]["rows"], found["resume"]
@@ -173,6 +197,8 @@ def page() -> str:
         pytorch_lars_part(),
         "## One update\n",
         optimizer_part(_read("optimizer_step")),
+        "## Input\n",
+        input_part(_read("input_pipeline")),
         "## Steps, exactness and memory\n",
         other_part(
             {
