@@ -1,7 +1,7 @@
 """Layer-wise adaptive moments for large batches (LAMB)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -25,7 +25,7 @@ class LAMB(LayerwiseOptimizer):
         w -= lr ||w|| / ||r|| * r
 
     The ratio is 1 where either norm is 0. Arithmetic and norms are float32 whatever the variable's dtype (float64 for
-    float64 variables); what is stored has the variable's dtype.
+    float64 variables); what is stored has the variable's dtype, and the weights move by the moments as they are stored.
 
     Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to
     `optax.lamb`. `keras.optimizers.Lamb` subtracts the decay outside the ratio.
@@ -85,13 +85,20 @@ class LAMB(LayerwiseOptimizer):
         self.trust_clip = bool(trust_clip)
 
     def rule(
-        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
+        self,
+        w: Tensor,
+        g: Tensor,
+        slots: Sequence[Tensor],
+        lr: Tensor,
+        t: Tensor,
+        role: VariableRole,
+        stored: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         """The new weights and moments of one variable, and its trust ratio."""
         m, v = slots
         b = self.weight_decay if role.decay else 0.0
-        m = self.beta_1 * m + (1 - self.beta_1) * g
-        v = self.beta_2 * v + (1 - self.beta_2) * ops.square(g)
+        m = stored(self.beta_1 * m + (1 - self.beta_1) * g)
+        v = stored(self.beta_2 * v + (1 - self.beta_2) * ops.square(g))
         c1, c2 = self._correction(self.beta_1, t), self._correction(self.beta_2, t)
 
         def r(m: Tensor, v: Tensor, w: Tensor) -> Tensor:

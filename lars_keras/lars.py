@@ -1,6 +1,6 @@
 """Layer-wise adaptive rate scaling (LARS)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -27,7 +27,8 @@ class LARS(LayerwiseOptimizer):
     - `"ratio_on_momentum"`: `v = m v + d`, then `w -= lr * eta ||w|| / (||v|| + epsilon) * v`.
 
     The ratio is 1 where `||w||` is 0, or where the norm of the gradient in the rule is 0. Arithmetic and norms are
-    float32 whatever the variable's dtype (float64 for float64 variables); what is stored has the variable's dtype.
+    float32 whatever the variable's dtype (float64 for float64 variables); what is stored has the variable's dtype, and
+    the weights move by the momentum as it is stored.
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`. Rates of LARS recipes are large (2 to
@@ -99,7 +100,14 @@ class LARS(LayerwiseOptimizer):
         self.trust_clip = bool(trust_clip)
 
     def rule(
-        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
+        self,
+        w: Tensor,
+        g: Tensor,
+        slots: Sequence[Tensor],
+        lr: Tensor,
+        t: Tensor,
+        role: VariableRole,
+        stored: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         """The new weights and momentum of one variable, and its trust ratio."""
         m, (v,) = self.momentum, slots
@@ -107,7 +115,7 @@ class LARS(LayerwiseOptimizer):
         d = g + b * w
 
         if self.variant == "ratio_on_momentum":
-            v = m * v + d
+            v = stored(m * v + d)
             ratio = self._ratio(w, v, 0.0, lr, role)
             return w - lr * ratio * v, (v,), ratio
 
@@ -118,11 +126,11 @@ class LARS(LayerwiseOptimizer):
 
         if self.variant == "lr_outside_momentum":
             step = ratio * d
-            v = m * v + step
+            v = stored(m * v + step)
             return w - lr * (m * v + step if self.nesterov else v), (v,), ratio
 
         step = lr * ratio * d
-        v = m * v + step
+        v = stored(m * v + step)
         return w - (m * v + step if self.nesterov else v), (v,), ratio
 
     def _ratio(self, w: Tensor, x: Tensor, b: float, lr: Tensor, role: VariableRole) -> Tensor:

@@ -3,14 +3,15 @@
 import abc
 import contextlib
 import contextvars
+import functools
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from lars_keras.program import CompiledUpdate, distributed
+from lars_keras.program import CompiledUpdate, distributed, rounded
 from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole, check_patterns, resolve_roles
 from lars_keras.trust import Tensor, l2_norm
 
@@ -71,7 +72,14 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     @abc.abstractmethod
     def rule(
-        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
+        self,
+        w: Tensor,
+        g: Tensor,
+        slots: Sequence[Tensor],
+        lr: Tensor,
+        t: Tensor,
+        role: VariableRole,
+        stored: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         """The update of one variable, a pure function.
 
@@ -81,6 +89,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             lr: scalar, the global rate times the factor of the role.
             t: scalar, the number of this update, from 1.
             role: whether the variable is adapted and decayed.
+            stored: what a slot will hold of its new value, for the rule to go on with.
 
         Returns:
             The new weights, the new slots, and the ratio, a scalar.
@@ -153,7 +162,8 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         w, g = ops.cast(variable, dtype), ops.cast(_dense(gradient, variable), dtype)
         lr, t = (ops.cast(x, dtype) for x in scalars)
         lr = lr * role.lr_scale
-        new, new_slots, ratio = self.rule(w, g, [ops.cast(s, dtype) for s in slots], lr, t, role)
+        stored = functools.partial(rounded, dtype=keras.backend.standardize_dtype(variable.dtype))
+        new, new_slots, ratio = self.rule(w, g, [ops.cast(s, dtype) for s in slots], lr, t, role, stored)
         # Norms that the rule takes as well cost nothing: the compiler finds them to be the same.
         measures = [l2_norm(w), l2_norm(g), ratio, lr * ratio] if measure else []
         for slot, value in zip(slots, new_slots, strict=True):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 Tensor = Any
 # Of one variable: gradient, weights, slots, what is fixed about it, the scalars of the update, whether to measure it.
@@ -43,6 +44,15 @@ def recomputed(*tensors: Tensor) -> Sequence[Tensor]:
     from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     return gen_xla_ops.xla_optimization_barrier(tensors)
+
+
+def rounded(x: Tensor, dtype: str) -> Tensor:
+    """`x` rounded to `dtype`, in its own dtype. XLA may leave a rounding out, and then computes from the old values
+    what it could from those it has just written, for which it copies them."""
+    if keras.backend.standardize_dtype(x.dtype) == dtype:
+        return x
+    (short,) = recomputed(ops.cast(x, dtype))
+    return ops.cast(short, x.dtype)
 
 
 class CompiledUpdate:

@@ -21,7 +21,8 @@ def norm(x):
 
 
 class ReferenceLARS:
-    """Holds weights and slots in float64; `dtype` is what they are rounded to when stored.
+    """Holds weights and slots in float64; `dtype` is what they are rounded to when
+    stored, slots before the weights move by them.
 
     `adapt` and `decay` say for each variable what exclusions say by pattern. A learning rate that
     is a function gives the rate of update 0, 1, ...
@@ -60,7 +61,7 @@ class ReferenceLARS:
         for i, g in enumerate(gradients):
             b = self.weight_decay if self.decay[i] else 0.0
             w, v = rule(self.weights[i], self.slots[i], g, b, lr, self.adapt[i])
-            self.weights[i], self.slots[i] = round_to(self.dtype, w), round_to(self.dtype, v)
+            self.weights[i], self.slots[i] = round_to(self.dtype, w), v
         self.updates += 1
 
     def paper(self, w, v, g, b, lr, adapt):
@@ -73,7 +74,7 @@ class ReferenceLARS:
         return self.lr_inside(w, v, self.rate(lr, ratio, adapt) * d)
 
     def lr_inside(self, w, v, step):
-        v = self.m * v + step
+        v = round_to(self.dtype, self.m * v + step)
         return w - (self.m * v + step if self.nesterov else v), v
 
     def lr_outside_momentum(self, w, v, g, b, lr, adapt):
@@ -83,11 +84,11 @@ class ReferenceLARS:
         elif self.clip:  # lr * min(ratio / lr, 1) is min(ratio, lr)
             ratio = min(ratio / lr, 1.0) if lr > 0 else 1.0
         u = ratio * (g + b * w)
-        v = self.m * v + u
+        v = round_to(self.dtype, self.m * v + u)
         return w - lr * (self.m * v + u if self.nesterov else v), v
 
     def ratio_on_momentum(self, w, v, g, b, lr, adapt):
-        v = self.m * v + g + b * w
+        v = round_to(self.dtype, self.m * v + g + b * w)
         return w - self.rate(lr, self.ratio(norm(w), norm(v), norm(v)), adapt) * v, v
 
     def ratio(self, weight_norm, rule_norm, denominator):
@@ -137,8 +138,8 @@ class ReferenceLAMB:
         self.updates += 1
         for i, g in enumerate(gradients):
             w = self.weights[i]
-            mean = self.first[i] + (1 - self.beta_1) * (g - self.first[i])
-            square = self.second[i] + (1 - self.beta_2) * (g * g - self.second[i])
+            mean = round_to(self.dtype, self.first[i] + (1 - self.beta_1) * (g - self.first[i]))
+            square = round_to(self.dtype, self.second[i] + (1 - self.beta_2) * (g * g - self.second[i]))
             unbiased, spread = mean, square
             if self.corrected:
                 unbiased = mean / (1 - math.pow(self.beta_1, self.updates))
@@ -151,4 +152,4 @@ class ReferenceLAMB:
                 ratio = norm(w) / norm(r) if norm(w) > 0 and norm(r) > 0 else 1.0
                 rate = lr * (min(ratio, 1.0) if self.clip else ratio)
             self.weights[i] = round_to(self.dtype, w - rate * r)
-            self.first[i], self.second[i] = round_to(self.dtype, mean), round_to(self.dtype, square)
+            self.first[i], self.second[i] = mean, square
