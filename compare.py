@@ -159,8 +159,8 @@ class Ledger:
             )
         for outcome in self.outcomes.values():
             outcome.setdefault("commit", before["commit"])
-        if not self.left:  # nothing new will be known, so what made it stays
-            self._about = about | {name: before[name] for name in about if name != "settings"}
+        if not self.left:  # nothing new will be known, so what made it stays; the table is of what is asked for now
+            self._about = about | {name: before[name] for name in about if name not in ("settings", "command")}
 
     @property
     def commit(self) -> str | None:

@@ -178,8 +178,10 @@ class LedgerTest(tf.test.TestCase):
         ledger = compare.Ledger(self.out, self.about | {"commit": "a"}, [])
         ledger.outcomes["x"] = outcome(0.5) | {"commit": ledger.commit}
         self.assertEqual(ledger.write()["commit"], "a")
-        again = compare.Ledger(self.out, self.about | {"commit": "b", "machine": "another"}, [])
-        self.assertEqual((again.write()["commit"], again.write()["machine"]), ("a", "-"))
+        again = compare.Ledger(self.out, self.about | {"commit": "b", "machine": "another", "command": "fewer"}, [])
+        found = again.write()
+        self.assertEqual((found["commit"], found["machine"]), ("a", "-"))
+        self.assertEqual(found["command"], "fewer")  # it is what the table is of
         more = compare.Ledger(self.out, self.about | {"commit": "b"}, self.cells)  # has runs left
         more.outcomes["y"] = outcome(0.5) | {"commit": more.commit}
         self.assertEqual(more.write()["commit"], "a, b")
