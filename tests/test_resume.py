@@ -162,7 +162,7 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         ends_of_an_epoch = [u for u in positions if u in (5, 9)]
         some = [ends_of_an_epoch[-1], positions[-2]]
         if everywhere:
-            some = [*positions[::2], *ends_of_an_epoch]
+            some += [*positions[::2], *ends_of_an_epoch]
         for update in sorted({0, *some}, reverse=True):
             again = Run(self.dir / "a", strategy, updates_per_call).restored(update)
             self.assertEqual(again.trainer.position.update, update)

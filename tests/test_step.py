@@ -85,6 +85,13 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters(("none", None), ("none", 8), ("mirrored2", 8), ("mirrored4", None))
     def test_float64_oracle(self, strategy, microbatch_size):
+        self.check_float64_oracle(strategy, microbatch_size)
+
+    @pytest.mark.slow
+    def test_float64_oracle_of_eight(self):
+        self.check_float64_oracle("mirrored8", None)
+
+    def check_float64_oracle(self, strategy, microbatch_size):
         trainer, history = cases.trained(
             cases.linear, cases.OPTIMIZERS["lars"], strategy, microbatch_size=microbatch_size
         )
