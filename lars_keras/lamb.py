@@ -1,14 +1,14 @@
 """Layer-wise adaptive moments for large batches (LAMB)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from lars_keras.layerwise import LayerwiseOptimizer, check_number
-from lars_keras.program import recomputed
+from lars_keras.program import recomputed, rounded
 from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.trust import Tensor, l2_norm, trust_ratio
 
@@ -85,20 +85,13 @@ class LAMB(LayerwiseOptimizer):
         self.trust_clip = bool(trust_clip)
 
     def rule(
-        self,
-        w: Tensor,
-        g: Tensor,
-        slots: Sequence[Tensor],
-        lr: Tensor,
-        t: Tensor,
-        role: VariableRole,
-        stored: Callable[[Tensor], Tensor],
+        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         """The new weights and moments of one variable, and its trust ratio."""
         m, v = slots
         b = self.weight_decay if role.decay else 0.0
-        m = stored(self.beta_1 * m + (1 - self.beta_1) * g)
-        v = stored(self.beta_2 * v + (1 - self.beta_2) * ops.square(g))
+        m = rounded(self.beta_1 * m + (1 - self.beta_1) * g, role.dtype)
+        v = rounded(self.beta_2 * v + (1 - self.beta_2) * ops.square(g), role.dtype)
         c1, c2 = self._correction(self.beta_1, t), self._correction(self.beta_2, t)
 
         def r(m: Tensor, v: Tensor, w: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Layer-wise adaptive rate scaling (LARS)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from lars_keras.layerwise import LayerwiseOptimizer, check_number
+from lars_keras.program import rounded
 from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.trust import Tensor, l2_norm, trust_ratio
 
@@ -100,14 +101,7 @@ class LARS(LayerwiseOptimizer):
         self.trust_clip = bool(trust_clip)
 
     def rule(
-        self,
-        w: Tensor,
-        g: Tensor,
-        slots: Sequence[Tensor],
-        lr: Tensor,
-        t: Tensor,
-        role: VariableRole,
-        stored: Callable[[Tensor], Tensor],
+        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         """The new weights and momentum of one variable, and its trust ratio."""
         m, (v,) = self.momentum, slots
@@ -115,7 +109,7 @@ class LARS(LayerwiseOptimizer):
         d = g + b * w
 
         if self.variant == "ratio_on_momentum":
-            v = stored(m * v + d)
+            v = rounded(m * v + d, role.dtype)
             ratio = self._ratio(w, v, 0.0, lr, role)
             return w - lr * ratio * v, (v,), ratio
 
@@ -126,11 +120,11 @@ class LARS(LayerwiseOptimizer):
 
         if self.variant == "lr_outside_momentum":
             step = ratio * d
-            v = stored(m * v + step)
+            v = rounded(m * v + step, role.dtype)
             return w - lr * (m * v + step if self.nesterov else v), (v,), ratio
 
         step = lr * ratio * d
-        v = stored(m * v + step)
+        v = rounded(m * v + step, role.dtype)
         return w - (m * v + step if self.nesterov else v), (v,), ratio
 
     def _ratio(self, w: Tensor, x: Tensor, b: float, lr: Tensor, role: VariableRole) -> Tensor:

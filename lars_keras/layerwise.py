@@ -3,15 +3,14 @@
 import abc
 import contextlib
 import contextvars
-import functools
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from lars_keras.program import CompiledUpdate, distributed, rounded
+from lars_keras.program import CompiledUpdate, distributed
 from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole, check_patterns, resolve_roles
 from lars_keras.trust import Tensor, l2_norm
 
@@ -72,14 +71,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     @abc.abstractmethod
     def rule(
-        self,
-        w: Tensor,
-        g: Tensor,
-        slots: Sequence[Tensor],
-        lr: Tensor,
-        t: Tensor,
-        role: VariableRole,
-        stored: Callable[[Tensor], Tensor],
+        self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         """The update of one variable, a pure function.
 
@@ -88,8 +80,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             slots: of the same shape, in the order of the class's `slots`.
             lr: scalar, the global rate times the factor of the role.
             t: scalar, the number of this update, from 1.
-            role: whether the variable is adapted and decayed.
-            stored: what a slot will hold of its new value, for the rule to go on with.
+            role: whether the variable is adapted and decayed, and the dtype to which new slots are `rounded`.
 
         Returns:
             The new weights, the new slots, and the ratio, a scalar.
@@ -110,7 +101,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         self._program = CompiledUpdate(self._step)
 
     def layer_plan(self) -> list[VariableRole]:
-        """One row per trainable variable: path, shape, whether it is adapted and decayed, its rate's factor.
+        """One row per trainable variable: path, shape, dtype, whether it is adapted and decayed, its rate's factor.
 
         Raises:
             ValueError: before the optimizer is built.
@@ -162,8 +153,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
         w, g = ops.cast(variable, dtype), ops.cast(_dense(gradient, variable), dtype)
         lr, t = (ops.cast(x, dtype) for x in scalars)
         lr = lr * role.lr_scale
-        stored = functools.partial(rounded, dtype=keras.backend.standardize_dtype(variable.dtype))
-        new, new_slots, ratio = self.rule(w, g, [ops.cast(s, dtype) for s in slots], lr, t, role, stored)
+        new, new_slots, ratio = self.rule(w, g, [ops.cast(s, dtype) for s in slots], lr, t, role)
         # Norms that the rule takes as well cost nothing: the compiler finds them to be the same.
         measures = [l2_norm(w), l2_norm(g), ratio, lr * ratio] if measure else []
         for slot, value in zip(slots, new_slots, strict=True):

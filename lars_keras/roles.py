@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras
+
 RANK_LE_1 = "rank<=1"
 
 DEFAULT_EXCLUDE: tuple[str, ...] = (
@@ -26,6 +28,7 @@ class VariableRole:
     Attributes:
         path: `keras.Variable.path`.
         shape: shape of the variable.
+        dtype: in which it and its slots are stored.
         adapt: whether the trust ratio scales its step.
         decay: whether weight decay acts on it.
         lr_scale: factor on the global learning rate; 1 where `adapt` is true.
@@ -33,6 +36,7 @@ class VariableRole:
 
     path: str
     shape: tuple[int, ...]
+    dtype: str
     adapt: bool
     decay: bool
     lr_scale: float
@@ -93,7 +97,8 @@ def resolve_roles(
         adapt = not any(_matches(p, path, variable) for p in no_adapt)
         decay = not any(_matches(p, path, variable) for p in no_decay)
         scale = 1.0 if adapt else excluded_lr_scale
-        roles.append(VariableRole(path, tuple(variable.shape), adapt, decay, scale))
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        roles.append(VariableRole(path, tuple(variable.shape), dtype, adapt, decay, scale))
     return roles
 
 
