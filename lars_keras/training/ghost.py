@@ -13,11 +13,15 @@ So it does not matter whether the ghost batches lie on one device one after the 
 replicas.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from lars_keras.training.moments import in_one_pass
 
 Tensor = Any
 
@@ -28,14 +32,26 @@ _KEYS = 2**31
 class GhostBatch:
     """The state of a built model, sorted by what an update does with it.
 
+    Args:
+        model: built.
+        compiled: whether XLA compiles `loss`, so that batch normalisation takes its moments as `in_one_pass` does.
+        over_replicas: see `in_one_pass`.
+
     Attributes:
         trainable: trainable variables.
         averaged: floating-point state, averaged over ghost batches.
         counters: integer state, the same after every ghost batch: seed generators and counters.
     """
 
-    def __init__(self, model: keras.Model):
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        compiled: bool,
+        over_replicas: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ):
         self.model = model
+        self._moments = (lambda: in_one_pass(model, over_replicas)) if compiled else contextlib.nullcontext
         self.trainable = list(model.trainable_variables)
         state = list(model.non_trainable_variables)
         self.averaged = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
@@ -63,7 +79,7 @@ class GhostBatch:
         ]
         variables = self.trainable + self.averaged + self.counters
         mapping = list(zip(variables, trainable + averaged + keyed, strict=True))
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with self._moments(), keras.StatelessScope(mapping, collect_losses=True) as scope:
             y_pred = self.model(x, training=True)
             loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
             new_averaged = [scope.get_current_value(v) for v in self.averaged]

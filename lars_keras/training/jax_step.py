@@ -13,8 +13,7 @@ share. The norms of LARS are sums over the shares, which the compiler adds up. S
 between updates is that of ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +69,7 @@ class JaxStep:
         self.reduce_dtype = reduce_dtype
         self._in_shares = shard_update
         self._measure, self._measure_ratios = layer_norms, layer_ratios
-        self.ghost = GhostBatch(model)
+        self.ghost = GhostBatch(model, compiled=True, over_replicas=lambda sums: lax.psum(sums, self.axes))
         self.variables = {
             "trainable": self.ghost.trainable,
             "averaged": self.ghost.averaged,
@@ -122,8 +121,7 @@ class JaxStep:
 
         def loss(trainable: list[Tensor], averaged: list[Tensor], counters: list[Tensor], data: Any) -> Tensor:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            with self._synchronized_moments():
-                return self.ghost.loss(trainable, averaged, counters, x, y, sample_weight, jnp.int32(0))[0]
+            return self.ghost.loss(trainable, averaged, counters, x, y, sample_weight, jnp.int32(0))[0]
 
         arguments = (shapes["trainable"], shapes["averaged"], shapes["counters"], data)
         jaxpr = jax.make_jaxpr(loss, axis_env=list(zip(self.axes, self.mesh.devices.shape, strict=True)))(
@@ -263,8 +261,7 @@ class JaxStep:
         ghosts = self.devices * self.microbatches
 
         def loss_of(weights: list[Tensor]) -> tuple[Tensor, Any]:
-            with self._synchronized_moments():
-                loss, y_pred, *state = self.ghost.loss(weights, averaged, counters, x, y, sample_weight, index)
+            loss, y_pred, *state = self.ghost.loss(weights, averaged, counters, x, y, sample_weight, index)
             loss = loss / ghosts
             return loss * scale.astype(loss.dtype), (loss, y_pred, *state)
 
@@ -322,37 +319,6 @@ class JaxStep:
             place = dimension - sum(d < dimension for d in ones)
             gradient = lax.psum_scatter(gradient, name, scatter_dimension=place, tiled=True)
         return jnp.expand_dims(gradient, ones)
-
-    @contextlib.contextmanager
-    def _synchronized_moments(self) -> Iterator[None]:
-        """Keras's batch normalisation has no `synchronized=True` on JAX: meanwhile, it has."""
-        layers = [
-            layer
-            for layer in self.model._flatten_layers()
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized
-        ]
-
-        def over_devices(layer: keras.layers.BatchNormalization) -> Any:
-            def moments(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-                x = inputs.astype(jnp.float32)
-                weight = jnp.ones([1] * x.ndim) if mask is None else mask[..., None].astype(jnp.float32)
-                weight = jnp.broadcast_to(weight, x.shape)
-                axes = layer._reduction_axes
-                own = [jnp.sum(t * weight, axes) for t in (jnp.ones_like(x), x, x * x)]
-                count, total, squares = lax.psum(own, self.axes)
-                mean = total / jnp.maximum(count, 1.0)
-                variance = jnp.maximum(squares / jnp.maximum(count, 1.0) - mean * mean, 0.0)
-                return mean.astype(inputs.dtype), variance.astype(inputs.dtype)
-
-            return moments
-
-        for layer in layers:
-            layer._moments = over_devices(layer)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer._moments
 
 
 _WHOLE = PartitionSpec()

@@ -58,7 +58,7 @@ class TensorFlowEngine:
             jit_compile = has_accelerator()
         with self.strategy.scope():
             build_model(model, element_spec)
-        self.ghost = GhostBatch(model)
+        self.ghost = GhostBatch(model, compiled=bool(jit_compile))
         with self.strategy.scope():
             if not self.optimizer.built:
                 self.optimizer.build(self.ghost.trainable)
