@@ -1,5 +1,6 @@
 """Checkpoints on disk: verified, bounded in number, and never half a file."""
 
+import errno
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 
 import keras
 import numpy as np
@@ -16,6 +18,7 @@ import tensorflow as tf
 
 import lars_keras.data
 from lars_keras.training.checkpoint import CheckpointFolder, Every
+from lars_keras.training.errors import Preempted
 from lars_keras.training.state import restore_shared, shared_state
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,6 +76,18 @@ class CheckpointTest(tf.test.TestCase):
             self.assertAllEqual(checkpoint.arrays["0/model/a"], arrays(1)["0/model/a"])
             self.assertIn(newest.name, logs.output[0])
         newest.write_bytes(whole)
+        self.assertEqual(folder.latest().update, 2)
+
+    def test_one_that_cannot_be_read_is_not_taken_for_damaged(self):
+        """As on a shared disk that is away for a moment: a run that began anew would throw it away."""
+        folder = self.saved([1, 2])
+        for function, error in (
+            ("hashlib.file_digest", OSError(errno.ESTALE, "Stale file handle")),
+            ("numpy.load", MemoryError()),
+            ("numpy.load", Preempted("stopped")),
+        ):
+            with unittest.mock.patch(function, side_effect=error), self.assertRaises(type(error)):
+                folder.latest()
         self.assertEqual(folder.latest().update, 2)
 
     def test_how_many_are_kept(self):

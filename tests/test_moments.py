@@ -52,6 +52,7 @@ class MomentsTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_masked_examples_do_not_count(self):
         mask = np.arange(8)[:, None, None] < np.array([5])
+        self.x[6, 1] = np.nan
         mean, variance, gradient = self.moments_and_gradient(mask=tf.constant(np.broadcast_to(mask, [8, 4, 4])))
         x = self.x[:5].astype("float64")
         self.assertAllClose(mean, x.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)

@@ -180,6 +180,14 @@ class MetricsLogTest(tf.test.TestCase):
         self.assertEqual(events[5]["seconds"], whole[4]["seconds"] + 9.0)
         self.assertIsNone(events[5]["images_per_second"])
 
+    def test_a_note_beyond_the_checkpoint_stays(self):
+        """A damaged image is told once in a run, also if the run falls back behind that."""
+        self.run_log(stop=4)
+        progress.MetricsLog(self.run_dir, self.clock).note(4, "left out an image")
+        self.run_log(first=2, stop=3)
+        events = [(e["event"], e["update"]) for e in self.read()]
+        self.assertEqual(events, [("update", 1), ("update", 2), ("note", 4), ("update", 3), ("eval", 3)])
+
     def test_resume_at_an_epochs_end_keeps_one_evaluation(self):
         self.run_log(stop=3)
         log = progress.MetricsLog(self.run_dir, self.clock)

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import tempfile
 import time
+import types
 
 import keras
 import numpy as np
@@ -272,11 +273,13 @@ class RollbackTest(tf.test.TestCase):
 
 
 class GuardTest(tf.test.TestCase):
-    def check(self, losses, **options):
-        guard = Guard(**options)
+    def check(self, losses, in_a_call=1):
+        trainer = types.SimpleNamespace(layer_norms={})
+        guard = Guard(trainer)
         guard.on_train_begin()
-        for i, loss in enumerate(losses):
-            guard.on_train_batch_end(i, {"step_loss": loss})
+        for i in range(0, len(losses), in_a_call):
+            trainer.step_losses = losses[i : i + in_a_call]
+            guard.on_train_batch_end(i + len(trainer.step_losses) - 1, {})
 
     def test_loss(self):
         self.check([3.0] * 30 + [250.0, 0.1, 0.0])
@@ -290,19 +293,26 @@ class GuardTest(tf.test.TestCase):
         with self.assertRaisesRegex(Diverged, "loss is 11 in update 31"):
             self.check([1e-6] * 30 + [11.0])
 
+    def test_every_loss_of_a_host_call(self):
+        self.check([3.0] * 40, in_a_call=8)
+        with self.assertRaisesRegex(Diverged, "loss is 301 in update 27, 100 times its median"):
+            self.check([3.0] * 26 + [301.0] + [3.0] * 5, in_a_call=8)
+        with self.assertRaisesRegex(Diverged, "loss is nan in update 2"):
+            self.check([3.0, np.nan, 3.0], in_a_call=3)
+
     def test_layers(self):
         class FakeTrainer:
             model = keras.Sequential(
                 [keras.Input((2,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")]
             )
-            layer_norms = {}
+            layer_norms, step_losses = {}, [1.0]
 
         def check(gradients, weights, message):
             guard = Guard(FakeTrainer)
             guard.on_train_begin()
             FakeTrainer.layer_norms = {"gradient": np.array(gradients), "weight": np.array(weights)}
             with self.assertRaisesRegex(Diverged, message):
-                guard.on_train_batch_end(len(gradients) - 1, {"step_loss": 1.0})
+                guard.on_train_batch_end(len(gradients) - 1, {})
 
         fine, bad, long = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, np.nan, 1.0], [1.0, 101.0, 1.0, 1.0]
         check([fine, bad], [fine, fine], "gradient of .*b/kernel is not finite in update 2")
@@ -335,6 +345,15 @@ class KerasFitTest(tf.test.TestCase):
         with self.assertRaisesRegex(Preempted, "stopped after update 4"), StopOnSignal() as stop:
             fit("mse", signal_at_3, stop)
         self.assertEqual([signal.getsignal(number) for number in SIGNALS], handlers)
+
+    def test_a_loss_that_explodes_late_in_an_epoch_of_keras_own_fit(self):
+        """Keras tells the mean over the epoch so far, here 86."""
+        x = np.full((96, 1), 3.0, "f4")
+        x[88:] = 1000.0
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        model.compile(keras.optimizers.SGD(0.0), lambda y, p: p)
+        with self.assertRaisesRegex(Diverged, "loss is 1000 in update 24, 333 times its median"):
+            model.fit(x, x, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[Guard()])
 
 
 class KillTest(tf.test.TestCase):

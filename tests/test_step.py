@@ -3,6 +3,7 @@
 import pickle
 import sys
 import tempfile
+from unittest import mock
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras import LARS
-from lars_keras.training import Trainer, split_batch
+from lars_keras.training import Trainer, ghost, split_batch
 from lars_keras.training.feed import ghost_batches
 from tests import step_cases as cases
 from tests import workers
@@ -186,10 +187,13 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         self.assertLess(difference(cases.state(trainer), expected), (FLOAT32,))
 
     def test_xla_takes_the_moments_of_batch_norm_in_one_pass(self):
-        trainer, _ = cases.trained(
-            cases.batch_norm(), cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=16, jit_compile=True
-        )
-        expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"], microbatch_size=16)
+        with mock.patch.object(ghost, "in_one_pass", wraps=ghost.in_one_pass) as in_one_pass:
+            expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"], microbatch_size=16)
+            in_one_pass.assert_not_called()
+            trainer, _ = cases.trained(
+                cases.batch_norm(), cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=16, jit_compile=True
+            )
+            in_one_pass.assert_called()
         self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
 
     def test_no_pass_is_lost_between_replicas(self):
@@ -351,8 +355,12 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
         model = cases.linear()
         model.compile("sgd", "mse", metrics=["mse"])
         data = tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50)
+        trainer = Trainer(model, batch_size=64)
         with self.assertRaisesRegex(ValueError, "weighted_metrics"):
-            Trainer(model, batch_size=64).evaluate(data)
+            trainer.evaluate(data)
+        with self.assertRaisesRegex(ValueError, "weighted_metrics"):  # before the first epoch, not after it
+            trainer.fit(data, validation_data=data, verbose=0)
+        self.assertEqual(trainer.position.update, 0)
 
 
 class ArgumentsTest(parameterized.TestCase, tf.test.TestCase):

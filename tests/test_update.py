@@ -34,13 +34,27 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
     def test_equals_stock_fit_everywhere(self, strategy, option):
         self.check(strategy, option)
 
-    def check(self, strategy, option):
+    def test_averages_are_taken_before_constraints(self):
+        def make_model():
+            constraint = keras.constraints.MaxNorm(0.5)
+            return keras.Sequential(
+                [keras.Input((cases.FEATURES,)), keras.layers.Dense(cases.CLASSES, kernel_constraint=constraint)]
+            )
+
+        self.check("none", {"use_ema": True, "ema_momentum": 0.5}, make_model)
+
+    @parameterized.parameters(keras.optimizers.Nadam, keras.optimizers.Muon)
+    def test_optimizers_that_are_more_than_their_step(self, optimizer):
+        with self.assertRaisesRegex(ValueError, f"cannot take {optimizer.__name__}"):
+            cases.trained(cases.hidden, optimizer)
+
+    def check(self, strategy, option, make_model=cases.hidden):
         def optimizer():
             return keras.optimizers.SGD(0.1, momentum=0.9, **option)
 
-        trainer, _ = cases.trained(cases.hidden, optimizer, strategy, microbatch_size=8)
+        trainer, _ = cases.trained(make_model, optimizer, strategy, microbatch_size=8)
         keras.utils.set_random_seed(1)
-        stock = cases.hidden()
+        stock = make_model()
         stock.compile(optimizer(), keras.losses.CategoricalCrossentropy(from_logits=True), jit_compile=False)
         x, y = cases.examples()
         stock.fit(x, y, batch_size=cases.BATCH, shuffle=False, verbose=0)
@@ -117,6 +131,16 @@ class LossScaleTest(parameterized.TestCase, tf.test.TestCase):
             self.assertAllEqual(before, after)
         self.assertNotAllEqual(weights[1][0], weights[2][0])
         self.assertAllInSet(np.isfinite(np.concatenate([w.ravel() for w in weights[2]])), [True])
+
+    def test_norms_are_those_of_the_gradients_while_the_scale_grows(self):
+        def norms(make_optimizer):
+            trainer, _ = cases.trained(cases.hidden, make_optimizer, layer_norms=True)
+            return trainer.layer_norms["gradient"]
+
+        def growing():
+            return keras.optimizers.LossScaleOptimizer(cases.OPTIMIZERS["lars"](), 8.0, dynamic_growth_steps=1)
+
+        self.assertAllClose(norms(growing), norms(cases.OPTIMIZERS["lars"]), rtol=1e-5)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Program:
         arguments, outputs, aliased, temporaries, code: its memory; outputs that lie in arguments' place are aliased.
         flops: floating-point operations.
         hbm_bytes: read from and written to HBM, each transfer once; see `hbm_bytes`.
-        bytes_accessed: XLA's own count of the same, in which a prefetch in slices counts several times.
+        bytes_accessed: XLA's own count, in which what is fetched into on-chip memory counts several times.
         collectives: in the order of the program.
         beside: memory that is none of its arguments, but is held meanwhile: what other parts of the update need.
     """
@@ -127,7 +127,8 @@ def hbm_bytes(hlo: str) -> int:
 
     An instruction reads its operands and writes its results, less what lies in on-chip memory (memory space 1). A copy
     or slice between the two that goes on beside other work is counted at its start: what it moves, once on each side
-    that is HBM. XLA's own "bytes accessed" counts the whole operand of each slice at the start, and again at its end.
+    that is HBM. XLA's own "bytes accessed" is of both memories: a tensor that is fetched by a copy counts four times,
+    in slices that are then joined three times, and once more where it is used.
     """
     total, results = 0, {}
     for line in hlo.partition("\nENTRY")[2].splitlines():

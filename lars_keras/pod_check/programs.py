@@ -135,7 +135,7 @@ def tensorflow_programs(
     # It is traced on this machine's CPU, but for a TPU: the sums that are written for a CPU's compiler are not its.
     optimizer_program.has_accelerator = lambda: True
     model, _, spec = model_of(config)
-    engine = TensorFlowEngine(model, spec, microbatches=k, jit_compile="auto", layer_norms=True)
+    engine = TensorFlowEngine(model, spec, microbatches=k, jit_compile=True, layer_norms=True)
     examples = tuple(tf.TensorSpec((microbatch_size, *s.shape[1:]), s.dtype) for s in spec)
     nothing = engine._no_sums()
     sums = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), nothing)

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lars_keras.training.errors import Preempted
+
 _NAME = re.compile(r"update-(\d+)-([0-9a-f]{16})\.npz")
 _INFO = "info"
 
@@ -74,13 +76,17 @@ class CheckpointFolder:
             writing.result()
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is undamaged, or None. Each damaged one is named in the log."""
+        """The newest checkpoint that is undamaged, or None. Each damaged one is named in the log.
+
+        Raises:
+            OSError: if one cannot be read. It may be whole, and a run that began without it would throw it away.
+        """
         with contextlib.suppress(OSError):
             self.wait()
         for path in self._paths():
             try:
                 return _read(path)
-            except Exception as e:  # whatever the libraries make of a file that is none of ours
+            except ValueError as e:
                 logging.error("checkpoint %s is left out: %s", path, e)
         return None
 
@@ -139,7 +145,7 @@ def _read(path: Path) -> Checkpoint:
     """Reads and verifies a checkpoint.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or none of ours.
         OSError: if it cannot be read.
     """
     match = _NAME.fullmatch(path.name)
@@ -148,9 +154,14 @@ def _read(path: Path) -> Checkpoint:
         if hashlib.file_digest(file, "sha256").hexdigest()[:16] != match[2]:
             raise ValueError("it is damaged, its content does not fit the checksum in its name")
         file.seek(0)
-        with np.load(file) as archive:
-            arrays = dict(archive)
-    info = json.loads(arrays.pop(_INFO).tobytes())
+        try:
+            with np.load(file) as archive:
+                arrays = dict(archive)
+            info = json.loads(arrays.pop(_INFO).tobytes())
+        except (MemoryError, Preempted):
+            raise
+        except Exception as e:  # whatever the libraries make of a file that is none of ours
+            raise ValueError(f"it is no checkpoint: {e}") from e
     return Checkpoint(int(match[1]), arrays, info, path)
 
 

@@ -22,10 +22,11 @@ class Guard(keras.callbacks.Callback):
     and more than harmless: the loss above 10 (a uniform guess of one of 22,000 classes), the gradient longer than the
     weights. A weight explodes when one update makes it `explosion` times as long.
 
-    It works in any `fit`: `model.fit(..., callbacks=[Guard()])` watches the loss.
+    It works in any `fit`: `model.fit(..., callbacks=[Guard()])` watches the loss, which Keras gives as a mean over the
+    epoch so far.
 
     Args:
-        trainer: for the norms of the layers.
+        trainer: for the losses of all updates of a host call, and the norms of the layers.
         explosion: factor above which a value counts as exploding.
         window: updates that the median is taken over; nothing explodes before there are as many.
     """
@@ -41,6 +42,11 @@ class Guard(keras.callbacks.Callback):
             name: collections.deque[float](maxlen=self._window) for name in ("loss", "norm of the gradient")
         }
         self._weights: np.ndarray | None = None
+        self._before = self._batches = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._before += self._batches
+        self._batches, self._total = 0, 0.0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         norms = self._trainer.layer_norms if self._trainer else {}
@@ -61,8 +67,18 @@ class Guard(keras.callbacks.Callback):
             self._weights = w
             if g.size:
                 self._check_value(update, "norm of the gradient", float(np.linalg.norm(g)), float(np.linalg.norm(w)))
-        logs = logs or {}
-        self._check_value(batch + 1, "loss", logs.get("step_loss", logs.get("loss", 0.0)), harmless=10.0)
+        losses = (
+            self._trainer.step_losses if self._trainer else [self._newest_loss(batch, (logs or {}).get("loss", 0.0))]
+        )
+        last = batch + 1 if self._trainer else self._before + batch + 1
+        for update, loss in enumerate(losses, last + 1 - len(losses)):
+            self._check_value(update, "loss", loss, harmless=10.0)
+
+    def _newest_loss(self, batch: int, mean: float) -> float:
+        """The mean loss since the last call, from Keras's mean since the epoch began."""
+        before, self._total = self._total, mean * (batch + 1)
+        new, self._batches = batch + 1 - self._batches, batch + 1
+        return (self._total - before) / new
 
     def _check_layers(self, update: int, what: str, norms: np.ndarray) -> None:
         bad = ~np.isfinite(norms)

@@ -38,8 +38,8 @@ class JaxEngine:
         reduce_dtype: of the gradients on their way between devices.
 
     Raises:
-        ValueError: if it should not be compiled, the distribution is not data parallel, or trainable variables have no
-            effect on the loss.
+        ValueError: for `gradient_accumulation_steps`, if the distribution is not data parallel, or if trainable
+            variables have no effect on the loss.
 
     Attributes:
         data_wait: seconds that the devices stood idle for want of data in the last `train`.

@@ -25,13 +25,14 @@ def in_one_pass(model: keras.Model, over_replicas: Callable[[list[Tensor]], list
 
     Args:
         model: built.
-        over_replicas: sums each of some tensors over the replicas. Layers with `synchronized=True` have it, which Keras
-            keeps to the TensorFlow backend. Without it, these layers are left as they are.
+        over_replicas: sums each of some tensors over the replicas, for layers with `synchronized=True`. If None, those
+            keep Keras's own moments.
     """
     layers = [
         layer
         for layer in model._flatten_layers()
-        if isinstance(layer, keras.layers.BatchNormalization) and (over_replicas or not layer.synchronized)
+        if getattr(type(layer), "_moments", None) is keras.layers.BatchNormalization._moments
+        and (over_replicas or not layer.synchronized)
     ]
 
     def moments_of(layer: keras.layers.BatchNormalization) -> Any:
@@ -40,8 +41,11 @@ def in_one_pass(model: keras.Model, over_replicas: Callable[[list[Tensor]], list
             near = ops.stop_gradient(ops.cast(layer.moving_mean, inputs.dtype))
             shape = [1 if axis in axes else size for axis, size in enumerate(inputs.shape)]
             x = inputs - ops.reshape(near, shape)
-            weight = ops.ones_like(x) if mask is None else ops.broadcast_to(ops.cast(mask, x.dtype)[..., None], x.shape)
-            sums = [ops.sum(t * weight, axes) for t in (ops.ones_like(x), x, x * x)]
+            counted = ops.ones_like(x)
+            if mask is not None:
+                counted = ops.broadcast_to(ops.cast(mask, x.dtype)[..., None], ops.shape(x))
+                x = ops.where(counted > 0, x, 0.0)
+            sums = [ops.sum(t, axes) for t in (counted, x, x * x)]
             count, total, squares = over_replicas(sums) if over_replicas and layer.synchronized else sums
             mean = total / ops.maximum(count, 1.0)
             variance = ops.maximum(squares / ops.maximum(count, 1.0) - mean * mean, 0.0)

@@ -8,7 +8,7 @@ import keras
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
 from lars_keras.layerwise import LayerwiseOptimizer
-from lars_keras.roles import DEFAULT_EXCLUDE
+from lars_keras.roles import DEFAULT_EXCLUDE, check_patterns, resolve_roles
 from lars_keras.schedules import WarmupCosine, WarmupExponential, WarmupPolynomial, WarmupStep
 
 OPTIMIZERS = ("lars", "lamb", "sgd", "momentum", "adam")
@@ -63,9 +63,14 @@ def make_optimizer(
     """
     optimizer = _make(name, learning_rate, options)
     if not isinstance(optimizer, LayerwiseOptimizer) and optimizer.weight_decay:
-        plan = LARS(exclude=options.get("exclude", DEFAULT_EXCLUDE))
-        plan.build(variables)
-        kept = [v for v, role in zip(variables, plan.layer_plan(), strict=True) if not role.decay]
+        roles = resolve_roles(
+            variables,
+            exclude=check_patterns("exclude", options.get("exclude", DEFAULT_EXCLUDE)) or (),
+            exclude_from_layer_adaptation=None,
+            exclude_from_weight_decay=None,
+            excluded_lr_scale=1.0,
+        )
+        kept = [v for v, role in zip(variables, roles, strict=True) if not role.decay]
         if kept:
             optimizer.exclude_from_weight_decay(var_list=kept)
     optimizer.build(variables)

@@ -196,7 +196,8 @@ class MetricsLog(keras.callbacks.Callback):
         {"event": "note", "update": 18, "text": "..."}
 
     and, if asked for, the lines of `lars_keras.training.telemetry`. Accuracies are fractions. What is not finite
-    is null. What was logged beyond the update at which a resumed run starts is dropped, so no update comes twice.
+    is null. What was logged beyond the update at which a resumed run starts is dropped, so no update comes twice; notes
+    stay, for what they tell is told once.
 
     Args:
         run_dir: existing folder of the run.
@@ -213,7 +214,7 @@ class MetricsLog(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._finished = self.params["first_update"]
-        events = [e for e in read_metrics(self._path) if e["update"] <= self._finished]
+        events = [e for e in read_metrics(self._path) if e["update"] <= self._finished or e["event"] == "note"]
         write_whole(self._path, "".join(map(_line, events)))
         self._evaluated = {e["update"] for e in events if e["event"] == "eval"}
         earlier = max((e["seconds"] for e in events if e["event"] == "update"), default=0.0)

@@ -14,7 +14,7 @@ from lars_keras.program import has_accelerator
 from lars_keras.training.feed import Feed, scoring_batches, training_iterator
 from lars_keras.training.ghost import GhostBatch, build_model
 from lars_keras.training.state import averaged_weights, inner_optimizer, restore_shared, shared_state
-from lars_keras.training.update import apply_update, check_options
+from lars_keras.training.update import apply_update, check_options, check_rule
 
 Tensor = Any
 
@@ -46,6 +46,7 @@ class TensorFlowEngine:
         layer_ratios: bool = False,
     ):
         check_options(model.optimizer)
+        check_rule(model.optimizer)
         self.model = model
         self.optimizer = model.optimizer
         self.strategy = model.distribute_strategy
@@ -188,24 +189,24 @@ class TensorFlowEngine:
         trainable, averaged, _ = self._state()
         gradients, values, loss = sums[: len(trainable)], sums[len(trainable) : -1], sums[-1]
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
+        scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         taken, measures = apply_update(self.optimizer, own, trainable, self._measure_ratios)
         for variable, value in zip(averaged, values, strict=True):
             variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.ghost.counters, counters, strict=True):
             variable.assign(value)
-        norms = self._norms(gradients, trainable, taken)
+        norms = self._norms(gradients, trainable, taken, scale)
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(measures))], 0) if measures else norms
 
-    def _norms(self, gradients: list[Tensor], variables: list[keras.Variable], taken: Tensor) -> Tensor:
+    def _norms(self, gradients: list[Tensor], variables: list[keras.Variable], taken: Tensor, scale: Tensor) -> Tensor:
         """Norms of the gradients, 0 if their update is skipped, and of the weights; nothing if not asked for."""
         if not self._measure:
             return tf.zeros([0, len(variables)])
-        scale = 1.0 / tf.cast(self.optimizer.scale_loss(tf.constant(1.0)), tf.float32)
 
         def norms(tensors: list[Any]) -> Tensor:
             return tf.stack([tf.sqrt(2.0 * tf.nn.l2_loss(tf.cast(t, tf.float32))) for t in tensors])
 
-        own = tf.where(taken > 0, norms(gradients) * scale, 0.0)
+        own = tf.where(taken > 0, norms(gradients) / tf.cast(scale, tf.float32), 0.0)
         return tf.stack([own, norms([tf.convert_to_tensor(v) for v in variables])])
 
     # -- state ---------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Trainer:
 
     Attributes:
         position: where the run is; see `Position`.
+        step_losses: of the last host call, the loss of each update.
         layer_norms: of the last host call, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
             `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
             `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
@@ -103,6 +104,7 @@ class Trainer:
         self._jit_compile = jit_compile
         self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
         self._reduce_dtype = reduce_dtype
+        self.step_losses: list[float] = []
         self.layer_norms: dict[str, np.ndarray] = {}
         self.position = Position()
         self._resumed = False
@@ -141,8 +143,11 @@ class Trainer:
             The `keras.callbacks.History`.
 
         Raises:
-            ValueError: if the length of an epoch is not known.
+            ValueError: if the length of an epoch is not known; if there are validation data that `evaluate` will
+                refuse to score; for an optimizer that cannot be applied to summed gradients.
         """
+        if validation_data is not None:
+            self._check_metrics()
         if steps_per_epoch is None:
             data, steps_per_epoch = self._whole_batches(data)
         total = math.ceil(epochs * steps_per_epoch - 1e-9)
@@ -179,14 +184,14 @@ class Trainer:
             while position.update < end and not self.model.stop_training:
                 count = min(self.updates_per_call, end - position.update)
                 callback_list.on_train_batch_begin(position.update)
-                losses, rates, metrics, self.layer_norms = engine.train(iterator, count)
-                position.losses += losses
+                self.step_losses, rates, metrics, self.layer_norms = engine.train(iterator, count)
+                position.losses += self.step_losses
                 position.update += count
                 position.data_update += count
                 position.logs = {
                     **metrics,
                     "loss": math.fsum(position.losses) / len(position.losses),
-                    "step_loss": losses[-1],
+                    "step_loss": self.step_losses[-1],
                     "learning_rate": rates[-1],
                 }
                 # Not part of the position: a resumed run waits otherwise.
@@ -220,12 +225,15 @@ class Trainer:
         return self._evaluate(data, lambda batch: None)
 
     def _evaluate(self, data: Any, after_batch: Callable[[int], None]) -> dict[str, float]:
+        self._check_metrics()
+        return self._built_engine(data).evaluate(data, self.microbatch_size, after_batch)
+
+    def _check_metrics(self) -> None:
         if (self.model.get_compile_config() or {}).get("metrics"):
             raise ValueError(
                 "Metrics passed as `metrics=` ignore weights and would count the padding of the last batch. "
                 "Compile with `weighted_metrics=` instead."
             )
-        return self._built_engine(data).evaluate(data, self.microbatch_size, after_batch)
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The whole state of the run between two updates: weights, optimizer, random numbers, metrics and position.

@@ -29,6 +29,22 @@ def check_options(optimizer: keras.optimizers.Optimizer) -> None:
         )
 
 
+def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
+    """Refuses optimizers that are more than their `update_step`, which is all that `apply_update` takes of them.
+
+    Raises:
+        ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`.
+    """
+    own, base = type(inner_optimizer(optimizer)), keras.optimizers.Optimizer
+    parts = ("apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
+    replaced = [name for name in parts if getattr(own, name) is not getattr(base, name)]
+    if replaced and not issubclass(own, LayerwiseOptimizer):
+        raise ValueError(
+            f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it has a "
+            f"{', '.join(replaced)} of its own. It can on the JAX backend."
+        )
+
+
 def apply_update(
     optimizer: keras.optimizers.Optimizer,
     gradients: list[tf.Tensor],
@@ -80,7 +96,7 @@ def _step(
     variables: list[keras.Variable],
     measure: bool,
 ) -> list[tf.Tensor]:
-    """Clipping, decoupled decay, the rule, constraints and averaging: the order of Keras's `Optimizer.apply`."""
+    """Clipping, decoupled decay, the rule, averaging and constraints: the order of Keras's `Optimizer.apply`."""
     rate = optimizer.learning_rate
     gradients = optimizer._clip_gradients(gradients)
     for variable in variables:
@@ -93,11 +109,11 @@ def _step(
     else:
         for gradient, variable in zip(gradients, variables, strict=True):
             optimizer.update_step(gradient, variable, rate)
+    if optimizer.use_ema:
+        _average(optimizer, variables)
     for variable in variables:
         if variable.constraint is not None:
             variable.assign(variable.constraint(variable))
-    if optimizer.use_ema:
-        _average(optimizer, variables)
     return measures
 
 
