@@ -392,6 +392,7 @@ class RecipesTest(tf.test.TestCase):
                 self.assertEqual(getattr(config, name), getattr(recipe, name), (config.model, config.batch_size, name))
             self.assertEqual(config.warmup_duration, f"{recipe.warmup_epochs:g} epochs")
             self.assertEqual(config.exclude is None, recipe.exclude_bias_and_norm)
+            self.assertEqual(config.microbatch_size, recipe.ghost_batch or config.microbatch_size)
             self.assertEqual((config.schedule, config.power, config.variant), ("polynomial", 2.0, "paper"))
 
 
