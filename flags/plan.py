@@ -109,7 +109,9 @@ def scores(values: dict[str, float], num_test: int) -> str:
 
 
 def _input(trainer: Trainer, data: ImageData) -> str:
-    ahead = 4 * trainer.replicas * trainer.microbatch_size  # two batches in the making, two ready
+    # Of each replica two in the making and two ready, two more behind them, and on JAX one on its way to each device.
+    passes = 5 if keras.backend.backend() == "jax" else 4
+    ahead = (passes * trainer.replicas + 2) * trainer.microbatch_size
     size = ahead * math.prod(data.image_shape) / 1e6
     return f"augment: {data.augment}; {data.reading}; up to {ahead:,} images ahead ({size:,.0f} MB)"
 

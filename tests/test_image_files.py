@@ -242,6 +242,14 @@ class AugmentTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllEqual(again, images[24:48])
         self.assertAllEqual(labels_again, labels[24:48])
 
+    @parameterized.parameters("mixed_float16", "mixed_bfloat16")
+    def test_pixels_do_not_follow_the_precision_of_the_model(self, policy):
+        images, *_ = next(self.load("randaugment").train_numpy(48))
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        keras.config.set_dtype_policy(policy)
+        again, *_ = next(self.load("randaugment").train_numpy(48))
+        self.assertAllEqual(again, images)
+
     def test_none_is_the_central_crop(self):
         images, labels, _ = next(self.load("none").train_numpy(30))
         bare, bare_labels, _ = next(self.load("mixup").train_numpy(30, augment=False))

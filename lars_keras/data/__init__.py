@@ -1,6 +1,6 @@
 """Data sets: exactly ordered, randomly accessible batches of (images, labels).
 
-Importing this package, and using `ArrayData`, needs NumPy only.
+Importing this package, and using `ArrayData`, needs neither TensorFlow nor Keras.
 """
 
 from lars_keras.data.arrays import ArrayData

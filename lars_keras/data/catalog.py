@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,10 @@ def load(
     for split in ("train", _TEST_SPLIT[name]):
         if split not in builder.info.splits:
             raise FileNotFoundError(f"{builder_dir} has no {split} split: remove it and prepare it again.")
+    if "://" in str(builder_dir) and name not in ANY_SIZE:
+        raise ValueError(
+            f"{name} is read from a local folder: copy {builder_dir} to one, and name that with --data_dir."
+        )
     if "://" in str(builder_dir) and cache != "disk":
         raise ValueError(
             f"{builder_dir} is in a bucket, where single records take too long to read: --cache=disk copies its files. "
@@ -190,7 +195,8 @@ def _on_disk(paths: Any, root: Any, cache_dir: str | os.PathLike | None) -> list
     from lars_keras.data.cache import copied
 
     folder = pathlib.Path(cache_dir or "~/.cache/lars_keras").expanduser()
-    place = os.fspath(root).replace("://", "/").strip("/").replace("/", "_")
+    full = os.fspath(root) if "://" in os.fspath(root) else os.path.realpath(root)
+    place = f"{os.path.basename(full)}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"
     return copied([os.fspath(path) for path in paths], os.fspath(root), folder / place)
 
 

@@ -133,7 +133,9 @@ def orientation(image: tf.Tensor) -> tf.Tensor:
             # tag, type SHORT, count 1, value: in the two orders of bytes
             for tag, at in (([1, 0x12, 0, 3, 0, 0, 0, 1, 0], 9), ([0x12, 1, 3, 0, 1, 0, 0, 0], 8))
         ]
-        turn = tf.cast(tf.reduce_max(tf.concat([[tf.zeros([], tf.uint8)], *turns], axis=0)), tf.int32)
+        turns = tf.reduce_max(turns, axis=0)
+        # The first is the image's; a thumbnail may have one of its own.
+        turn = tf.cast(tf.concat([turns[turns > 0], tf.zeros([1], tf.uint8)], axis=0)[0], tf.int32)
         return tf.where((turn >= 1) & (turn <= 8), turn, 1)
 
     return tf.cond(_has_tags(image), read, lambda: tf.constant(1))

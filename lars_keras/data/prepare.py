@@ -36,11 +36,19 @@ def prepare(
         file_format: `"tfrecord"` or `"array_record"`.
 
     Raises:
-        ValueError: the data set cannot be written to `data_dir`.
+        ValueError: the data set cannot be written to `data_dir`, or is there in another format.
         FileNotFoundError: an archive is missing.
     """
     root = data_root(data_dir)
-    if prepared_dir(root, name):
+    if found := prepared_dir(root, name):
+        import tensorflow_datasets as tfds
+
+        there = tfds.builder_from_directory(found).info.file_format.value
+        if there != file_format:
+            raise ValueError(
+                f"{name} is prepared already, as {there}, in {found}: remove that, or name another --data_dir. "
+                f"Received: --file_format={file_format}"
+            )
         return
     archives = pathlib.Path(manual_dir or root / "downloads" / "manual").expanduser()
     if name == "imagenet2012":

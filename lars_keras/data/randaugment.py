@@ -72,7 +72,8 @@ class _Numbers:
         return tf.random.stateless_normal(shape, self._next(), mean, stddev, dtype)
 
     def replace_generators(self, layer: Any) -> None:
-        """Makes a KerasCV layer take all its random numbers from here."""
+        """Makes a KerasCV layer take all its random numbers from here, and compute in float32."""
+        layer.dtype_policy = "float32"  # whatever the model's: the mean of a float16 image is infinite
         layer._random_generator = self
         for name, value in list(vars(layer).items()):
             if isinstance(value, FactorSampler) and not isinstance(value, ConstantFactorSampler):

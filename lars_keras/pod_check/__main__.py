@@ -198,6 +198,8 @@ def main(arguments: list[str]) -> int:
                 continue
             results[engine] = check(config, options.topology, engine, search=not options.one_size)
             print(f"\n{engine}\n{text(results[engine], chip, config.batch_size)}", flush=True)
+        if not results:
+            raise UsageError("--shard_update and --reduce_dtype are for the JAX engine. Received: --engine=tensorflow")
     except UsageError as e:
         print(f"pod_check: error: {e}", file=sys.stderr)
         return EXIT_USAGE

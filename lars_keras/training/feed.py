@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 # A tf.data.Dataset, or a function of tf.distribute.InputContext (and, for training, of the number of the first update)
-# that gives one worker's own.
+# that gives one worker's own. For training it must be endless: what follows the last example, the feed alone can know.
 Feed: TypeAlias = Any | Callable[..., Any]
 
 
@@ -36,7 +36,7 @@ def ghost_batches(
     Args:
         feed: a dataset of `(x, y)` or `(x, y, sample_weight)` batches of any size, read by every worker, which
             keeps its own part; or a function of `tf.distribute.InputContext` that returns the
-            dataset of one worker's own examples from an update on, in order.
+            endless dataset of one worker's own examples from an update on, in order.
         context: which worker of how many, and how many replicas they all have.
         microbatch_size: examples in a ghost batch.
         microbatches: ghost batches that a replica takes in an update.
@@ -48,7 +48,7 @@ def ghost_batches(
         dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
         dataset = dataset.skip(first_update * microbatches * replicas)
     else:
-        dataset = feed(context, first_update).repeat().rebatch(microbatch_size, drop_remainder=True)
+        dataset = feed(context, first_update).rebatch(microbatch_size, drop_remainder=True)
     return dataset.prefetch(2)
 
 

@@ -210,19 +210,25 @@ class MetricsLog(keras.callbacks.Callback):
         self._path = self._run_dir / "metrics.jsonl"
         self._clock = clock
         self._writers: dict[str, Any] = {}
-        self._torn = False
+        text = self._path.read_bytes() if self._path.exists() else b""
+        self._torn = text[-1:] not in (b"", b"\n")  # by a process that the disk failed
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._finished = self.params["first_update"]
         events = [e for e in read_metrics(self._path) if e["update"] <= self._finished or e["event"] == "note"]
-        write_whole(self._path, "".join(map(_line, events)))
+        try:
+            write_whole(self._path, "".join(map(_line, events)))
+            self._torn = False
+        except OSError as e:
+            logging.error("the run goes on, its log keeps what it is to do again: %s", e)
         self._evaluated = {e["update"] for e in events if e["event"] == "eval"}
         earlier = max((e["seconds"] for e in events if e["event"] == "update"), default=0.0)
         self._began = self._clock() - earlier
         self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
         # A resumed run writes new event files; TensorBoard lets their steps replace the older ones.
         self._close_tensorboard()
-        self._writers = _tensorboard_writers(self._run_dir / "tensorboard")
+        with self._or_without_tensorboard():
+            self._writers = _tensorboard_writers(self._run_dir / "tensorboard")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._finished = batch + 1

@@ -127,7 +127,7 @@ class Trainer:
         Args:
             data: a `tf.data.Dataset` of `(x, y)` or `(x, y, sample_weight)` batches of any size, finite or
                 endless, the same each time it is read; or a function of `tf.distribute.InputContext` and the
-                number of an update that gives the dataset of one worker's own examples from that update on.
+                number of an update that gives the endless dataset of one worker's own examples from that update on.
             epochs: how many; may be a fraction.
             steps_per_epoch: updates in an epoch; may be a fraction, because batches of an endless dataset may
                 cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. Needed
