@@ -190,6 +190,11 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
             square = expected[top : top + round(size * 7 / 8), left : left + round(size * 7 / 8)]
             self.assertAllEqual(crops.central_crop(data, 56), square)
 
+    def test_a_thumbnail_turns_nothing(self):
+        for first, second in ((1, 6), (6, 1)):
+            tags = [bytes([0x12, 1, 3, 0, 1, 0, 0, 0, turn, 0]) for turn in (first, second)]
+            self.assertEqual(crops.orientation(b"012345Exif" + tags[0] + bytes(20) + tags[1]), first)
+
     def test_damaged_tags_mean_no_turn(self):
         for data in (b"", b"Exif", b"012345Exif", b"012345Exif" + bytes([0x12, 1, 3, 0, 1, 0, 0, 0, 9, 0])):
             self.assertEqual(crops.orientation(data), 1)

@@ -150,6 +150,7 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         (("--topology=v5e:2x2", "--batch_size=x"), "batch_size"),
         (("--topology=v5e:2x2", "word"), "Received: word"),
         (("--topology=v5e:2x2", "--momentum=2"), "--momentum must be below 1"),
+        (("--topology=v5e:2x2", "--engine=tensorflow", "--shard_update"), "for JAX. Received: --engine=tensorflow"),
     )
     def test_one_clear_line(self, arguments, message):
         code, _, err = self.run_command(*arguments)

@@ -188,6 +188,27 @@ class MetricsLogTest(tf.test.TestCase):
         events = [(e["event"], e["update"]) for e in self.read()]
         self.assertEqual(events, [("update", 1), ("update", 2), ("note", 4), ("update", 3), ("eval", 3)])
 
+    def test_a_note_after_a_line_that_is_torn(self):
+        self.run_log(stop=2)
+        with open(self.path, "a") as file:
+            file.write('{"event": "upd')
+        progress.MetricsLog(self.run_dir, self.clock).note(2, "went on after update 2")
+        self.assertIn(("note", 2), [(e["event"], e["update"]) for e in progress.read_metrics(self.path)])
+
+    def test_a_full_disk_at_the_start_ends_no_run(self):
+        """As after a rollback: what was logged stays."""
+        self.run_log(stop=2)
+        before = self.path.read_text()
+        full = OSError(28, "No space left on device")
+        with (
+            mock.patch.object(progress, "write_whole", side_effect=full),
+            mock.patch.object(progress, "_tensorboard_writers", side_effect=full),
+            self.assertLogs(level="ERROR") as logged,
+        ):
+            self.run_log(first=1, stop=2)
+        self.assertLen(logged.output, 2)
+        self.assertTrue(self.path.read_text().startswith(before))
+
     def test_resume_at_an_epochs_end_keeps_one_evaluation(self):
         self.run_log(stop=3)
         log = progress.MetricsLog(self.run_dir, self.clock)

@@ -187,19 +187,20 @@ def main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     try:
         config, chip = read_config(rest), chip_of(options.topology)
+        only_jax = config.shard_update or config.reduce_dtype != "float32"
+        if only_jax and options.engine == "tensorflow":
+            raise UsageError("--shard_update and --reduce_dtype are for JAX. Received: --engine=tensorflow")
         if importlib.util.find_spec("libtpu") is None:
             raise UsageError("It needs the TPU compiler: pip install 'lars-keras[pod,train]', or make pod-check.")
         name = f"{config.model}-{config.batch_size}-{options.topology.replace(':', '-')}"
         print(f"{name}, {config.precision}, compiled for {options.topology}")
         results = {}
         for engine in ENGINES if options.engine == "both" else (options.engine,):
-            if engine == "tensorflow" and (config.shard_update or config.reduce_dtype != "float32"):
+            if engine == "tensorflow" and only_jax:
                 print("tensorflow: left out, --shard_update and --reduce_dtype are for JAX")
                 continue
             results[engine] = check(config, options.topology, engine, search=not options.one_size)
             print(f"\n{engine}\n{text(results[engine], chip, config.batch_size)}", flush=True)
-        if not results:
-            raise UsageError("--shard_update and --reduce_dtype are for the JAX engine. Received: --engine=tensorflow")
     except UsageError as e:
         print(f"pod_check: error: {e}", file=sys.stderr)
         return EXIT_USAGE
