@@ -265,7 +265,12 @@ def main(own: absl_flags.FlagValues) -> int:
         accelerator = _take_no_accelerator()
         # Made ready here, before several processes want it at once.
         data = {
-            (c.config.dataset, c.config.data_dir): datasets.load(c.config.dataset, data_dir=c.config.data_dir)
+            (c.config.dataset, c.config.data_dir): datasets.load(
+                c.config.dataset,
+                data_dir=c.config.data_dir,
+                cache="disk" if c.config.cache == "disk" else "none",
+                cache_dir=c.config.cache_dir,
+            )
             for c in contenders
         }
         out = Path(own.out)

@@ -293,6 +293,14 @@ class GuardTest(tf.test.TestCase):
         with self.assertRaisesRegex(Diverged, "loss is 11 in update 31"):
             self.check([1e-6] * 30 + [11.0])
 
+    def test_a_trainer_that_it_does_not_know(self):
+        guard = Guard()
+        guard.on_train_begin()
+        for i in range(30):
+            guard.on_train_batch_end(i, {"step_loss": 3.0, "loss": 9.0 / (i + 1)})
+        with self.assertRaisesRegex(Diverged, "loss is 301 in update 31, 100 times its median"):
+            guard.on_train_batch_end(30, {"step_loss": 301.0, "loss": 3.0})
+
     def test_every_loss_of_a_host_call(self):
         self.check([3.0] * 40, in_a_call=8)
         with self.assertRaisesRegex(Diverged, "loss is 301 in update 27, 100 times its median"):

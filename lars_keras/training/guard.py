@@ -42,7 +42,7 @@ class Guard(keras.callbacks.Callback):
             name: collections.deque[float](maxlen=self._window) for name in ("loss", "norm of the gradient")
         }
         self._weights: np.ndarray | None = None
-        self._before = self._batches = 0
+        self._before, self._batches, self._total = 0, 0, 0.0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._before += self._batches
@@ -67,10 +67,13 @@ class Guard(keras.callbacks.Callback):
             self._weights = w
             if g.size:
                 self._check_value(update, "norm of the gradient", float(np.linalg.norm(g)), float(np.linalg.norm(w)))
-        losses = (
-            self._trainer.step_losses if self._trainer else [self._newest_loss(batch, (logs or {}).get("loss", 0.0))]
-        )
-        last = batch + 1 if self._trainer else self._before + batch + 1
+        logs, last = logs or {}, batch + 1
+        if self._trainer:
+            losses = self._trainer.step_losses
+        elif "step_loss" in logs:
+            losses = [logs["step_loss"]]
+        else:  # Keras counts batches from the start of the epoch
+            losses, last = [self._newest_loss(batch, logs.get("loss", 0.0))], self._before + last
         for update, loss in enumerate(losses, last + 1 - len(losses)):
             self._check_value(update, "loss", loss, harmless=10.0)
 
