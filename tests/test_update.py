@@ -62,8 +62,15 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
         actual = cases.state(trainer)
         self.assertLess(difference(actual, dict(zip(actual, expected, strict=True))), (2e-6,))
 
-    @parameterized.parameters(1, 2, 8)
+    @parameterized.parameters(1, 2)
     def test_norm_of_the_clipped_update(self, replicas):
+        self.check_norm_of_the_clipped_update(replicas)
+
+    @pytest.mark.slow
+    def test_norm_of_the_clipped_update_of_eight(self):
+        self.check_norm_of_the_clipped_update(8)
+
+    def check_norm_of_the_clipped_update(self, replicas):
         strategy = "none" if replicas == 1 else f"mirrored{replicas}"
         start = None
 
@@ -97,8 +104,15 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
 class LossScaleTest(parameterized.TestCase, tf.test.TestCase):
     """With float16 a value that is not finite, on any replica, skips the update on all of them."""
 
-    @parameterized.parameters(("none", 0), ("mirrored2", 37), ("mirrored8", 63))
+    @parameterized.parameters(("none", 0), ("mirrored2", 37))
     def test_skip(self, strategy, bad_example):
+        self.check_skip(strategy, bad_example)
+
+    @pytest.mark.slow
+    def test_skip_of_eight(self):
+        self.check_skip("mirrored8", 63)
+
+    def check_skip(self, strategy, bad_example):
         self.addCleanup(keras.config.set_dtype_policy, "float32")
         keras.config.set_dtype_policy("mixed_float16")
         keras.utils.set_random_seed(1)
