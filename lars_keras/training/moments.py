@@ -12,11 +12,10 @@ Tensor = Any
 
 @contextlib.contextmanager
 def in_one_pass(model: keras.Model, over_replicas: Callable[[list[Tensor]], list[Tensor]] | None) -> Iterator[None]:
-    """Meanwhile, the model's batch normalisation reads its inputs once for their moments, on their way.
+    """Meanwhile, the model's batch normalisation reads its inputs once for their moments.
 
-    Keras takes the mean, then the squares of what is left without it. A compiled program so reads the activations once
-    more, and their gradients too, and their bytes are what batch normalisation takes time for. Here, with s near
-    the mean, the sums of x - s and of its squares come together, where the activations are made:
+    Keras takes the mean, then the squares of what is left without it, so a compiled program reads the activations once
+    more. Here, with s near the mean, the sums of x - s and of its squares come together, where activations are made:
 
         mean = s + E[x - s]        variance = E[(x - s)^2] - E[x - s]^2
 
