@@ -1,6 +1,6 @@
 """Batches made on another host, as for a TPU pod: a program of two processes on loopback.
 
-    python -m tests.remote_input TFDS_FOLDER
+    python -m tests.remote_input FOLDER_WITH_IMAGENET FOLDER_WITH_DIGITS
 
 Prints `equal` where another TensorFlow server makes the batches that this process makes itself.
 """
@@ -18,7 +18,7 @@ tf.distribute.Server(cluster, job_name="worker", task_index=0, protocol="grpc").
 """
 
 
-def main(root):
+def main(root, digits_root):
     with socket.create_server(("127.0.0.1", 0)) as s:
         address = f"127.0.0.1:{s.getsockname()[1]}"
     server = subprocess.Popen([sys.executable, "-c", SERVER, address], stderr=subprocess.DEVNULL)
@@ -29,7 +29,7 @@ def main(root):
 
         tf.config.experimental_connect_to_host(address)
         data = load("imagenet2012", data_dir=root, image_size=24, remote=True)
-        digits = load("digits", data_dir=root)
+        digits = load("digits", data_dir=digits_root)
         for batches in (
             lambda: data.train_batches(6, first=1, count=3, shard=(1, 2)),
             lambda: data.test_batches(4),
@@ -48,4 +48,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

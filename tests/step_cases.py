@@ -72,6 +72,9 @@ def dropout():
 TABLE = tuple(itertools.product((1, 4), OPTIMIZERS, ("float32", "mixed_bfloat16")))
 """Micro-batches, optimizer, precision: what every strategy is compared on."""
 
+PAIRS = tuple(TABLE[i] for i in (0, 3, 5, 6))
+"""The rows in which any two settings meet, whatever the third."""
+
 
 def trained_row(strategy_name, replicas, microbatches, optimizer, policy):
     """Returns what `trained` does, for a row of `TABLE`."""

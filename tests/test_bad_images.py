@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,23 +21,32 @@ import lars_keras.data
 import train
 from lars_keras.training.errors import TooManyBadImages
 from lars_keras.training.guard import BoundBadImages
-from tests import test_jpegs
+from tests import prepared, test_jpegs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 class BadImagesTest(tf.test.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        root = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(root.cleanup)
+        cls.pristine = root.name
+        test_jpegs.write_jpegs(root.name, "tfrecord")
+        cls.good = cls.batches(lars_keras.data.load("imagenet2012", data_dir=root.name, image_size=24))
+
     def setUp(self):
         super().setUp()
         self.root = self.enterContext(tempfile.TemporaryDirectory())
-        test_jpegs.write_jpegs(self.root, "tfrecord")
-        self.good = self.batches(self.load())
+        shutil.copytree(self.pristine, self.root, dirs_exist_ok=True)
         self.path = pathlib.Path(self.root, "imagenet2012", "5.1.0", "imagenet2012-train.tfrecord-00000-of-00001")
 
     def load(self, **options):
         return lars_keras.data.load("imagenet2012", data_dir=self.root, image_size=24, **options)
 
-    def batches(self, data):
+    @staticmethod
+    def batches(data):
         """Two epochs of training, in batches that do not divide them, then the test images."""
         train = data.train_batches(8, count=-(-2 * 29 // 8))
         return [tuple(x.numpy() for x in batch) for batch in [*train, *data.test_batches(4)]]
@@ -147,7 +157,7 @@ class BadImagesTest(tf.test.TestCase):
     def test_another_host_makes_the_same_batches(self):
         """A TensorFlow server on loopback stands for the other hosts of a TPU pod."""
         self.rewrite({5: lambda jpeg: b""})
-        command = [sys.executable, "-m", "tests.remote_input", self.root]
+        command = [sys.executable, "-m", "tests.remote_input", self.root, prepared.digits()]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         self.assertEqual((run.returncode, run.stdout.split()[-1:]), (0, ["equal"]), run.stderr)

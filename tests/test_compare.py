@@ -22,6 +22,7 @@ from comparison import page, worker
 from comparison.search import Cell, Contender, grid, next_step
 from comparison.worker import config_of
 from lars_keras.training.errors import Preempted, UsageError
+from tests import prepared
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -230,7 +231,7 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT):
             err = io.StringIO()
             with contextlib.redirect_stderr(err):
-                code = compare.run(["compare.py", *arguments, f"--out={folder}"])
+                code = compare.run(["compare.py", f"--data_dir={prepared.digits()}", *arguments, f"--out={folder}"])
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
 
@@ -240,7 +241,7 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
             out = pathlib.Path(folder, "out")
             command = [sys.executable, "compare.py", "--recipes=flags/digits_lenet.flags", "--optimizer=lars"]
             command += ["--batch_sizes=4096", "--seeds=3", "--tuning_runs=1", "--epochs=0.2"]
-            command += [f"--out={out}", f"--data_dir={folder}", "--workers=1"]
+            command += [f"--out={out}", f"--data_dir={prepared.digits()}", "--workers=1"]
             first = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
             )

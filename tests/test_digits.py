@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import lars_keras.data
 from lars_keras.data.digits import NUM_TRAIN, Digits, split_sources, warp
+from tests import prepared
 
 
 class WarpTest(tf.test.TestCase):
@@ -59,10 +60,8 @@ class DigitsTest(tf.test.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.root = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.root.cleanup)
-        cls.data = lars_keras.data.load("digits", data_dir=cls.root.name)
-        builder = tfds.builder_from_directory(os.path.join(cls.root.name, "digits", "1.0.0"))
+        cls.data = lars_keras.data.load("digits", data_dir=prepared.digits())
+        builder = tfds.builder_from_directory(os.path.join(prepared.digits(), "digits", "1.0.0"))
         cls.train, cls.test = (
             tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1)) for split in ("train", "test")
         )
@@ -103,7 +102,7 @@ class DigitsTest(tf.test.TestCase):
             def overtaken(builder, digits, sources, random):
                 final = os.path.join(root, "digits", "1.0.0")
                 if not os.path.exists(final):
-                    shutil.copytree(os.path.join(self.root.name, "digits", "1.0.0"), final)
+                    shutil.copytree(os.path.join(prepared.digits(), "digits", "1.0.0"), final)
                 yield from generate(builder, digits, sources[:10], random)
 
             with mock.patch.object(Digits, "_generate_examples", overtaken):

@@ -242,11 +242,10 @@ class AugmentTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllEqual(again, images[24:48])
         self.assertAllEqual(labels_again, labels[24:48])
 
-    @parameterized.parameters("mixed_float16", "mixed_bfloat16")
-    def test_pixels_do_not_follow_the_precision_of_the_model(self, policy):
+    def test_pixels_do_not_follow_the_precision_of_the_model(self):
         images, *_ = next(self.load("randaugment").train_numpy(48))
         self.addCleanup(keras.config.set_dtype_policy, "float32")
-        keras.config.set_dtype_policy(policy)
+        keras.config.set_dtype_policy("mixed_float16")
         again, *_ = next(self.load("randaugment").train_numpy(48))
         self.assertAllEqual(again, images)
 

@@ -18,12 +18,11 @@ from absl.testing import parameterized
 
 import models
 from lars_keras import LARS
-from lars_keras.data.prepare import prepare
 from lars_keras.training.errors import EXIT_PREEMPTED, EXIT_WORKER_LOST, UsageError
 from lars_keras.training.strategy import make_strategy
 from lars_keras.training.tensorflow_engine import TensorFlowEngine
+from tests import prepared, workers
 from tests import step_cases as cases
-from tests import workers
 
 IMAGE_SIZES = {"alexnet": 227, "alexnet_bn": 227, "resnet50": 64}
 
@@ -110,12 +109,11 @@ class WorkersTest(tf.test.TestCase):
     def setUp(self):
         super().setUp()
         self.dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        prepare("digits", self.dir)
         self.command = [
             sys.executable,
             "train.py",
             "--flagfile=flags/demo.flags",
-            f"--data_dir={self.dir}",
+            f"--data_dir={prepared.digits()}",
             "--batch_size=512",
             "--microbatch_size=64",
             "--warmup_epochs=0",

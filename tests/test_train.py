@@ -113,8 +113,16 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(type(model.optimizer).__name__, "LARS")
             self.assertEqual(model.optimizer.iterations.numpy(), 30)
 
-    @parameterized.parameters("lamb", "sgd", "momentum", "adam")
+    @parameterized.parameters("lamb", "adam")
     def test_optimizers(self, optimizer):
+        self.check_optimizer(optimizer)
+
+    @parameterized.parameters("sgd", "momentum")
+    @pytest.mark.slow
+    def test_more_optimizers(self, optimizer):
+        self.check_optimizer(optimizer)
+
+    def check_optimizer(self, optimizer):
         code, out, err = self.train(
             "--model=lenet1989",
             "--batch_size=64",

@@ -1,8 +1,5 @@
 """The share of the training images that is kept apart to choose settings by."""
 
-import pathlib
-import tempfile
-
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
@@ -10,6 +7,7 @@ from absl.testing import parameterized
 from lars_keras import data as datasets
 from lars_keras.data.digits import NUM_SOURCES
 from lars_keras.data.validation import Subset, split_off
+from tests import prepared
 
 
 class Numbers:
@@ -54,9 +52,8 @@ class ValidationTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_digits(self):
         """What is scored are training digits no warp of which is trained on."""
-        with tempfile.TemporaryDirectory() as folder:
-            whole = datasets.load("digits", data_dir=pathlib.Path(folder))
-            data = datasets.load("digits", data_dir=pathlib.Path(folder), validation_share=0.1)
+        whole = datasets.load("digits", data_dir=prepared.digits())
+        data = datasets.load("digits", data_dir=prepared.digits(), validation_share=0.1)
         self.assertEqual(data.num_train + data.num_test, whole.num_train)
         kept, apart = split_off(whole.num_train, 0.1, NUM_SOURCES)
         for batches, ids in ((data.test_numpy(data.num_test), apart), (data.train_numpy(64, count=1), None)):

@@ -39,7 +39,7 @@ def wait(processes, seconds=300):
             p.communicate()
 
 
-def main(out):
+def main(out, table):
     import tensorflow as tf
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()  # before the first operation
@@ -47,7 +47,7 @@ def main(out):
     from tests import step_cases as cases
 
     rows = []
-    for row in cases.TABLE:
+    for row in getattr(cases, table):
         trainer, history = cases.trained_row(strategy, 2, *row)
         rows.append((cases.state(trainer), history))
     with open(f"{out}/{strategy.cluster_resolver.task_id}.pickle", "wb") as f:
@@ -55,4 +55,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
