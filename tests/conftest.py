@@ -15,14 +15,18 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import pytest  # noqa: E402
-import tensorflow as tf  # noqa: E402
-
-# Eight replicas anywhere. Must come before TensorFlow's first operation.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 8
-)
 
 TPU_BUILD = any(d.name.replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
+
+
+def pytest_configure(config):
+    """Eight replicas anywhere, said before TensorFlow's first operation; not in a process that starts others only."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 8)
 
 
 @pytest.hookimpl(wrapper=True)
