@@ -259,7 +259,6 @@ def main(own: absl_flags.FlagValues) -> int:
         seeds = _whole_numbers(own, "seeds", 0)
         if own.factor <= 1.0:
             raise UsageError(f"--factor must be above 1. Received: --factor={own.factor:g}")
-        cells = grid(contenders, batch_sizes, own.tuning_runs, own.factor, seeds)
         if own.tuning_runs and not own.validation_share:
             raise UsageError("--validation_share must be above 0 while --tuning_runs is. Received: 0")
         accelerator = _take_no_accelerator()
@@ -273,6 +272,11 @@ def main(own: absl_flags.FlagValues) -> int:
             )
             for c in contenders
         }
+        contenders = [
+            dataclasses.replace(c, num_classes=data[c.config.dataset, c.config.data_dir].num_classes)
+            for c in contenders
+        ]
+        cells = grid(contenders, batch_sizes, own.tuning_runs, own.factor, seeds)
         out = Path(own.out)
         for cell in cells:  # what is wrong with one of the runs is said before the first
             config_of(cell.job(0, seeds[0], tuning=True), out, own.validation_share)

@@ -26,6 +26,7 @@ class Contender:
         config: flags of its runs, but for batch size, rate and seed.
         first_rate, first_batch_size: a rate, and the batch size it is meant for.
         scaling: of `SCALINGS`, what becomes of the rate at other batch sizes, where the search begins.
+        num_classes: of the data, which says what guesses score.
     """
 
     name: str
@@ -33,6 +34,14 @@ class Contender:
     first_rate: float
     first_batch_size: int
     scaling: str = "sqrt"
+    num_classes: int = 10
+
+    def learned(self, outcome: Outcome) -> bool:
+        """Whether a run scored more than guesses do, by two of their standard deviations."""
+        if outcome["diverged"]:
+            return False
+        guess = 1 / self.num_classes
+        return outcome["top1"] > guess + 2 * math.sqrt(guess * (1 - guess) / outcome["n"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +83,11 @@ class Cell:
         return Job(self.contender, self.batch_size, float(f"{first * self.factor**step:.4g}"), seed, tuning)
 
     def tuning(self, outcomes: Mapping[str, Outcome]) -> dict[int, Outcome]:
-        """The finished runs of the search, by the step of their rate."""
+        """The finished runs of the search, by the step of their rate, and whether they `learned`."""
         steps = range(-self.tuning_runs, self.tuning_runs + 1)
         names = {step: self.job(step, self.seeds[0], tuning=True).name for step in steps}
-        return {step: outcomes[name] for step, name in names.items() if name in outcomes}
+        found = {step: outcomes[name] for step, name in names.items() if name in outcomes}
+        return {step: {**outcome, "learned": self.contender.learned(outcome)} for step, outcome in found.items()}
 
     def best(self, outcomes: Mapping[str, Outcome]) -> int | None:
         """The step of the chosen rate; None while the search goes on."""
@@ -136,7 +146,7 @@ def next_step(found: Mapping[int, Outcome], budget: int) -> int | None:
     """The next rate to try: uphill from the best so far, until `budget` runs, or until both its neighbours are worse.
 
     Args:
-        found: outcomes by the step of their rate, whose logarithm is proportional to it.
+        found: outcomes, and whether they `learned`, by the step of their rate, whose logarithm is proportional to it.
         budget: how many runs there may be.
 
     Returns:
@@ -151,12 +161,12 @@ def next_step(found: Mapping[int, Outcome], budget: int) -> int | None:
 
 
 def _best(found: Mapping[int, Outcome]) -> int:
-    """Of equal accuracies the one of the lower loss; of those that diverged the smallest rate."""
+    """Of equal accuracies, and of those of guesses, the one of the lower loss; where all diverged the smallest rate."""
 
     def score(step: int) -> tuple[float, ...]:
         outcome = found[step]
-        loss = outcome["loss"]
-        return (not outcome["diverged"], outcome["top1"], -loss if loss is not None else -math.inf, -step)
+        learned, loss = outcome["learned"], outcome["loss"]
+        return (learned, outcome["top1"] if learned else 0.0, -loss if loss is not None else -math.inf, -step)
 
     return max(found, key=score)
 
