@@ -57,9 +57,7 @@ def comparison_part(name: str, heading: str) -> str:
     )
     rates = []
     for b in batch_sizes:
-        cells = [by_cell[c, b] for c in contenders]
-        chosen = ["–" if r["rate"] is None else f"{r['rate']:g}" + "*" * r["at_edge"] for r in cells]
-        rates.append([f"{b:,}", *chosen])
+        rates.append([f"{b:,}", *(_chosen(by_cell[c, b]) for c in contenders)])
     seeds = len(settings["seeds"])
     spread = f"n = {seeds} seeds, mean ± standard deviation of" if seeds > 1 else "n = 1 seed,"
     state = "" if not found["left"] else f" **Unfinished: up to {found['left']} runs are left.**"
@@ -71,9 +69,18 @@ def comparison_part(name: str, heading: str) -> str:
         + _table(["batch", *contenders], top1)
         + "\nTop-5:\n\n"
         + _table(["batch", *contenders], top5)
-        + f"\nRates, each the best of at most {settings['tuning_runs']}, scored on {settings['validation_share']:g} of "
-        "the training images (* the least or greatest of those tried):\n\n" + _table(["batch", *contenders], rates)
+        + f"\nRates, each the best of at most {settings['tuning_runs']} (* the least or greatest of those tried), and "
+        f"the top-1 of that choice on {settings['validation_share']:g} of the training images:\n\n"
+        + _table(["batch", *contenders], rates)
     )
+
+
+def _chosen(row: dict[str, Any]) -> str:
+    """The rate of a cell, and its score on the validation share where it was chosen by one."""
+    if row["rate"] is None:
+        return "–"
+    scores = [f": {tried['top1']:.2%}".replace("%", " %") for tried in row["tuning"] if tried["rate"] == row["rate"]]
+    return f"{row['rate']:g}" + "*" * row["at_edge"] + "".join(scores)
 
 
 def pytorch_lars_part() -> str:
