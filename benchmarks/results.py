@@ -99,9 +99,17 @@ def pytorch_lars_part() -> str:
         for batch_size, reported in PYTORCH_LARS.items()
     ]
     commands = ", ".join(f"`python compare.py --flagfile=flags/{name}.flags`" for name in columns.values())
+    short = _read("compare_pytorch_lars_short")
+    updates = [
+        [f"{row['batch_size']:,}", f"{row['updates']:,}", score(row), score(row, "top5")] for row in short["table"]
+    ]
     return (
         "## The experiment of pytorch-lars\n\nResNet-18 on CIFAR-10, 200 epochs, top-1 on the test split. "
-        f"{commands}.\n\n" + _table(["batch", "reported by pytorch-lars", *columns], lines)
+        f"{commands}.\n\n"
+        + _table(["batch", "reported by pytorch-lars", *columns], lines)
+        + "\nIts settings for a sixth of an epoch, which says only that the recipe runs at each batch size: "
+        f"`{short['command']}`, {short['machine']}, {short['wall_seconds'] / 60:.0f} min, commit {short['commit']}.\n\n"
+        + _table(["batch", "updates", "top-1", "top-5"], updates)
     )
 
 
