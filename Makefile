@@ -18,7 +18,7 @@ help:
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
 	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; about half an hour"
 	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
-	@echo "make pod-scaling compile what is missing of docs/pod_scaling.json; about an hour"
+	@echo "make pod-scaling compile what is missing of results/pod_scaling.json; about an hour"
 	@echo "make lint    check style, format and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-tpu, caches and build output"
@@ -42,10 +42,10 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	@echo "$(VENV) is ready"
 
 demo: setup
-	$(BIN)/python train.py --flagfile=flags/demo.flags
+	$(BIN)/python train.py --flagfile=flags/recipes/demo.flags
 
 compare: setup
-	$(BIN)/python compare.py --flagfile=flags/compare_digits.flags
+	$(BIN)/python compare.py --flagfile=flags/comparisons/digits.flags
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope
@@ -62,16 +62,16 @@ test-tpu-wheel: setup
 	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .; \
 	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope
 
-# FLAGS are those of train.py and of `python -m lars_keras.pod_check --help`.
-FLAGS = --flagfile=flags/alexnet_bn_32k.flags --topology=v5e:16x16
+# FLAGS are those of train.py and of `python -m lars_keras.pod --help`.
+FLAGS = --flagfile=flags/recipes/alexnet_bn_32k.flags --topology=v5e:16x16
 pod-check: setup
-	$(BIN)/python -m lars_keras.pod_check $(FLAGS)
+	$(BIN)/python -m lars_keras.pod $(FLAGS)
 
 pod-scaling: setup
-	KERAS_BACKEND=jax $(BIN)/python -m lars_keras.pod_check.scaling --out=docs/pod_scaling.json --plot=docs/pod_scaling.svg
+	KERAS_BACKEND=jax $(BIN)/python -m lars_keras.pod.scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
 
 prove-resume: setup
-	$(BIN)/python -m tests.kill_and_resume --kills=20 --steps=200 --out=docs/resume.json
+	$(BIN)/python -m tools.kill_and_resume --kills=20 --steps=200 --out=results/resume.json
 
 lint: setup
 	$(BIN)/ruff check .

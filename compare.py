@@ -1,7 +1,7 @@
 """Compares optimizers, or whole recipes, over batch sizes and seeds, at equal epochs.
 
-    python compare.py --flagfile=flags/compare_digits.flags
-    python compare.py --recipes=flags/a.flags,flags/b.flags --batch_sizes=256,4096 --out=runs/a_or_b
+    python compare.py --flagfile=flags/comparisons/digits.flags
+    python compare.py --recipes=flags/recipes/a.flags,flags/recipes/b.flags --batch_sizes=256,4096 --out=runs/a_or_b
 
 Each optimizer's learning rate is chosen by a search of the same budget, scored on a share of the training images that
 is kept apart; then it is trained on all of them, once for each seed, and scored on the test split. The same command
@@ -32,15 +32,15 @@ from absl import logging
 from tqdm import tqdm
 
 import flags
-from comparison import page
-from comparison.search import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Cell, Contender, Job, grid
-from comparison.worker import Failed, config_of, prepare_process, take
 from lars_keras import data as datasets
-from lars_keras.data.rows import cores
-from lars_keras.training.errors import EXIT_PREEMPTED, EXIT_USAGE, UsageError, usage_errors
-from lars_keras.training.optimizers import OPTIMIZERS
+from lars_keras.data.parallel_map import cores
+from lars_keras.files import atomic_write_text
+from lars_keras.runtime.errors import EXIT_PREEMPTED, EXIT_USAGE, UsageError, usage_errors
 from lars_keras.versions import versions
-from lars_keras.whole_file import write_whole
+from running.optimizers import OPTIMIZERS
+from tools.comparison import page
+from tools.comparison.search import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Candidate, GridCell, Job, grid
+from tools.comparison.worker import Failed, config_of, prepare_process, take
 
 MAY_GROW = ("batch_sizes", "seeds")  # settings that a comparison can be gone on with although they differ
 PACKAGES = ("lars-keras", "keras", "tensorflow", "tensorflow-cpu", "jax", "numpy")
@@ -74,7 +74,7 @@ def define() -> absl_flags.FlagValues:
         "scaling", "sqrt", list(SCALINGS), "Of the first rate, with the batch size it is meant for.", flag_values=own
     )
     absl_flags.DEFINE_float(
-        "validation_share", 0.1, "Of the training images, to choose rates by; at most 0.5.", **at_least, upper_bound=0.5
+        "validation_split", 0.1, "Of the training images, to choose rates by; at most 0.5.", **at_least, upper_bound=0.5
     )
     absl_flags.DEFINE_string("data_dir", None, "Takes the place of the recipe's.", flag_values=own)
     absl_flags.DEFINE_string("out", "runs/compare", "Folder for the results.", flag_values=own)
@@ -85,7 +85,7 @@ def define() -> absl_flags.FlagValues:
     return own
 
 
-def contenders_of(own: absl_flags.FlagValues) -> list[Contender]:
+def candidates_of(own: absl_flags.FlagValues) -> list[Candidate]:
     """The optimizers on one recipe, or the recipes."""
     if not own.recipes:
         raise UsageError("--recipes is needed: one flagfile of train.py, or several. Received: none")
@@ -97,14 +97,14 @@ def contenders_of(own: absl_flags.FlagValues) -> list[Contender]:
             raise UsageError("--optimizer goes with one recipe; several are compared as they are.")
         if not own.batch_sizes and len({c.batch_size for c in configs.values()}) > 1:
             raise UsageError("--batch_sizes is needed, because the recipes have several. Received: none")
-        return [Contender(name, c, c.learning_rate, c.batch_size, own.scaling) for name, c in configs.items()]
+        return [Candidate(name, c, c.learning_rate, c.batch_size, own.scaling) for name, c in configs.items()]
     (config,) = configs.values()
     found = []
     for name in own.optimizer:
         rate, batch_size = FIRST_RATES[name], FIRST_RATES_BATCH
         if name == config.optimizer and not own.tuning_runs:
             rate, batch_size = config.learning_rate, config.batch_size
-        found.append(Contender(name, dataclasses.replace(config, optimizer=name), rate, batch_size, own.scaling))
+        found.append(Candidate(name, dataclasses.replace(config, optimizer=name), rate, batch_size, own.scaling))
     return found
 
 
@@ -133,14 +133,14 @@ def _whole_numbers(own: absl_flags.FlagValues, name: str, least: int) -> list[in
     return sorted(set(numbers))
 
 
-class Ledger:
+class ResultsStore:
     """`OUT/compare.json`: the settings, and the outcome of every run that is finished, whole after each.
 
     Raises:
         UsageError: if the file is damaged, or of a comparison of other settings; `MAY_GROW` may be others.
     """
 
-    def __init__(self, out: Path, about: dict[str, Any], cells: list[Cell]):
+    def __init__(self, out: Path, about: dict[str, Any], cells: list[GridCell]):
         self._path, self._about, self._cells = out / "compare.json", about, cells
         self.outcomes: dict[str, Any] = {}
         self._earlier, self._began = 0.0, time.monotonic()
@@ -181,11 +181,11 @@ class Ledger:
             "table": [cell.row(self.outcomes) for cell in self._cells],
             "runs": self.outcomes,
         }
-        write_whole(self._path, json.dumps(found, indent=1) + "\n")
+        atomic_write_text(self._path, json.dumps(found, indent=1) + "\n")
         return found
 
 
-def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validation_share: float) -> int:
+def compare(cells: list[GridCell], ledger: ResultsStore, out: Path, workers: int, validation_split: float) -> int:
     """Takes all runs that are not in the ledger, `workers` at a time. Returns the exit code."""
     stopping = False
 
@@ -209,7 +209,7 @@ def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validati
         while not stopping:
             ready = [job for cell in cells for job in cell.jobs(ledger.outcomes) if job not in running.values()]
             for job in ready[: workers - len(running)]:
-                config = config_of(job, out / "runs" / job.name, validation_share)
+                config = config_of(job, out / "runs" / job.name, validation_split)
                 running[pool.submit(take, config)] = job
             if not running:
                 return 0
@@ -253,14 +253,14 @@ def compare(cells: list[Cell], ledger: Ledger, out: Path, workers: int, validati
 
 def main(own: absl_flags.FlagValues) -> int:
     with usage_errors():
-        contenders = contenders_of(own)
-        config = contenders[0].config
+        candidates = candidates_of(own)
+        config = candidates[0].config
         batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [config.batch_size]
         seeds = _whole_numbers(own, "seeds", 0)
         if own.factor <= 1.0:
             raise UsageError(f"--factor must be above 1. Received: --factor={own.factor:g}")
-        if own.tuning_runs and not own.validation_share:
-            raise UsageError("--validation_share must be above 0 while --tuning_runs is. Received: 0")
+        if own.tuning_runs and not own.validation_split:
+            raise UsageError("--validation_split must be above 0 while --tuning_runs is. Received: 0")
         accelerator = _take_no_accelerator()
         # Made ready here, before several processes want it at once.
         data = {
@@ -270,23 +270,23 @@ def main(own: absl_flags.FlagValues) -> int:
                 cache="disk" if c.config.cache == "disk" else "none",
                 cache_dir=c.config.cache_dir,
             )
-            for c in contenders
+            for c in candidates
         }
-        contenders = [
+        candidates = [
             dataclasses.replace(c, num_classes=data[c.config.dataset, c.config.data_dir].num_classes)
-            for c in contenders
+            for c in candidates
         ]
-        cells = grid(contenders, batch_sizes, own.tuning_runs, own.factor, seeds)
+        cells = grid(candidates, batch_sizes, own.tuning_runs, own.factor, seeds)
         out = Path(own.out)
         for cell in cells:  # what is wrong with one of the runs is said before the first
-            config_of(cell.job(0, seeds[0], tuning=True), out, own.validation_share)
+            config_of(cell.job(0, seeds[0], tuning=True), out, own.validation_split)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UsageError(f"--out={out} cannot be written: {e.strerror}") from e
-        names = [c.name for c in contenders]
-        networks = " and ".join(dict.fromkeys(c.config.model for c in contenders))
-        sets = " and ".join(dict.fromkeys(c.config.dataset for c in contenders))
+        names = [c.name for c in candidates]
+        networks = " and ".join(dict.fromkeys(c.config.model for c in candidates))
+        sets = " and ".join(dict.fromkeys(c.config.dataset for c in candidates))
         about = {
             "title": f"{networks} on {sets}: {', '.join(names)}",
             "command": f"python compare.py {' '.join(sys.argv[1:])}",
@@ -295,30 +295,30 @@ def main(own: absl_flags.FlagValues) -> int:
             "versions": versions(PACKAGES),
             "settings": {
                 # Where the data are does not matter, and is nobody's business in what is published.
-                "contenders": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in contenders},
+                "candidates": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in candidates},
                 "batch_sizes": batch_sizes,
                 "seeds": seeds,
                 "backend": keras.config.backend(),
                 "tuning_runs": own.tuning_runs,
                 "factor": own.factor,
                 "scaling": own.scaling,
-                "validation_share": own.validation_share,
+                "validation_split": own.validation_split,
             },
         }
-        ledger = Ledger(out, about, cells)
+        ledger = ResultsStore(out, about, cells)
     # On JAX a run takes all cores.
     workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())
-    epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in contenders))
+    epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in candidates))
     images = " and ".join(f"{found.num_train:,}" for found in data.values())
     print(f"  compared    {', '.join(names)}: {networks}, {epochs} epochs of {images} images")
     print(f"  batches     {', '.join(map(str, batch_sizes))}; seeds {', '.join(map(str, seeds))}")
     rates = (
-        f"each the best of at most {own.tuning_runs} runs, scored on {own.validation_share:g} of the training images"
+        f"each the best of at most {own.tuning_runs} runs, scored on {own.validation_split:g} of the training images"
     )
     print(f"  rates       {rates if own.tuning_runs else 'as they are'}")
     print(f"  runs        {len(ledger.outcomes)} finished, at most {ledger.left} left, {workers} at a time")
     print(f"  results     {out}/compare.html", flush=True)
-    code = compare(cells, ledger, out, workers, own.validation_share)
+    code = compare(cells, ledger, out, workers, own.validation_split)
     found = ledger.write()
     page.write(out, found)
     print(page.text(found["table"]))

@@ -1,9 +1,9 @@
 """Trains an image classifier in large batches.
 
-    python train.py --flagfile=flags/demo.flags
-    python train.py --flagfile=flags/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
+    python train.py --flagfile=flags/recipes/demo.flags
+    python train.py --flagfile=flags/recipes/alexnet_bn_8k.flags --data_dir=... --strategy=mirrored
 
-    KERAS_BACKEND=jax python train.py --flagfile=flags/demo.flags
+    KERAS_BACKEND=jax python train.py --flagfile=flags/recipes/demo.flags
 
 The same --run_dir goes on with a run that was interrupted. All flags: `python train.py --help`. Exit codes: 0 done;
 2 a bad flag, or a device or file that is not there; 3 diverged; 4 another worker is gone; 5 too many images cannot be
@@ -26,15 +26,15 @@ from absl import logging
 
 import flags
 import models
-from flags import plan
-from flags.dry_run import dry_run
-from flags.run_dir import open_run_dir, write_plan, write_results
 from lars_keras import data as datasets
 from lars_keras.data import ImageData
-from lars_keras.metrics import LeftOut
-from lars_keras.training import Trainer, make_optimizer, make_schedule
-from lars_keras.training.checkpoint import Checkpoint, CheckpointFolder, Every
-from lars_keras.training.errors import (
+from lars_keras.metrics import MaskedExamples
+from lars_keras.report.layers import LayerTelemetry
+from lars_keras.report.log import MetricsLog, Progress
+from lars_keras.report.page import write_report
+from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager, SavePolicy
+from lars_keras.runtime.divergence import CorruptImageLimit, DivergenceGuard
+from lars_keras.runtime.errors import (
     EXIT_BAD_DATA,
     EXIT_DIVERGED,
     EXIT_NOT_SAVED,
@@ -47,27 +47,31 @@ from lars_keras.training.errors import (
     UsageError,
     usage_errors,
 )
-from lars_keras.training.guard import BoundBadImages, Guard
-from lars_keras.training.preemption import StopOnSignal
-from lars_keras.training.progress import MetricsLog, Progress
-from lars_keras.training.report import write_report
-from lars_keras.training.resume import SaveCheckpoints, check_all_found, fit_and_survive
-from lars_keras.training.strategy import hosts_are_remote, is_chief, make_strategy, says_worker_is_lost
-from lars_keras.training.telemetry import LayerTelemetry
+from lars_keras.runtime.preemption import StopOnSignal
+from lars_keras.runtime.recovery import CheckpointCallback, check_all_found, fit_with_recovery
+from lars_keras.training import Trainer
+from lars_keras.training.cluster import hosts_are_remote, is_chief, make_strategy, says_worker_is_lost
+from running import plan
+from running.folder import open_run_dir, write_plan, write_results
+from running.optimizers import make_optimizer, make_schedule
+from running.rehearsal import dry_run
 
 
 def main(config: flags.RunConfig) -> None:
     if config.eval_only:  # on the test split, also where rates were chosen on a share of the training images
-        config = dataclasses.replace(config, validation_share=0.0)
+        config = dataclasses.replace(config, validation_split=0.0)
     with usage_errors():
         run_dir = open_run_dir(config)
-        folder = CheckpointFolder(
+        folder = CheckpointManager(
             run_dir / "checkpoints", keep=config.keep_checkpoints, keep_hours=config.keep_checkpoint_hours
         )
 
         # ---- Strategy: first of all, because a TPU must be initialised before any tensor exists.
         strategy = make_strategy(
-            config.strategy, replicas=config.replicas, tpu=config.tpu, shard_update=config.shard_update
+            config.strategy,
+            replicas=config.replicas,
+            tpu=config.tpu,
+            shard_optimizer_state=config.shard_optimizer_state,
         )
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.precision)
@@ -84,7 +88,7 @@ def main(config: flags.RunConfig) -> None:
             cache=config.cache,
             cache_dir=config.cache_dir,
             remote=hosts_are_remote(strategy),
-            validation_share=config.validation_share,
+            validation_split=config.validation_split,
         )
         steps_per_epoch = data.num_train / config.batch_size
         total_updates = config.total_updates(data.num_train)
@@ -98,7 +102,7 @@ def main(config: flags.RunConfig) -> None:
             model,
             batch_size=config.batch_size,
             microbatch_size=config.microbatch_size,
-            updates_per_call=config.updates_per_call,
+            steps_per_execution=config.steps_per_execution,
             jit_compile=config.jit_compile if config.jit_compile == "auto" else config.jit_compile == "on",
             layer_norms=True,
             reduce_dtype=config.reduce_dtype,
@@ -156,11 +160,11 @@ def main(config: flags.RunConfig) -> None:
             data.bad_images.save(run_dir / "bad_images.json")
         log.note(update, f"left out an image that cannot be read, {where}: {reason}")
 
-    bound = BoundBadImages(data, config.max_bad_images, on_bad_image if chief else lambda *_: None)
-    save = SaveCheckpoints(trainer, folder, Every(config.checkpoint_updates, config.checkpoint_minutes), about)
+    bound = CorruptImageLimit(data, config.max_bad_images, on_bad_image if chief else lambda *_: None)
+    save = CheckpointCallback(trainer, folder, SavePolicy(config.checkpoint_updates, config.checkpoint_minutes), about)
     try:
         with StopOnSignal() as stop:
-            history = fit_and_survive(
+            history = fit_with_recovery(
                 train_feed,
                 save,
                 max_rollbacks=config.max_rollbacks,
@@ -175,7 +179,7 @@ def main(config: flags.RunConfig) -> None:
                         if chief and config.telemetry_every
                         else []
                     ),
-                    Guard(trainer),
+                    DivergenceGuard(trainer),
                     *([progress, log] if chief else []),
                     bound,
                     stop,
@@ -234,7 +238,7 @@ def compile_model(model: keras.Model, config: flags.RunConfig, data: ImageData) 
         weighted_metrics=[
             keras.metrics.CategoricalAccuracy(name="top1"),
             keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
-            LeftOut(),
+            MaskedExamples(),
         ],
     )
 
@@ -288,7 +292,7 @@ def make_feeds(data: ImageData, trainer: Trainer, seed: int):
         return x, y if y.shape.rank == 2 else tf.one_hot(y, data.num_classes), mask
 
     def train_feed(worker: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
-        first = first_update * trainer.microbatches
+        first = first_update * trainer.accumulation_steps
         return data.train_batches(element, first=first, seed=seed, shard=shard(worker)).map(one_hot)
 
     def test_feed(worker: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -314,7 +318,7 @@ def run(argv: list[str]) -> int:
         print(f"train.py: error: {e}", file=sys.stderr)
         return EXIT_USAGE
     except Diverged as e:
-        hint = "A lower --learning_rate or a longer --warmup_epochs may help; the checkpoints are from before."
+        hint = "A lower --learning_rate or a longer --warmup may help; the checkpoints are from before."
         print(f"train.py: {e} {hint}", file=sys.stderr)
         return EXIT_DIVERGED
     except TooManyBadImages as e:

@@ -1,6 +1,6 @@
 """Every flag of `train.py`, resolved to one frozen `RunConfig`.
 
-The files `flags/*.flags` are recipes: `train.py --flagfile=flags/alexnet_bn_8k.flags`.
+The files `flags/recipes/*.flags` are recipes: `train.py --flagfile=flags/recipes/alexnet_bn_8k.flags`.
 """
 
 from flags.config import RunConfig, define, parse, read

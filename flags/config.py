@@ -12,34 +12,36 @@ from absl import flags
 
 import models
 from lars_keras import data, schedules
+from lars_keras.exclude import DEFAULT_EXCLUDE
 from lars_keras.lars import VARIANTS
-from lars_keras.roles import DEFAULT_EXCLUDE
-from lars_keras.training.optimizers import OPTIMIZERS, SCHEDULES
+from running.optimizers import OPTIMIZERS, SCHEDULES
 
 
-def _flag(default: Any, kind: str, text: str, free: bool = False, **options: Any) -> Any:
-    """A field with its flag; `free`: it may differ when a run is resumed, because no number depends on it."""
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "free": free, "options": options})
+def _flag(default: Any, kind: str, text: str, affects_result: bool = True, **options: Any) -> Any:
+    """A field with its flag; `affects_result` is false where a resumed run may change it."""
+    return dataclasses.field(
+        default=default, metadata={"kind": kind, "help": text, "affects_result": affects_result, "options": options}
+    )
 
 
-def _choice(default: str | None, values: Sequence[str], text: str, free: bool = False) -> Any:
-    return _flag(default, "enum", text, free, enum_values=list(values))
+def _choice(default: str | None, values: Sequence[str], text: str, affects_result: bool = True) -> Any:
+    return _flag(default, "enum", text, affects_result, enum_values=list(values))
 
 
-def _whole(default: int | None, text: str, low: int = 1, free: bool = False) -> Any:
-    return _flag(default, "integer", text, free, lower_bound=low)
+def _whole(default: int | None, text: str, low: int = 1, affects_result: bool = True) -> Any:
+    return _flag(default, "integer", text, affects_result, lower_bound=low)
 
 
-def _real(default: float | None, text: str, high: float | None = None, free: bool = False) -> Any:
-    return _flag(default, "float", text, free, lower_bound=0.0, upper_bound=high)
+def _real(default: float | None, text: str, high: float | None = None, affects_result: bool = True) -> Any:
+    return _flag(default, "float", text, affects_result, lower_bound=0.0, upper_bound=high)
 
 
-def _text(default: str | None, text: str, free: bool = False) -> Any:
-    return _flag(default, "string", text, free)
+def _text(default: str | None, text: str, affects_result: bool = True) -> Any:
+    return _flag(default, "string", text, affects_result)
 
 
-def _switch(text: str, free: bool = False) -> Any:
-    return _flag(False, "bool", text, free)
+def _switch(text: str, affects_result: bool = True) -> Any:
+    return _flag(False, "bool", text, affects_result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class RunConfig:
         None,
         "Folder of the prepared data sets, or for --dataset=folder that of train/CLASS/ and val/CLASS/. Default: that "
         "of tensorflow-datasets.",
-        free=True,
+        affects_result=False,
     )
     image_size: int | None = _whole(
         None, "Height and width in pixels, for imagenet2012 and folder. Default: the model's.", low=8
@@ -63,23 +65,23 @@ class RunConfig:
         data.AUGMENTS,
         "What happens to training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
     )
-    validation_share: float = _real(
+    validation_split: float = _real(
         0.0,
         "Share of the training images left out of training and scored in place of the test split.",
         high=0.5,
     )
     cache: str = _choice(
-        "none", data.CACHES, "Hold the image files in memory, or copies of them in --cache_dir.", free=True
+        "none", data.CACHES, "Hold the image files in memory, or copies of them in --cache_dir.", affects_result=False
     )
-    cache_dir: str | None = _text(None, "Folder of --cache=disk. Default: ~/.cache/lars_keras.", free=True)
+    cache_dir: str | None = _text(None, "Folder of --cache=disk. Default: ~/.cache/lars_keras.", affects_result=False)
     run_dir: str | None = _text(
         None,
         "Folder for all results; an unfinished run in it goes on, with its own flags. Default: runs/<time>-<names>.",
-        free=True,
+        affects_result=False,
     )
-    eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.", free=True)
+    eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.", affects_result=False)
     dry_run: bool = _switch(
-        "Show sizes, rehearse two updates on synthetic images, and leave nothing behind.", free=True
+        "Show sizes, rehearse two updates on synthetic images, and leave nothing behind.", affects_result=False
     )
     # How long, and in what portions.
     batch_size: int = _whole(8192, "Global batch: examples in an update.")
@@ -96,7 +98,7 @@ class RunConfig:
     )
     power: float = _real(2.0, "Exponent of the polynomial decay.")
     end_learning_rate: float = _real(0.0, "Last rate of a polynomial, cosine or exponential decay.")
-    warmup_epochs: str | None = _text(
+    warmup: str | None = _text(
         None,
         "Linear warm-up: epochs, or a duration such as '100 steps' or '1e6 examples'. Default: an epoch, but at most a "
         "fifth of the run.",
@@ -105,7 +107,7 @@ class RunConfig:
     nesterov: bool = _switch("Nesterov momentum, for lars and momentum.")
     weight_decay: float = _real(5e-4, "Weight decay: inside the rule of lars and lamb, decoupled for the others.")
     trust_coefficient: float = _real(1e-3, "eta of LARS.")
-    epsilon: float = _real(0.0, "Added to the denominator of LARS's trust ratio.")
+    trust_epsilon: float = _real(0.0, "Added to the denominator of LARS's trust ratio.")
     variant: str = _choice("paper", VARIANTS, "Rule of LARS.")
     trust_clip: bool = _switch("The clip of LARC; of lamb, a trust ratio of at most 1.")
     exclude: tuple[str, ...] | None = _flag(
@@ -116,37 +118,51 @@ class RunConfig:
     )
     excluded_lr_scale: float = _real(0.05, "Factor of lars on the learning rate of variables that are not adapted.")
     global_clipnorm: float | None = _real(None, "Largest norm of all gradients together, of the whole batch.")
-    ema: float | None = _real(
+    ema_momentum: float | None = _real(
         None, "Momentum of a moving average of the weights, which is what is evaluated and saved.", high=1.0
     )
     label_smoothing: float = _real(0.0, "Share of the label spread over all classes.", high=1.0)
     # Where and how it runs.
     strategy: str = _choice(
-        "auto", ("auto", "one", "mirrored", "multi_worker", "tpu"), "Devices and processes to run on.", free=True
+        "auto",
+        ("auto", "single", "mirrored", "multi_worker", "tpu"),
+        "Devices and processes to run on.",
+        affects_result=False,
     )
     replicas: int | None = _whole(
-        None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.", free=True
+        None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.", affects_result=False
     )
-    tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.", free=True)
-    shard_update: bool = _switch("On JAX: each device keeps and updates its share of the weights.")
+    tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.", affects_result=False)
+    shard_optimizer_state: bool = _switch("On JAX: each device keeps and updates its share of the weights.")
     reduce_dtype: str = _choice("float32", ("float32", "bfloat16"), "On JAX: dtype of gradients between devices.")
     precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Keras dtype policy.")
     sync_batch_norm: bool = _switch("Batch statistics over all replicas, instead of each ghost batch's own.")
     jit_compile: str = _choice("auto", ("auto", "on", "off"), "XLA for the gradients; auto: on GPU and TPU.")
-    updates_per_call: int = _whole(1, "Updates that run without returning to Python.", free=True)
+    steps_per_execution: int = _whole(1, "Updates that run without returning to Python.", affects_result=False)
     eval_every: int = _whole(1, "Epochs between evaluations; the end of the run is always evaluated.")
     seed: int = _whole(0, "Seed of weights, order, augmentation and dropout.", low=0)
     telemetry_every: int = _whole(
-        0, "Updates between log lines with norms, trust ratio and effective rate of every layer; 0: none.", 0, free=True
+        0,
+        "Updates between log lines with norms, trust ratio and effective rate of every layer; 0: none.",
+        0,
+        affects_result=False,
     )
     # What a run does when something goes wrong.
-    checkpoint_minutes: float = _real(10.0, "Minutes between checkpoints.", free=True)
-    checkpoint_updates: int | None = _whole(None, "Updates between checkpoints, beside the minutes.", free=True)
-    keep_checkpoints: int = _whole(3, "How many of the newest checkpoints to keep.", free=True)
-    keep_checkpoint_hours: float | None = _real(None, "Of the older, keep one for every so many hours.", free=True)
-    allow_inexact_resume: bool = _switch("Go on with a run although flags differ from those it began with.", free=True)
-    max_rollbacks: int = _whole(3, "How often a run that diverges goes back to its last checkpoint.", 0, free=True)
-    max_bad_images: int = _whole(100, "How many images that cannot be read are left out.", 0, free=True)
+    checkpoint_minutes: float = _real(10.0, "Minutes between checkpoints.", affects_result=False)
+    checkpoint_updates: int | None = _whole(
+        None, "Updates between checkpoints, beside the minutes.", affects_result=False
+    )
+    keep_checkpoints: int = _whole(3, "How many of the newest checkpoints to keep.", affects_result=False)
+    keep_checkpoint_hours: float | None = _real(
+        None, "Of the older, keep one for every so many hours.", affects_result=False
+    )
+    allow_inexact_resume: bool = _switch(
+        "Go on with a run although flags differ from those it began with.", affects_result=False
+    )
+    max_rollbacks: int = _whole(
+        3, "How often a run that diverges goes back to its last checkpoint.", 0, affects_result=False
+    )
+    max_bad_images: int = _whole(100, "How many images that cannot be read are left out.", 0, affects_result=False)
 
     def __post_init__(self) -> None:
         """Checks what one flag cannot know of another.
@@ -200,12 +216,12 @@ class RunConfig:
         try:
             schedules.duration_in_updates(self.warmup_duration, batch_size=1, num_examples=1)
         except ValueError as e:
-            raise ValueError(f"--warmup_epochs: {e}") from None
+            raise ValueError(f"--warmup: {e}") from None
 
     @property
     def warmup_duration(self) -> str:
-        """`warmup_epochs` with its unit; one epoch where there is none."""
-        text = self.warmup_epochs or "1"
+        """`warmup` with its unit; one epoch where there is none."""
+        text = self.warmup or "1"
         try:
             float(text)
         except ValueError:
@@ -221,9 +237,10 @@ class RunConfig:
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of `lars_keras.training.make_optimizer` beside the rate."""
         shared = ("momentum", "nesterov", "weight_decay", "global_clipnorm")
-        ema = {} if self.ema is None else {"use_ema": True, "ema_momentum": self.ema}
-        own = ("trust_coefficient", "epsilon", "variant", "trust_clip", "excluded_lr_scale")
-        return {"exclude": self.excluded, **ema, **{name: getattr(self, name) for name in shared + own}}
+        ema = {} if self.ema_momentum is None else {"use_ema": True, "ema_momentum": self.ema_momentum}
+        own = ("trust_coefficient", "variant", "trust_clip", "excluded_lr_scale")
+        values = {name: getattr(self, name) for name in shared + own}
+        return {"exclude": self.excluded, "epsilon": self.trust_epsilon, **ema, **values}
 
     def total_updates(self, num_train: int) -> int:
         """Updates of the whole run."""
@@ -234,7 +251,7 @@ class RunConfig:
         updates = schedules.duration_in_updates(
             self.warmup_duration, batch_size=self.batch_size, num_examples=num_train
         )
-        return updates if self.warmup_epochs else min(updates, self.total_updates(num_train) // 5)
+        return updates if self.warmup else min(updates, self.total_updates(num_train) // 5)
 
     def changes(self, before: Mapping[str, Any]) -> list[str]:
         """What makes this run another than the one whose fields were `before`, a phrase each."""
@@ -242,7 +259,7 @@ class RunConfig:
         for field in dataclasses.fields(self):
             now, then = getattr(self, field.name), before.get(field.name, field.default)
             then = tuple(then) if isinstance(then, list) else then
-            if now != then and not field.metadata["free"]:
+            if now != then and field.metadata["affects_result"]:
                 found.append(f"--{field.name}={now} was {then}")
         return found
 

@@ -5,9 +5,9 @@ Importing this package imports Keras only, on whichever backend Keras runs.
 """
 
 from lars_keras import metrics, schedules
+from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
-from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
 
 __all__ = ["DEFAULT_EXCLUDE", "LAMB", "LARS", "VariableRole", "metrics", "schedules"]
 __version__ = "0.1.0"

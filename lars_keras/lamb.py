@@ -7,10 +7,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras.compiled import recomputed, rounded
+from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.layerwise import LayerwiseOptimizer, check_number
-from lars_keras.program import recomputed, rounded
-from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
-from lars_keras.trust import Tensor, l2_norm, trust_ratio
+from lars_keras.trust_ratio import Tensor, l2_norm, trust_ratio
 
 
 @keras.saving.register_keras_serializable(package="lars_keras")
@@ -99,7 +99,7 @@ class LAMB(LayerwiseOptimizer):
 
         ratio = ops.ones_like(lr)
         if role.adapt:
-            ratio = trust_ratio(l2_norm(w), l2_norm(r(*recomputed(m, v, w)), computed=True))
+            ratio = trust_ratio(l2_norm(w), l2_norm(r(*recomputed(m, v, w)), expensive_input=True))
             ratio = ops.minimum(ratio, 1.0) if self.trust_clip else ratio
         return w - lr * ratio * r(m, v, w), (m, v), ratio
 

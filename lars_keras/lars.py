@@ -6,10 +6,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras.compiled import rounded
+from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.layerwise import LayerwiseOptimizer, check_number
-from lars_keras.program import rounded
-from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole
-from lars_keras.trust import Tensor, l2_norm, trust_ratio
+from lars_keras.trust_ratio import Tensor, l2_norm, trust_ratio
 
 VARIANTS = ("paper", "norm_of_sum", "lr_outside_momentum", "ratio_on_momentum")
 

@@ -10,9 +10,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from lars_keras.program import CompiledUpdate, distributed
-from lars_keras.roles import DEFAULT_EXCLUDE, VariableRole, check_patterns, resolve_roles
-from lars_keras.trust import Tensor, l2_norm
+from lars_keras.compiled import CompiledUpdate, distributed
+from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole, check_patterns, resolve_roles
+from lars_keras.trust_ratio import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
 

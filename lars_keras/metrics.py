@@ -7,10 +7,10 @@ from keras import ops
 
 
 @keras.saving.register_keras_serializable("lars_keras")
-class LeftOut(keras.metrics.Sum):
+class MaskedExamples(keras.metrics.Sum):
     """How many examples had weight 0, on all replicas: in training those that could not be read."""
 
-    def __init__(self, name: str = "left_out", **kwargs: Any):
+    def __init__(self, name: str = "masked_examples", **kwargs: Any):
         super().__init__(name=name, **kwargs)
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:

@@ -76,9 +76,9 @@ PAIRS = tuple(TABLE[i] for i in (0, 3, 5, 6))
 """The rows in which any two settings meet, whatever the third."""
 
 
-def trained_row(strategy_name, replicas, microbatches, optimizer, policy):
+def trained_row(strategy_name, replicas, accumulation_steps, optimizer, policy):
     """Returns what `trained` does, for a row of `TABLE`."""
-    size = BATCH // replicas // microbatches
+    size = BATCH // replicas // accumulation_steps
     return trained(hidden, OPTIMIZERS[optimizer], strategy_name, microbatch_size=size, policy=policy)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_keras.data.bad_images import BadImages
-from lars_keras.data.image_data import ImageData, check_arguments, positions
+from lars_keras.data.base import ImageData, check_arguments, positions
+from lars_keras.data.corrupt import BadImages
 from lars_keras.data.keyed import Array
 
 if TYPE_CHECKING:

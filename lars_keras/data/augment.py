@@ -46,7 +46,7 @@ def pad_crop_flip(images: Array, draws: Array, pad: int = 4) -> Array:
     return tf.gather(tf.gather(tf.pad(images, border), rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def mix(
+def mix_pairs(
     kind: str, images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor, draws: tf.Tensor, num_classes: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes each image with its neighbour: 0 with 1, 2 with 3, and so on, each with a share of its own.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import psutil
 from tqdm import tqdm
 
-from lars_keras.data.rows import cores, each_row
+from lars_keras.data.parallel_map import cores, each_row
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from lars_keras.data.jpegs import Examples
+    from lars_keras.data.image_files import Examples
 
 
 class InMemory:

@@ -12,7 +12,7 @@ Array = Any  # np.ndarray or tf.Tensor
 GOLDEN = 0x9E3779B97F4A7C15
 
 
-def mix(z: Array) -> Array:
+def splitmix64(z: Array) -> Array:
     """The finaliser of SplitMix64: a bijection of uint64 that scatters its input.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 14.
@@ -26,8 +26,8 @@ def keys(seed: int, *words: Array) -> Array:
     """One uint64 key for each tuple of words: uint64 arrays of one shape."""
     key = words[0] * np.uint64(0) + np.uint64(seed)
     for word in words:
-        key = mix(key + np.uint64(GOLDEN)) ^ word
-    return mix(key)
+        key = splitmix64(key + np.uint64(GOLDEN)) ^ word
+    return splitmix64(key)
 
 
 def uniforms(key: Array, count: int) -> Array:
@@ -41,7 +41,7 @@ def uniforms(key: Array, count: int) -> Array:
         float32 of shape `(n, count)`, uniform in [0, 1), of 24 bits: exact, and below 1, in float32.
     """
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-    bits = mix(key[:, None] + steps) // np.uint64(2**40)
+    bits = splitmix64(key[:, None] + steps) // np.uint64(2**40)
     return _float32(bits) * np.float32(2.0**-24)
 
 

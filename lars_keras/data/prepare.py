@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 
-from lars_keras.data.catalog import PREPARED, data_root, prepared_dir
+from lars_keras.data.locate import PREPARED, data_root, prepared_dir
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 

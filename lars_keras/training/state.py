@@ -52,7 +52,7 @@ def restore_shared(model: keras.Model, state: Mapping[str, np.ndarray]) -> list[
 
 
 @contextlib.contextmanager
-def averaged_weights(optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]) -> Iterator[None]:
+def ema_weights(optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]) -> Iterator[None]:
     """Meanwhile the model has the moving average of its weights, where the optimizer keeps one.
 
     Args:

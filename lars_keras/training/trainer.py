@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from lars_keras.program import has_accelerator
-from lars_keras.training.feed import element_spec
-from lars_keras.training.strategy import replicas_in, strategy_of
+from lars_keras.compiled import has_accelerator
+from lars_keras.training.cluster import replicas_in, strategy_of
+from lars_keras.training.inputs import element_spec
 
 
 @dataclasses.dataclass
@@ -20,14 +20,14 @@ class Position:
 
     Attributes:
         update: updates finished.
-        data_update: updates' worth of training data used or skipped.
+        batches_consumed: updates' worth of training data used or skipped.
         epoch: the epoch that metrics are gathered for; -1 before the first.
         losses: losses of its updates so far.
         logs: what callbacks were last told.
     """
 
     update: int = 0
-    data_update: int = 0
+    batches_consumed: int = 0
     epoch: int = -1
     losses: list[float] = dataclasses.field(default_factory=list)
     logs: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -47,7 +47,7 @@ class Trainer:
     trainer.evaluate(test_set)
     ```
 
-    One device, N replicas and k micro-batches take the same step; `lars_keras.training.ghost` says how that is
+    One device, N replicas and k micro-batches take the same step; `lars_keras.training.forward` says how that is
     defined. The optimizer runs once for each global batch, and schedules count those updates.
 
     On JAX (KERAS_BACKEND=jax) `keras.distribution.set_distribution(keras.distribution.DataParallel())` takes the place
@@ -58,7 +58,7 @@ class Trainer:
         batch_size: global batch: examples in an update.
         microbatch_size: examples that one replica takes through the model at once; a divisor of the replica's
             share of the global batch. Default, and at most: the whole share.
-        updates_per_call: updates that run without returning to Python. Callbacks see the last of them.
+        steps_per_execution: updates that run without returning to Python. Callbacks see the last of them.
         jit_compile: compile the gradient computation with XLA. `"auto"`: where there is a GPU or TPU.
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
         reduce_dtype: of the gradients on their way between devices. Below "float32", on JAX only, half the traffic
@@ -84,7 +84,7 @@ class Trainer:
         *,
         batch_size: int,
         microbatch_size: int | None = None,
-        updates_per_call: int = 1,
+        steps_per_execution: int = 1,
         jit_compile: bool | str = "auto",
         layer_norms: bool = False,
         reduce_dtype: str = "float32",
@@ -96,11 +96,11 @@ class Trainer:
         self.model = model
         self.batch_size = batch_size
         self.replicas = replicas_in(strategy_of(model))
-        self.microbatch_size, self.microbatches = split_batch(batch_size, self.replicas, microbatch_size)
-        if updates_per_call < 1:
-            raise ValueError(f"`updates_per_call` must be at least 1. Received: {updates_per_call}")
+        self.microbatch_size, self.accumulation_steps = split_batch(batch_size, self.replicas, microbatch_size)
+        if steps_per_execution < 1:
+            raise ValueError(f"`steps_per_execution` must be at least 1. Received: {steps_per_execution}")
         _check_engine(model, self.replicas, jit_compile, reduce_dtype, layer_ratios)
-        self.updates_per_call = updates_per_call
+        self.steps_per_execution = steps_per_execution
         self._jit_compile = jit_compile
         self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
         self._reduce_dtype = reduce_dtype
@@ -171,7 +171,7 @@ class Trainer:
             verbose=verbose,
         )
         self.model.stop_training = False
-        iterator = engine.training_iterator(data, self.microbatch_size, position.data_update)
+        iterator = engine.training_iterator(data, self.microbatch_size, position.batches_consumed)
         callback_list.on_train_begin()
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
@@ -182,12 +182,12 @@ class Trainer:
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             while position.update < end and not self.model.stop_training:
-                count = min(self.updates_per_call, end - position.update)
+                count = min(self.steps_per_execution, end - position.update)
                 callback_list.on_train_batch_begin(position.update)
                 self.step_losses, rates, metrics, self.layer_norms = engine.train(iterator, count)
                 position.losses += self.step_losses
                 position.update += count
-                position.data_update += count
+                position.batches_consumed += count
                 position.logs = {
                     **metrics,
                     "loss": math.fsum(position.losses) / len(position.losses),
@@ -198,7 +198,7 @@ class Trainer:
                 callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": engine.data_wait})
             logs = position.logs
             if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
-                with engine.averaged_weights():
+                with engine.ema_weights():
                     scores = self._evaluate(validation_data, callback_list.on_test_batch_end)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
             callback_list.on_epoch_end(epoch, logs)
@@ -271,16 +271,16 @@ class Trainer:
         if self._engine is None:
             engine: Any
             options: dict[str, Any] = {
-                "microbatches": self.microbatches,
+                "accumulation_steps": self.accumulation_steps,
                 "layer_norms": self._measures_norms,
                 "layer_ratios": self._measures_ratios,
             }
             if keras.backend.backend() == "jax":
-                from lars_keras.training.jax_engine import JaxEngine as engine
+                from lars_keras.training.jax.engine import JaxEngine as engine
 
                 options["reduce_dtype"] = self._reduce_dtype
             else:
-                from lars_keras.training.tensorflow_engine import TensorFlowEngine as engine
+                from lars_keras.training.tensorflow.engine import TensorFlowEngine as engine
 
                 options["jit_compile"] = self._jit_compile
             self._engine = engine(self.model, element_spec(data, *first_update), **options)
@@ -302,7 +302,7 @@ class Trainer:
                 f"`batch_size` must be at most the number of examples, {examples}. Received: {self.batch_size}"
             )
         ghosts = data.rebatch(self.microbatch_size, drop_remainder=True)  # never a global batch in one piece
-        return ghosts.take(steps * self.microbatches * self.replicas), steps
+        return ghosts.take(steps * self.accumulation_steps * self.replicas), steps
 
 
 def _check_engine(
@@ -340,7 +340,7 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
         microbatch_size: examples of a replica's pass; None, or more than its share, for the whole share.
 
     Returns:
-        `(microbatch_size, microbatches)` with `replicas * microbatch_size * microbatches == batch_size`.
+        `(microbatch_size, accumulation_steps)` with `replicas * microbatch_size * accumulation_steps == batch_size`.
 
     Raises:
         ValueError: if that has no whole solution; the message names the nearest sizes that do.

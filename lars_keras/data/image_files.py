@@ -1,0 +1,140 @@
+"""Data sets of image files or of records of them, decoded as they are used."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lars_keras.data.base import ImageData
+from lars_keras.data.corrupt import BadImages
+from lars_keras.data.decode import NUM_DRAWS, central_crop, central_fraction, random_crop
+from lars_keras.data.parallel_map import cores, each_row
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+# Over the ImageNet training images, pixel values 0 to 255.
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+class Examples(Protocol):
+    """Random access to a split."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The bytes and the integer label of image `i` in a graph."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Which image `i` is, for people."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all images as they are stored, in bytes."""
+        ...
+
+
+class JpegData(ImageData):
+    """JPEG files (or PNG, BMP, GIF), decoded as they are used.
+
+    Training images are cut by a random resized crop and flipped (see `random_crop`), test images by
+    a central crop (see `central_crop`); both are resized to `image_size` squared, bilinear, and
+    delivered as uint8 RGB. Grayscale and CMYK files become RGB, and photographs that the camera marked as turned are
+    turned upright.
+
+    An image that cannot be read is delivered in the mean colour with label 0 and mask 0, so that it counts in no
+    loss, gradient or score, and is noted in `bad_images`.
+
+    Args:
+        name: name of the data set.
+        train, test: the splits.
+        num_classes: number of classes.
+        image_size: height and width of the images delivered, in pixels.
+        augment: as in `ImageData`.
+        description: one line for people.
+        remote: whether batches are made on other hosts than this process's, as for a TPU pod. No Python function can
+            run there, so a host prints on its own terminal which image it could not read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train: Examples,
+        test: Examples,
+        num_classes: int,
+        *,
+        image_size: int = 227,
+        augment: str = "crop_flip",
+        description: str = "",
+        remote: bool = False,
+    ):
+        if image_size < 1:
+            raise ValueError(f"`image_size` must be positive. Received: image_size={image_size}")
+        self._train, self._test = train, test
+        self.name = name
+        self.num_classes = num_classes
+        self.image_shape = (image_size, image_size, 3)
+        self.num_train, self.num_test = len(train), len(test)
+        self.mean, self.std = _IMAGENET_MEAN, _IMAGENET_STD
+        self.augment = augment
+        self.description = description or name
+        self.bad_images = BadImages()
+        self._remote = remote
+        # Of another host's cores nothing is known here.
+        self.threads = None if remote else cores()
+        threads = (
+            f"{self.threads} threads, one for each core" if self.threads else "as many threads as each host allows"
+        )
+        crop = round(central_fraction(image_size) * 256)
+        self.reading = f"decoded by {threads}; evaluation on the central {crop}/256"
+
+    _num_draws = NUM_DRAWS
+
+    def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        size = self.image_shape[0]
+
+        def load(i: tf.Tensor, draw: tf.Tensor) -> tuple[Any, ...]:
+            image, label = self._train.example(i)
+            return random_crop(image, draw, size) if draw.shape[0] else central_crop(image, size), label, 1.0
+
+        return self._block(load, (ids, draws), self._train)
+
+    def _test_examples(self, ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        import tensorflow as tf
+
+        def decode(i: tf.Tensor) -> tuple[Any, ...]:
+            image, label = self._test.example(i)
+            return central_crop(image, self.image_shape[0]), label, 1.0
+
+        def load(i: tf.Tensor) -> tuple[Any, ...]:
+            padding = lambda: (tf.zeros(self.image_shape, tf.uint8), tf.zeros((), tf.int64), 0.0)  # noqa: E731
+            return tf.cond(i < self.num_test, lambda: decode(i), padding)
+
+        return self._block(load, (ids,), self._test)
+
+    def _block(self, load: Any, arguments: tuple[tf.Tensor, ...], examples: Examples) -> tuple[tf.Tensor, ...]:
+        """`load` of each row of `arguments`, the first of which are ids, with a mask for what cannot be read."""
+        import tensorflow as tf
+
+        mean = np.broadcast_to(np.round(self.mean), self.image_shape).astype(np.uint8)
+
+        def example(i: tf.Tensor, *draw: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            image, label, mask = load(tf.cast(i, tf.int64), *draw)
+            return tf.ensure_shape(image, self.image_shape), tf.cast(label, tf.int32), mask
+
+        def note(i: np.ndarray, *draw: np.ndarray) -> np.float32:
+            self.bad_images.note(examples.where(int(i)), lambda: example(i, *draw))
+            return np.float32(0.0)
+
+        def instead(*row: tf.Tensor) -> tuple[Any, ...]:
+            if self._remote:
+                tf.print("left out an image that cannot be read, number", row[0], output_stream=sys.stderr)
+                return mean, 0, 0.0
+            return mean, 0, tf.ensure_shape(tf.numpy_function(note, row, tf.float32), [])
+
+        return each_row(example, arguments, self.threads, instead)

@@ -1,0 +1,155 @@
+"""Compiles the JAX update of two networks for slices of growing size: the figures of docs/pod.md.
+
+    KERAS_BACKEND=jax python -m lars_keras.pod.scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
+
+Takes about an hour on two idle cores. Each point is written as soon as it is compiled, and a file that is there is
+completed: remove it when the update has changed. Prints the table of docs/pod.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lars_keras.pod.chips import chip_of
+from lars_keras.pod.roofline import roofline
+from lars_keras.versions import versions
+
+TOPOLOGIES = {1: "v5e:1x1", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
+RECIPES = {"alexnet_bn": ("8k", "16k", "32k"), "resnet50": ("32k", "32k", "32k")}  # of one micro-batch at all sizes
+BATCHES = (8192, 16384, 32768)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="results/pod_scaling.json", help="JSON file to complete")
+    parser.add_argument("--plot", help="SVG file to draw it into")
+    parser.add_argument("--draw_only", action="store_true", help="compile nothing")
+    options = parser.parse_args(arguments)
+    out = Path(options.out)
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"points": []}
+    if not options.draw_only:
+        _complete(found, out)
+    print(table(found["points"]))
+    if options.plot:
+        draw(found["points"], options.plot)
+    return 0
+
+
+def _complete(found: dict[str, Any], out: Path) -> None:
+    from lars_keras.pod.programs import PACKAGES
+
+    passes: dict[Any, Any] = {}  # of a model and micro-batch: the same on slices of any size
+    done = {(p["model"], p["batch"], p["chips"]) for p in found["points"]}
+    for model in RECIPES:
+        for chips in (256, 1, 16, 64):
+            for batch in reversed(BATCHES):
+                if (model, batch, chips) not in done:
+                    found["points"].append(_point(model, batch, chips, passes))
+                    found["versions"] = versions(PACKAGES)
+                    found["points"].sort(key=lambda p: (p["model"], p["batch"], p["chips"]))
+                    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _point(model: str, batch: int, chips: int, passes: dict[Any, Any]) -> dict[str, Any]:
+    import flags
+    from lars_keras.pod.programs import devices_of, jax_programs, model_of
+    from lars_keras.training.trainer import split_batch
+
+    recipe = f"--flagfile=flags/{model}_{RECIPES[model][BATCHES.index(batch)]}.flags"
+    values, _ = flags.parse(
+        ["", recipe, f"--batch_size={batch}", "--precision=mixed_bfloat16", "--shard_optimizer_state"]
+    )
+    config = flags.read(values)
+    devices = devices_of(TOPOLOGIES[chips])
+    size, k = split_batch(batch, len(devices), config.microbatch_size)
+    programs = jax_programs(config, devices, size, k, passes.get((model, size)))
+    if k > 1:
+        passes[model, size] = programs[1]
+    updates = config.total_updates(model_of(config)[1].num_train)
+    return {
+        "model": model,
+        "batch": batch,
+        "chips": chips,
+        "topology": TOPOLOGIES[chips],
+        "microbatch_size": size,
+        "accumulation_steps": k,
+        "memory": max(p.memory for p in programs),
+        "roofline": roofline(programs, chip_of(TOPOLOGIES[chips]), 1, batch, updates),
+        "programs": [dataclasses.asdict(p) for p in programs],
+    }
+
+
+def table(points: list[dict[str, Any]]) -> str:
+    """The points in Markdown. Efficiency: images/s of a chip, relative to one chip alone at the same batch."""
+    alone = {(p["model"], p["batch"]): p["roofline"]["images_per_second"] for p in points if p["chips"] == 1}
+    lines = [
+        "| network | batch | chips | on a chip | memory, MiB | compute, ms | HBM, ms | links, ms | bound by | images/s "
+        "| efficiency |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for p in points:
+        best = p["roofline"]
+        milliseconds = [f"{1e3 * best['seconds'][kind]:,.2f}" for kind in ("compute", "memory", "interconnect")]
+        one = alone.get((p["model"], p["batch"]))
+        cells = [
+            p["model"],
+            f"{p['batch']:,}",
+            str(p["chips"]),
+            f"{p['accumulation_steps']} x {p['microbatch_size']}",
+            f"{p['memory'] / 2**20:,.0f}",
+            *milliseconds,
+            {"memory": "HBM", "interconnect": "links"}.get(best["bound"], best["bound"]),
+            f"{best['images_per_second']:,.0f}",
+            f"{best['images_per_second'] / p['chips'] / one:.0%}" if one else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(points: list[dict[str, Any]], path: str) -> None:
+    """The time of an update, and the speed and memory of a chip, over the number of chips."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lars_keras", "font.size": 9}):
+        figure = Figure(figsize=(8, 6.5), layout="constrained")
+        axes = figure.subplots(3, len(RECIPES), sharex=True, squeeze=False)
+        for column, model in enumerate(RECIPES):
+            for batch in BATCHES:
+                own = sorted(
+                    (p for p in points if (p["model"], p["batch"]) == (model, batch)), key=lambda p: p["chips"]
+                )
+                chips = [p["chips"] for p in own]
+                best = [p["roofline"] for p in own]
+                rows = (
+                    [1e3 * b["seconds_per_update"] for b in best],
+                    [b["images_per_second"] / n for b, n in zip(best, chips, strict=True)],
+                    [p["memory"] / 2**20 for p in own],
+                )
+                for row, values in zip(axes[:, column], rows, strict=True):
+                    row.plot(chips, values, marker="o", label=f"batch {batch:,}")
+            top, *rest = axes[:, column]
+            top.set_title(model)
+            top.set_yscale("log")
+            top.yaxis.set_major_formatter("{x:g}")
+            top.legend(frameon=False)
+            for row in rest:
+                row.set_ylim(bottom=0)
+                row.yaxis.set_major_formatter("{x:,.0f}")
+            rest[-1].set_xscale("log", base=2)
+            rest[-1].set_xticks(list(TOPOLOGIES), [str(chips) for chips in TOPOLOGIES])
+            rest[-1].set_xlabel("chips of v5e")
+        for row, label in zip(
+            axes[:, 0], ("ms an update, at best", "images/s a chip, at best", "MiB a chip"), strict=True
+        ):
+            row.set_ylabel(label)
+        FigureCanvasSVG(figure).print_svg(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

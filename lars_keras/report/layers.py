@@ -1,0 +1,102 @@
+"""What LARS and LAMB do to each layer while a run trains, kept in its log and summed up in words."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from lars_keras.layerwise import MEASURES
+from lars_keras.report.log import MetricsLog
+from lars_keras.training.trainer import Trainer
+
+RECENT = 10  # lines of the log that a median is taken over
+CHANGE = 100.0  # factor of a weight norm since the first line that counts as collapse or explosion
+
+
+class LayerTelemetry(keras.callbacks.Callback):
+    """Logs every few updates the norms, trust ratio and effective rate of every trainable variable.
+
+    A line of `metrics.jsonl` has a list for each of `lars_keras.layerwise.MEASURES`, in the order of the layer plan,
+    to six digits; null where a number is not finite:
+
+        {"event": "layers", "update": 20, "weight_norm": [...], "gradient_norm": [...], "ratio": [...], "rate": [...]}
+
+    TensorBoard gets the same as scalars `layers/ratio/<path>` and so on.
+
+    Args:
+        trainer: made with `layer_ratios=True`; its model's optimizer is `LARS` or `LAMB`.
+        log: of the run.
+        every: updates between two lines.
+    """
+
+    def __init__(self, trainer: Trainer, log: MetricsLog, every: int):
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1. Received: every={every}")
+        self._trainer, self._log, self._every = trainer, log, every
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        measured = [self._trainer.layer_norms[name] for name in MEASURES]
+        paths = [v.path for v in self._trainer.model.trainable_variables]
+        first = batch + 2 - len(measured[0])
+        for update, values in enumerate(np.stack(measured, axis=1), first):
+            skipped = not values[0].any()  # by dynamic loss scaling, which then measures nothing
+            if update % self._every == 0 and not skipped:
+                self._log.layers(update, paths, dict(zip(MEASURES, values, strict=True)))
+
+
+def as_array(events: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """One measure of the logged `layers` events, float64 of shape `(events, variables)`; NaN where there is null."""
+    return np.array([e[name] for e in events], dtype=float)
+
+
+def health(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[str]:
+    """The state of the layers in plain words, a sentence each.
+
+    Args:
+        events: `layers` events of a log, in their order.
+        layers: rows of the layer plan.
+
+    Returns:
+        Which layer limits the learning rate; which have collapsed, exploded or get no gradient, or that none has.
+    """
+    if not events:
+        return []
+    paths, adapted = [layer["path"] for layer in layers], np.array([layer["adapt"] for layer in layers])
+    weight, gradient, ratio = (as_array(events, name) for name in MEASURES[:3])
+    recent = f"the last {min(len(events), RECENT)} lines"
+    found = []
+    if adapted.any():
+        typical = np.array([_median(r) for r in ratio[-RECENT:].T])
+        typical[~adapted] = np.nan
+        if np.isfinite(typical).any():
+            i = int(np.nanargmin(typical))
+            found.append(
+                f"{paths[i]} limits the learning rate: its trust ratio, {typical[i]:.2g}, is the smallest, against "
+                f"{_median(typical):.2g} for the median layer (over {recent})."
+            )
+    wrong = []
+    for i, path in enumerate(paths):
+        first, last = weight[0, i], weight[-1, i]
+        if not (math.isfinite(last) and np.isfinite(gradient[-1, i])):
+            wrong.append(f"{path} has exploded: its norm, or that of its gradient, is not finite.")
+        elif first > 0 and last > CHANGE * first:
+            wrong.append(f"{path} has exploded: its norm is {last / first:.3g} times that at the start.")
+        elif first > 0 and last < first / CHANGE:
+            wrong.append(f"{path} has collapsed: its norm is {last / first:.2g} of that at the start.")
+        elif (gradient[-RECENT:, i] == 0).all():
+            wrong.append(f"{path} gets no gradient (over {recent}).")
+    if not wrong:
+        grown = weight[-1, weight[0] > 0] / weight[0, weight[0] > 0]
+        span = (
+            f": their norms are {grown.min():.2g} to {grown.max():.2g} times those at the start" if grown.size else ""
+        )
+        wrong = [f"No layer has collapsed or exploded{span}."]
+    return found + wrong
+
+
+def _median(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else math.nan

@@ -1,0 +1,66 @@
+"""Stopping in an orderly way when the machine is about to be taken away."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+import keras
+
+from lars_keras.runtime.errors import Preempted
+from lars_keras.training.cluster import any_across_hosts, strategy_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopOnSignal(keras.callbacks.Callback):
+    """Raises `Preempted` after the update, or the batch of an evaluation, in which SIGTERM or SIGINT arrives.
+
+    A second signal ends the process at once. On several workers all stop after the same update.
+
+    ```python
+    with StopOnSignal() as stop:
+        trainer.fit(..., callbacks=[stop])
+    ```
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._received = threading.Event()
+
+    def __enter__(self) -> "StopOnSignal":
+        # Python runs its handlers between two of its own instructions, and an update is one instruction. The
+        # bytes that Python's C handler writes to this pipe come at once, even then.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._write)  # ends the thread
+        self._thread.join()
+        os.close(self._read)
+
+    def _listen(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] not in SIGNALS:
+                continue
+            if self._received.is_set():
+                os._exit(128 + number[0])
+            self._received.set()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._check(f"after update {batch + 1}")
+
+    def on_test_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._check("during an evaluation")
+
+    def _check(self, when: str) -> None:
+        if any_across_hosts(strategy_of(self.model), self._received.is_set()):
+            raise Preempted(f"stopped {when}")

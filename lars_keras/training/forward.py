@@ -1,0 +1,110 @@
+"""The pure function of one ghost batch: weights, state and examples in; loss, predictions and new state out.
+
+A *ghost batch* (Hoffer et al. 2017, arXiv 1705.08741) is the `microbatch_size` examples that one replica
+takes through the model at once. A global batch is an ordered list of ghost batches, and an update is
+defined by that list alone:
+
+- The loss is the mean over the ghost batches.
+- Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalisation) becomes
+  the mean over the ghost batches of what each of them made of it, so it moves once per update.
+- Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
+
+So it does not matter whether the ghost batches lie on one device one after the other, or side by side on
+replicas.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from lars_keras.training.batch_stats import one_pass_moments
+
+Tensor = Any
+
+_GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: spreads consecutive j over the key space
+_KEYS = 2**31
+
+
+class StatelessForward:
+    """The state of a built model, sorted by what an update does with it.
+
+    Args:
+        model: built.
+        compiled: whether XLA compiles `loss`, so that batch normalisation takes its moments as `one_pass_moments` does.
+        over_replicas: see `one_pass_moments`.
+
+    Attributes:
+        trainable: trainable variables.
+        batch_stats: floating-point state, batch_stats over ghost batches.
+        rng_state: integer state, the same after every ghost batch: seed generators and rng_state.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        compiled: bool,
+        over_replicas: Callable[[list[Tensor]], list[Tensor]] | None = None,
+    ):
+        self.model = model
+        self._moments = (lambda: one_pass_moments(model, over_replicas)) if compiled else contextlib.nullcontext
+        self.trainable = list(model.trainable_variables)
+        state = list(model.non_trainable_variables)
+        self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
+        self.rng_state = [v for v in state if not keras.backend.is_float_dtype(v.dtype)]
+        self._is_seed = [v.path.endswith("seed_generator_state") for v in self.rng_state]
+
+    def loss(
+        self,
+        trainable: list[Tensor],
+        batch_stats: list[Tensor],
+        rng_state: list[Tensor],
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        index: Tensor,
+    ) -> tuple[Tensor, Any, list[Tensor], list[Tensor]]:
+        """Loss of ghost batch number `index` of its update, in training mode.
+
+        Returns:
+            The loss (mean over the ghost batch, plus the model's own losses), the predictions, and the new values of
+            `batch_stats` and `rng_state`.
+        """
+        keyed = [
+            _with_key(value, index, +1) if seed else value for value, seed in zip(rng_state, self._is_seed, strict=True)
+        ]
+        variables = self.trainable + self.batch_stats + self.rng_state
+        mapping = list(zip(variables, trainable + batch_stats + keyed, strict=True))
+        with self._moments(), keras.StatelessScope(mapping, collect_losses=True) as scope:
+            y_pred = self.model(x, training=True)
+            loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+            new_batch_stats = [scope.get_current_value(v) for v in self.batch_stats]
+            new_rng_state = [scope.get_current_value(v) for v in self.rng_state]
+        new_rng_state = [
+            _with_key(value, index, -1) if seed else value
+            for value, seed in zip(new_rng_state, self._is_seed, strict=True)
+        ]
+        return loss, y_pred, new_batch_stats, new_rng_state
+
+
+def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
+    """Moves the key of a `[key, counter]` seed state, int64 or uint32, to that of ghost batch `index`, or back."""
+    dtype = keras.backend.standardize_dtype(seed_state.dtype)
+    golden, keys = (ops.convert_to_tensor(np.array(n, dtype)) for n in (_GOLDEN, _KEYS))
+    shift = ops.cast(index, dtype) * golden % keys  # in uint32 the product wraps, which leaves this rest as it is
+    step = ops.stack([shift, ops.zeros_like(shift)])
+    return seed_state + step if sign > 0 else seed_state - step
+
+
+def build_model(model: keras.Model, element_spec: Any) -> None:
+    """Creates what Keras creates on the first batch, without drawing one from the data."""
+    zeros = keras.tree.map_structure(lambda s: np.zeros([1, *s.shape[1:]], s.dtype.as_numpy_dtype), element_spec)
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(ops.convert_to_tensor, zeros))
+    if not model.built:
+        model(x)
+    with keras.StatelessScope():
+        model.compute_metrics(x, y, model(x), weight)

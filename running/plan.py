@@ -1,0 +1,150 @@
+"""The plan: what a run is going to do, in numbers, and what looks wrong with it."""
+
+import math
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from flags.config import RunConfig
+from lars_keras.data import ImageData
+from lars_keras.lars import LARS
+from lars_keras.layerwise import LayerwiseOptimizer
+from lars_keras.training.cluster import strategy_of
+from lars_keras.training.trainer import Trainer
+
+RELATIVE_STEP_RANGE = (0.02, 0.51)
+"""Smallest and largest peak `learning_rate * trust_coefficient / (1 - momentum)` of the published recipes.
+
+This is how far one update moves a layer, relative to the norm of the layer. A rate ten times beyond either end is
+probably meant for another optimizer: 0.01, a usual rate of SGD, gives 0.0001.
+"""
+
+
+def rates(optimizer: keras.optimizers.Optimizer, updates: int) -> np.ndarray:
+    """The learning rate of each update, float64 of shape `(updates,)`."""
+    schedule = getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
+    return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))), np.float64)
+
+
+def relative_steps(config: RunConfig, rate: np.ndarray) -> np.ndarray:
+    """How far an update of LARS moves a layer, relative to its norm, once the momentum has built up."""
+    return rate * config.trust_coefficient / (1.0 - config.momentum)
+
+
+def warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.ndarray) -> list[str]:
+    """Settings that are allowed but rarely meant, a sentence each."""
+    found = []
+    if config.optimizer == "lars":
+        step = relative_steps(config, rate).max()
+        low, high = RELATIVE_STEP_RANGE
+        if not low / 10 <= step <= high * 10:
+            found.append(
+                f"At its peak an update moves a layer by {step:.2g} of its norm; recipes that train move it by "
+                f"{low:g} to {high:g}. Is --learning_rate={config.learning_rate:g} meant for another optimizer?"
+            )
+        if config.weight_decay and any(getattr(v, "regularizer", None) for v in model.trainable_variables):
+            found.append(
+                "The model has weight regularisers beside --weight_decay: both decay the weights, and the "
+                "regularisers' gradients enter the trust ratio."
+            )
+    if config.optimizer in ("sgd", "momentum", "adam", "lamb") and config.learning_rate > 5:
+        found.append(f"--learning_rate={config.learning_rate:g} is a rate for lars, not for {config.optimizer}.")
+    if config.batch_size > data.num_train:
+        found.append(f"--batch_size={config.batch_size} is more than the {data.num_train} training examples.")
+    if len(rate) < 10:
+        found.append(f"The run has only {len(rate)} updates.")
+    return found
+
+
+def text(
+    config: RunConfig,
+    data: ImageData,
+    trainer: Trainer,
+    rate: np.ndarray,
+    warmup_updates: int,
+    run_dir: Path,
+    found: list[str],
+    notes: list[str],
+) -> str:
+    """The plan as it is printed before the first step."""
+    model, total = trainer.model, len(rate)
+    strategy = type(strategy_of(model)).__name__
+    per_epoch = data.num_train / config.batch_size
+    peak = int(rate.argmax())
+    scored = "validation" if config.validation_split else "test"
+    rows = [
+        ("data", f"{config.dataset}: {data.description}"),
+        ("input", _input(trainer, data)),
+        ("model", f"{config.model}, {model.count_params():,} parameters, {config.precision}"),
+        (
+            "batch",
+            f"{config.batch_size} = {_count(trainer.replicas, 'replica')} x "
+            f"{_count(trainer.accumulation_steps, 'micro-batch', 'es')} x "
+            f"{trainer.microbatch_size} examples ({strategy})",
+        ),
+        ("length", f"{total:,} updates = {total / per_epoch:.4g} epochs of {per_epoch:.4g}"),
+        ("optimizer", _optimizer(config)),
+        (
+            "schedule",
+            f"{config.schedule}, warm-up {warmup_updates} updates: {rate[0]:.4g} at update 1, "
+            f"{rate[peak]:.4g} at {peak + 1}, {rate[-1]:.4g} at {total}",
+        ),
+        ("evaluation", f"every {_count(config.eval_every, 'epoch')}, all {data.num_test:,} {scored} images once each"),
+        ("results", f"{run_dir}/"),
+        *(("resumed", note) for note in notes),
+    ]
+    lines = [f"  {name:<11}{value}" for name, value in rows]
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if isinstance(optimizer, LARS):
+        steps = relative_steps(config, rate)
+        step = f"up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
+        lines.insert(6, f"  {'step':<11}{step}")
+    if isinstance(optimizer, LayerwiseOptimizer):
+        lines += ["", *_layers(optimizer)]
+    lines += [f"WARNING: {warning}" for warning in found]
+    return "\n".join(lines)
+
+
+def scores(values: dict[str, float], num_test: int) -> str:
+    """An evaluation in one line."""
+    missing = num_test - round(values["n"])
+    return (
+        f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
+        f"n={values['n']:.0f}, each image once" + (f"; {missing:,} could not be read" if missing else "")
+    )
+
+
+def _input(trainer: Trainer, data: ImageData) -> str:
+    # Of each replica two in the making and two ready, two more behind them, and on JAX one on its way to each device.
+    passes = 5 if keras.backend.backend() == "jax" else 4
+    ahead = (passes * trainer.replicas + 2) * trainer.microbatch_size
+    size = ahead * math.prod(data.image_shape) / 1e6
+    return f"augment: {data.augment}; {data.reading}; up to {ahead:,} images ahead ({size:,.0f} MB)"
+
+
+def _optimizer(config: RunConfig) -> str:
+    if config.optimizer != "lars":
+        return f"{config.optimizer}, weight decay {config.weight_decay:g}"
+    extras = [name for name in ("nesterov", "trust_clip") if getattr(config, name)]
+    return (
+        f"LARS ({', '.join([config.variant, *extras])}), momentum {config.momentum:g}, weight decay "
+        f"{config.weight_decay:g}, trust coefficient {config.trust_coefficient:g}"
+    )
+
+
+def _layers(optimizer: LayerwiseOptimizer) -> list[str]:
+    plan = optimizer.layer_plan()
+    width = max(len(role.path) for role in plan)
+    lines = [f"  {'variable':<{width}}  {'shape':<18} adapted  decayed  rate x"]
+    for role in plan:
+        shape = " x ".join(map(str, role.shape)) or "scalar"
+        adapt, decay = ("yes" if flag else "-" for flag in (role.adapt, role.decay))
+        lines.append(f"  {role.path:<{width}}  {shape:<18} {adapt:<7}  {decay:<7}  {role.lr_scale:g}")
+    share = sum(math.prod(r.shape) for r in plan if r.adapt) / sum(math.prod(r.shape) for r in plan)
+    lines.append(f"  adapted: {sum(r.adapt for r in plan)} of {len(plan)} variables, {share:.2%} of the weights")
+    return lines
+
+
+def _count(n: int, word: str, plural: str = "s") -> str:
+    return f"{n:,} {word}{'' if n == 1 else plural}"

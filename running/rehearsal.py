@@ -1,0 +1,170 @@
+"""`--dry_run`: all that can be known of a run before it is paid for."""
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from flags.config import RunConfig
+from lars_keras.data import ImageData
+from lars_keras.runtime.checkpoint import CheckpointManager
+from lars_keras.runtime.errors import UsageError
+from lars_keras.training.trainer import Trainer
+
+MIB = 2**20
+
+
+def dry_run(config: RunConfig, trainer: Trainer, data: ImageData, rate: np.ndarray, run_dir: Path) -> None:
+    """Prints sizes, then takes two updates, an evaluation, and a save and restore, on synthetic images.
+
+    Nothing is left behind, but what --cache=disk copied before.
+
+    Raises:
+        UsageError: names the flag to change where something cannot work.
+    """
+    print(f"\n{_table(_rates(rate))}\n\n{_table(_sizes(config, trainer, data))}")
+    place = _nearest_folder(run_dir)
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix="dry-run-") as folder:
+            _check_disk(config, trainer, place)
+            print(f"\n{_table(_rehearsal(trainer, data, Path(folder)))}")
+    except (tf.errors.ResourceExhaustedError, RuntimeError) as e:  # JAX has a RuntimeError for it
+        if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise UsageError(
+            f"An update does not fit into the device's memory: --microbatch_size={trainer.microbatch_size // 2 or 1} "
+            f"takes half of the activations ({str(e).splitlines()[0]})"
+        ) from e
+    except OSError as e:
+        raise UsageError(f"--run_dir={run_dir} cannot be written: {e.strerror or e}") from e
+    print(
+        "\ndry run passed; nothing was written" + (" but the copies of --cache=disk" if config.cache == "disk" else "")
+    )
+
+
+def _rates(rate: np.ndarray) -> list[tuple[str, str]]:
+    """The learning rate at the points that a reader asks for."""
+    total = len(rate)
+    points = {0: "first", int(rate.argmax()): "peak", total - 1: "last"}
+    points |= {round(share * (total - 1)): f"{share:.0%}" for share in (0.25, 0.5, 0.75)}
+    return [(f"rate, {name}", f"{rate[i]:.4g} at update {i + 1:,}") for i, name in sorted(points.items())]
+
+
+def _bytes(variables: list[Any]) -> int:
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
+
+
+def _checkpoint_bytes(trainer: Trainer) -> int:
+    return _bytes([*trainer.model.variables, *trainer.model.optimizer.variables])
+
+
+def _activation_bytes(model: keras.Model) -> int:
+    """Of one example: the outputs of all layers, which the backward pass asks for again."""
+    total = 0
+    for layer in model._flatten_layers(include_self=False, recursive=True):
+        for node in layer._inbound_nodes:
+            for tensor in node.output_tensors:
+                total += math.prod(d or 1 for d in tensor.shape[1:]) * tf.as_dtype(tensor.dtype).size
+    return total
+
+
+def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[str, str]]:
+    """Memory of a device, and what stands on disk."""
+    model, micro = trainer.model, trainer.microbatch_size
+    image = math.prod(data.image_shape)
+    batches = math.ceil(data.num_test / (micro * trainer.replicas))
+    padding = batches * micro * trainer.replicas - data.num_test
+    checkpoint = _checkpoint_bytes(trainer)
+    device = {
+        "weights": _bytes(model.variables),
+        "optimizer": _bytes(model.optimizer.variables),
+        "gradients": 4 * sum(math.prod(v.shape) for v in model.trainable_variables) * 2,
+        "activations": _activation_bytes(model) * micro,
+        "images": image * micro,
+    }
+    rows = [(f"{name} per device", f"{size / MIB:,.1f} MiB") for name, size in device.items()]
+    rows[3] = (rows[3][0], rows[3][1] + f", all layer outputs of {micro} examples: an upper estimate")
+    rows[2] = (rows[2][0], rows[2][1] + ", those of a micro-batch and their sum")
+    return [
+        *rows,
+        ("in all per device", f"{sum(device.values()) / MIB:,.1f} MiB"),
+        ("shuffle memory", "0 MiB: the order of examples is computed"),
+        ("checkpoint", f"{checkpoint / MIB:,.1f} MiB, {config.keep_checkpoints} kept"),
+        ("evaluation", f"{data.num_test:,} images once each, {padding:,} places of padding in {batches:,} batches"),
+    ]
+
+
+def _check_disk(config: RunConfig, trainer: Trainer, place: Path) -> None:
+    """One more checkpoint than are kept, because the new one is written before the old one goes; and the model."""
+    need = _checkpoint_bytes(trainer) * (config.keep_checkpoints + 2)
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise UsageError(
+            f"--run_dir is on a disk with {free / MIB:,.0f} MiB free, and --keep_checkpoints="
+            f"{config.keep_checkpoints} needs {need / MIB:,.0f} MiB. Keep fewer, or name another --run_dir."
+        )
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the first above it that exists."""
+    return path if path.is_dir() else _nearest_folder(path.absolute().parent)
+
+
+def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[str, str]]:
+    """Two updates, an evaluation, a save and a restore: what each of them took."""
+    rng = np.random.default_rng(0)
+    micro, classes = trainer.microbatch_size, data.num_classes
+    images = rng.integers(0, 256, (micro, *data.image_shape), np.uint8)
+    labels = np.eye(classes, dtype="float32")[rng.integers(0, classes, micro)]
+    batch = tf.data.Dataset.from_tensors((images, labels, np.ones(micro, np.float32)))
+
+    def train_feed(context: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
+        return batch.repeat()
+
+    def test_feed(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        return batch
+
+    def timed(action: Callable[[], Any]) -> tuple[Any, float]:
+        started = time.perf_counter()
+        return action(), time.perf_counter() - started
+
+    clock: list[float] = []
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: clock.append(time.perf_counter()))
+    started = time.perf_counter()
+    trainer.fit(train_feed, epochs=1, steps_per_epoch=2, callbacks=[watch], verbose=0)
+    scores, evaluation = timed(lambda: trainer.evaluate(test_feed))
+    checkpoints = CheckpointManager(folder)
+    arrays, position = trainer.snapshot()
+
+    def save_and_restore() -> Any:
+        checkpoints.save(position["update"], arrays, {"position": position})
+        checkpoints.wait()
+        found = checkpoints.latest()
+        assert found
+        trainer.restore(found.arrays, found.info["position"], train_feed)
+        return trainer.snapshot()[0]
+
+    again, saving = timed(save_and_restore)
+    different = [name for name, value in arrays.items() if not np.array_equal(value, again[name], equal_nan=True)]
+    if different:
+        raise UsageError(f"A checkpoint in --run_dir does not give back what was saved: {different[0]}")
+    return [
+        ("first update", f"{clock[0] - started:.1f} s, with compiling"),
+        ("second update", f"{clock[-1] - clock[0]:.2f} s = {trainer.batch_size / (clock[-1] - clock[0]):,.0f} images/s")
+        if len(clock) > 1
+        else ("both updates", "in one call"),
+        ("evaluation", f"{scores['n']:.0f} images in {evaluation:.1f} s, with compiling"),
+        ("save and restore", f"{saving:.2f} s, the same bits"),
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,394 @@
+"""The JAX engine takes the steps of the TensorFlow engine, on any number of devices, with the update in shares or not.
+
+Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax and eight logical CPU devices; the
+TensorFlow engine's results go with it in a file.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import pickle
+import re
+import tempfile
+import types
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras import LARS
+from lars_keras.layerwise import MEASURES
+from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
+from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
+from lars_keras.training import Trainer
+from tests import step_cases as cases
+from tests.second_process import run_on
+
+BACKEND = keras.backend.backend()
+ENGINES = 2e-6  # between the two engines, five updates in float32; the sums have other orders
+SHARES = 1e-6  # between any two ways to cut the work, in float32
+FROM_TENSORFLOW = "TENSORFLOW_RESULTS"
+TELEMETRY = "telemetry"
+# Keras converts tensors and variables in a way that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+MODELS = {
+    "hidden": cases.hidden,
+    "batch_norm": cases.batch_norm(),
+    "synchronized": cases.batch_norm(synchronized=True),
+    "wide": lambda: keras.Sequential(  # large enough to be dims into shares
+        [
+            keras.Input((cases.FEATURES,)),
+            keras.layers.Dense(256, "relu"),
+            keras.layers.Reshape((1, 1, 256)),
+            keras.layers.Conv2D(256, 1, activation="relu"),  # a kernel with dimensions of 1
+            keras.layers.Flatten(),
+            keras.layers.Dense(cases.CLASSES),
+        ]
+    ),
+}
+OPTIMIZERS = {
+    **cases.OPTIMIZERS,
+    "ema": lambda: cases.OPTIMIZERS["lars"](use_ema=True, ema_momentum=0.8, global_clipnorm=0.5),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+}
+
+
+def on(backend):
+    """Returns a decorator that keeps a test class on one backend."""
+    return lambda test: test if BACKEND == backend else None
+
+
+def distribution(devices, shard_optimizer_state=False):
+    """Returns a context in which models and trainers are on so many devices; 0 for none."""
+    if not devices:
+        return contextlib.nullcontext()
+    import jax
+
+    from lars_keras.training.jax.distribution import ShardedDataParallel
+
+    mesh = keras.distribution.DeviceMesh((devices,), ["batch"], np.array(jax.devices()[:devices]))
+    return (ShardedDataParallel if shard_optimizer_state else keras.distribution.DataParallel)(device_mesh=mesh).scope()
+
+
+def start(model):
+    """Returns the same first weights on every backend."""
+    rng = np.random.default_rng(5)
+    return [w if w.ndim < 2 else rng.normal(size=w.shape).astype("f4") / np.sqrt(len(w)) for w in model.get_weights()]
+
+
+@functools.cache
+def trained(model, optimizer, devices=0, *, strategy="none", shard_optimizer_state=False, policy="float32", **options):
+    """Returns weights and slots after five updates, the loss of each, and the trainer."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        scope = (
+            cases.strategy(strategy).scope()
+            if BACKEND == "tensorflow"
+            else distribution(devices, shard_optimizer_state)
+        )
+        with scope:
+            model = MODELS[model]()
+            model.set_weights(start(model))
+            model.compile(
+                OPTIMIZERS[optimizer](),
+                keras.losses.CategoricalCrossentropy(from_logits=True),
+                weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+            )
+            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True, **options)
+            losses = []
+            watch = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: losses.append([logs[n] for n in ("step_loss", "loss", "top1")])
+            )
+            data = tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50)
+            trainer.fit(data, epochs=1, verbose=0, callbacks=[watch])
+            scores = trainer.evaluate(data.take(3))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    values = [np.array(keras.ops.convert_to_numpy(v)) for v in [*model.weights, *model.optimizer.variables]]
+    return values, [*losses, [scores["loss"], scores["top1"], scores["n"]]], trainer
+
+
+def difference(actual, expected):
+    """Returns the largest relative L2 difference of two lists of arrays."""
+    pairs = [(np.float64(a), np.float64(e)) for a, e in zip(actual, expected, strict=True)]
+    return max(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30) for a, e in pairs)
+
+
+CASES = {
+    "hidden, lars": ("hidden", "lars", None),
+    "hidden, ema": ("hidden", "ema", 8),
+    "hidden, adam": ("hidden", "adam", None),
+    "batch_norm, lars": ("batch_norm", "lars", 8),
+    "synchronized, lars": ("synchronized", "lars", None),
+    "wide, lars": ("wide", "lars", None),
+}
+"""Model, optimizer, examples in a micro-batch."""
+QUICK = ("batch_norm, lars", "synchronized, lars", "wide, lars")
+
+
+@on("tensorflow")
+class SecondProcessTest(parameterized.TestCase):
+    def test_jax(self):
+        self.run_on_jax({name: CASES[name] for name in QUICK})
+
+    @pytest.mark.slow
+    def test_jax_whole(self):
+        self.run_on_jax(CASES, "-m", "")
+
+    def run_on_jax(self, table, *options):
+        results = {}
+        for name, (model, optimizer, microbatch_size) in table.items():
+            strategy = "mirrored2" if model == "synchronized" else "none"
+            results[name] = trained(model, optimizer, microbatch_size=microbatch_size, strategy=strategy)[:2]
+        results[TELEMETRY] = trained("wide", "lars", layer_ratios=True)[2].layer_norms
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "tensorflow.pickle"
+            path.write_bytes(pickle.dumps(results))
+            eight = "--xla_force_host_platform_device_count=8"
+            run_on("jax", self, __file__, *options, **{FROM_TENSORFLOW: os.fspath(path), "XLA_FLAGS": eight})
+
+
+@on("jax")
+class EngineTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.expected = pickle.loads(pathlib.Path(os.environ[FROM_TENSORFLOW]).read_bytes())
+
+    def check(self, actual, expected, tolerance):
+        self.assertLess(difference(actual[0], expected[0]), tolerance)
+        np.testing.assert_allclose(actual[1], expected[1], rtol=tolerance)
+
+    @parameterized.parameters(*QUICK)
+    def test_as_tensorflow(self, name):
+        self.check_against_tensorflow(name, 8, name == "wide, lars")
+
+    @parameterized.parameters(("hidden, lars", 0), ("hidden, lars", 8), ("hidden, ema", 2), ("hidden, adam", 0))
+    @pytest.mark.slow
+    def test_more_as_tensorflow(self, name, devices):
+        self.check_against_tensorflow(name, devices, False)
+
+    def check_against_tensorflow(self, name, devices, shard_optimizer_state):
+        model, optimizer, microbatch_size = CASES[name]
+        actual = trained(
+            model, optimizer, devices, microbatch_size=microbatch_size, shard_optimizer_state=shard_optimizer_state
+        )
+        # Synchronised statistics are differences of two sums, added up in another order.
+        self.check(actual, self.expected[name], 2e-5 if model == "synchronized" else ENGINES)
+
+    def test_telemetry_as_tensorflow(self):
+        self.check_telemetry(8, True)
+
+    @parameterized.parameters((0, False), (8, False))
+    @pytest.mark.slow
+    def test_more_telemetry_as_tensorflow(self, devices, shard_optimizer_state):
+        self.check_telemetry(devices, shard_optimizer_state)
+
+    def check_telemetry(self, devices, shard_optimizer_state):
+        """Norms, trust ratios and rates of the last update."""
+        trainer = trained("wide", "lars", devices, shard_optimizer_state=shard_optimizer_state, layer_ratios=True)[2]
+        self.assertEqual(list(trainer.layer_norms), ["gradient", "weight", *MEASURES])
+        for name, expected in self.expected[TELEMETRY].items():
+            self.assertEqual(trainer.layer_norms[name].shape, (1, 6))
+            np.testing.assert_allclose(trainer.layer_norms[name], expected, rtol=1e-5, err_msg=name)
+
+    def test_data_wait_is_the_time_that_devices_stand_idle(self):
+        model = cases.hidden()
+        model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
+        waits, elapsed = cases.waits_for_slow_batches(model)
+        self.assertBetween(sum(waits), 0.6, elapsed)
+        self.assertLess(min(waits), 0.2)
+
+    def test_shares_change_nothing(self):
+        self.check_shares("lars", None)
+
+    @parameterized.parameters(("ema", 2), ("adam", None))
+    @pytest.mark.slow
+    def test_shares_of_other_optimizers(self, optimizer, microbatch_size):
+        self.check_shares(optimizer, microbatch_size)
+
+    def check_shares(self, optimizer, microbatch_size):
+        *whole, _ = trained("wide", optimizer, 8, microbatch_size=microbatch_size)
+        *shares, trainer = trained("wide", optimizer, 8, microbatch_size=microbatch_size, shard_optimizer_state=True)
+        self.check(shares, whole, SHARES)
+        kernel = trainer.model.layers[2].kernel
+        slots = [v for v in trainer.model.optimizer.variables if v.shape == kernel.shape]
+        self.assertNotEmpty(slots)
+        for v in (kernel, *slots):
+            self.assertEqual(v.value.addressable_shards[0].data.size, v.value.size // 8)
+
+    @pytest.mark.slow
+    def test_shares_in_bfloat16(self):
+        """Weights are rounded before they are gathered, not after: the same bits reach the layers."""
+        *whole, _ = trained("wide", "lars", 8, policy="mixed_bfloat16")
+        *shares, _ = trained("wide", "lars", 8, policy="mixed_bfloat16", shard_optimizer_state=True)
+        self.check(shares, whole, SHARES)
+
+    @pytest.mark.slow
+    def test_lower_precision_of_the_traffic(self):
+        *exact, _ = trained("wide", "lars", 8)
+        *rounded, _ = trained("wide", "lars", 8, reduce_dtype="bfloat16", shard_optimizer_state=True)
+        self.assertGreater(difference(rounded[0], exact[0]), 1e-5)
+        self.check(rounded, exact, 2**-6)
+
+    def test_dropout_of_ghost_batches(self):
+        """The masks follow the place of a ghost batch, wherever it lies."""
+        MODELS["dropout"] = cases.dropout
+        *one, _ = trained("dropout", "lars", 0, microbatch_size=8)
+        *eight, _ = trained("dropout", "lars", 8)
+        self.check(eight, one, SHARES)
+        *other, _ = trained("dropout", "lars", 0)
+        self.assertGreater(difference(other[0], one[0]), 1e-3)
+
+    def test_ghost_batches_where_processes_alternate(self):
+        """In a torus: each process has consecutive ones, as it reads them."""
+        from lars_keras.training.jax.mesh import ghost_numbers
+
+        devices = [types.SimpleNamespace(process_index=p) for p in (0, 0, 1, 1, 0, 0, 1, 1, 2, 2)]
+        self.assertEqual(list(ghost_numbers(devices)), [0, 1, 4, 5, 2, 3, 6, 7, 8, 9])
+
+    def test_loss_scaling(self):
+        """A value that is not finite on one device skips the update on all, and halves the scale."""
+        with distribution(8):
+            model = cases.hidden()
+            optimizer = keras.optimizers.LossScaleOptimizer(cases.OPTIMIZERS["lars"](), initial_scale=8.0)
+            model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+            x, y = (a.copy() for a in cases.examples())
+            x[2 * cases.BATCH + 20] = np.inf
+            norms = []
+            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True)
+            watch = keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: norms.append(trainer.layer_norms["gradient"][0])
+            )
+            trainer.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(64), epochs=1, verbose=0, callbacks=[watch])
+        self.assertEqual([bool(n.any()) for n in norms], [True, True, False, True, True])
+        self.assertEqual(int(optimizer.iterations.value), cases.UPDATES - 1)
+        self.assertEqual(float(optimizer.dynamic_scale.value), 4.0)
+        self.assertTrue(all(np.isfinite(w).all() for w in model.get_weights()))
+
+    @parameterized.parameters((None, True), (2, True))
+    def test_one_reduction_of_the_gradients(self, microbatch_size, shard_optimizer_state):
+        self.check_one_reduction(microbatch_size, shard_optimizer_state)
+
+    @parameterized.parameters((None, False), (2, False))
+    @pytest.mark.slow
+    def test_one_reduction_of_whole_gradients(self, microbatch_size, shard_optimizer_state):
+        self.check_one_reduction(microbatch_size, shard_optimizer_state)
+
+    def check_one_reduction(self, microbatch_size, shard_optimizer_state):
+        """In the compiled programs of an update: all gradients once, after the last pass."""
+        *_, trainer = trained(
+            "wide", "lars", 8, microbatch_size=microbatch_size, shard_optimizer_state=shard_optimizer_state
+        )
+        engine = trainer._engine
+        state = engine._read()
+        x, y = (a[: trainer.microbatch_size * 8] for a in cases.examples())
+        data = engine._on_devices((x, y))
+        if microbatch_size is None:
+            programs = [engine.step.single_update.lower(state, data)]
+        else:
+            weights, scale, sums = engine.step.begin(state)
+            inputs = weights or state["trainable"], state["batch_stats"], state["rng_state"], scale, data, np.int32(0)
+            a_pass = engine.step.accumulate.lower(sums, *inputs).compile().as_text()
+            self.assertNotRegex(a_pass, "all-reduce|reduce-scatter|all-gather|all-to-all")
+            programs = [engine.step.finish.lower(state, sums, state["rng_state"])]
+        text = programs[0].compile().as_text()
+        reduced = 0
+        for line in text.splitlines():
+            if found := re.search(r"= (.*?) (all-reduce|reduce-scatter)(?:-start)?\(", line):
+                share = 8 if found[2] == "reduce-scatter" else 1
+                for dims in re.findall(r"f32\[([\d,]+)\]", found[1]):
+                    reduced += share * int(np.prod([int(d) for d in dims.split(",")]))
+        kernels = sum(v.value.size for v in trainer.model.trainable_variables)
+        self.assertBetween(reduced, kernels, kernels + 64)
+        self.assertEqual("reduce-scatter" in text, shard_optimizer_state)
+
+    def test_what_is_refused(self):
+        def compiled(model, optimizer):
+            model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+            return model
+
+        data = tf.data.Dataset.from_tensor_slices(cases.examples(1)).batch(64)
+        with self.assertRaisesRegex(ValueError, "microbatch_size"):
+            Trainer(compiled(cases.linear(), LARS(gradient_accumulation_steps=2)), batch_size=64).fit(data)
+        with self.assertRaisesRegex(ValueError, "jit_compile=False"):
+            Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
+        scaled = keras.optimizers.LossScaleOptimizer(LARS())
+        with self.assertRaisesRegex(ValueError, "--telemetry_every.*mixed_float16"):
+            Trainer(compiled(cases.linear(), scaled), batch_size=64, layer_ratios=True).fit(data)
+        x = keras.Input((cases.FEATURES,))
+        model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
+        model.extra = keras.layers.Dense(3, name="forgotten")
+        model.extra.build((None, 3))
+        with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
+            Trainer(compiled(model, LARS()), batch_size=64).fit(data)
+
+    def test_resume_to_the_last_bit(self):
+        self.check_resume(8, True)
+
+    @pytest.mark.slow
+    def test_resume_on_one_device(self):
+        self.check_resume(0, False)
+
+    def check_resume(self, devices, shard_optimizer_state):
+        """With batch normalisation, dropout, a moving average, and a break within an epoch."""
+        x, y = cases.examples(11)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).repeat()
+
+        def run(folder, stop_after=None):
+            keras.utils.set_random_seed(1)
+            with distribution(devices, shard_optimizer_state):
+                model = keras.Sequential(
+                    [
+                        keras.Input((cases.FEATURES,)),
+                        keras.layers.Dense(256, use_bias=False),
+                        keras.layers.BatchNormalization(),
+                        keras.layers.ReLU(),
+                        keras.layers.Dropout(0.3, seed=2),
+                        keras.layers.Dense(256),
+                        keras.layers.Dense(cases.CLASSES),
+                    ]
+                )
+                model.compile(
+                    OPTIMIZERS["ema"](),
+                    keras.losses.CategoricalCrossentropy(from_logits=True),
+                    weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+                )
+                trainer = Trainer(model, batch_size=64, microbatch_size=4)
+                folder = CheckpointManager(folder)
+                if checkpoint := folder.latest():
+                    trainer.restore(checkpoint.arrays, checkpoint.info["position"], data)
+                seen = {}
+
+                def note(batch, logs):
+                    seen[batch] = {k: v for k, v in logs.items() if k != "data_wait"}  # time differs
+                    if batch + 1 == stop_after:
+                        raise KeyboardInterrupt
+
+                save = CheckpointCallback(trainer, folder, SavePolicy(updates=1))
+                watch = keras.callbacks.LambdaCallback(on_train_batch_end=note)
+                with contextlib.suppress(KeyboardInterrupt):
+                    fit_with_recovery(
+                        data,
+                        save,
+                        epochs=2,
+                        steps_per_epoch=5.5,
+                        validation_data=data.take(2),
+                        callbacks=[save, watch],
+                        verbose=0,
+                    )
+                folder.wait()
+                return trainer.snapshot()[0], seen
+
+        with tempfile.TemporaryDirectory() as folder:
+            whole, logs = run(f"{folder}/a")
+            run(f"{folder}/b", stop_after=8)
+            again, later = run(f"{folder}/b")
+        self.assertEqual(list(later), [8, 9, 10])
+        self.assertEqual(later, {k: logs[k] for k in later})
+        for name, value in whole.items():
+            np.testing.assert_array_equal(again[name], value, name)

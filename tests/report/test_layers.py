@@ -1,0 +1,119 @@
+"""What a run logs and says of its layers."""
+
+import json
+import pathlib
+import tempfile
+import types
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras import LAMB, LARS
+from lars_keras.layerwise import MEASURES
+from lars_keras.report.layers import LayerTelemetry, health
+from lars_keras.report.log import MetricsLog, read_metrics
+from lars_keras.report.page import write_report
+from lars_keras.training import Trainer
+
+norm = np.linalg.norm
+LAYERS = [{"path": path, "adapt": path != "bias"} for path in ("conv", "bias", "dense")]
+
+
+def event(update, weight=(1.0, 1.0, 1.0), gradient=(1.0, 1.0, 1.0), ratio=(0.1, 1.0, 0.01)):
+    return {"update": update, "weight_norm": weight, "gradient_norm": gradient, "ratio": ratio, "rate": ratio}
+
+
+class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.dir = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+
+    @parameterized.parameters((LARS, 1), (LAMB, 1), (LARS, 2))
+    def test_trainer_logs_what_the_rule_saw(self, optimizer_class, replicas):
+        """The norms of a linear model's weights and gradients, worked out in float64 at each logged update."""
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(size=(32, 6)), rng.normal(size=(32, 3))
+        strategy = tf.distribute.MirroredStrategy(
+            [f"/cpu:{i}" for i in range(replicas)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+        )
+        with strategy.scope():
+            model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+            model.compile(optimizer_class(0.5, excluded_lr_scale=0.1), "mse")
+        trainer = Trainer(model, batch_size=32, microbatch_size=8, layer_ratios=True)
+        log, expected = MetricsLog(self.dir), []
+
+        def note_truth(batch, logs=None):
+            w, b = (v.numpy().astype("float64") for v in model.trainable_variables)
+            residual = 2 * (x @ w + b - y) / y.size
+            expected.append(([norm(w), norm(b)], [norm(x.T @ residual), norm(residual.sum(0))]))
+
+        trainer.fit(
+            tf.data.Dataset.from_tensors((np.float32(x), np.float32(y))).repeat(),
+            epochs=1,
+            steps_per_epoch=6,
+            verbose=0,
+            callbacks=[
+                keras.callbacks.LambdaCallback(on_train_batch_begin=note_truth),
+                LayerTelemetry(trainer, log, every=2),
+                log,
+            ],
+        )
+        logged = [e for e in read_metrics(self.dir / "metrics.jsonl") if e["event"] == "layers"]
+        self.assertEqual([e["update"] for e in logged], [2, 4, 6])
+        for e in logged:
+            weight, gradient = expected[e["update"] - 1]
+            self.assertAllClose(e["weight_norm"], weight, rtol=2e-5)
+            self.assertAllClose(e["gradient_norm"], gradient, rtol=2e-5)
+            self.assertEqual(e["ratio"][1], 1.0)
+            self.assertAllClose(e["rate"], [0.5 * e["ratio"][0], 0.05], rtol=1e-5)
+            if optimizer_class is LARS:
+                ratio = 1e-3 * weight[0] / (gradient[0] + 5e-4 * weight[0])
+                self.assertAllClose(e["ratio"][0], ratio, rtol=2e-5)
+
+    def test_log_keeps_what_is_not_finite_as_null(self):
+        log = MetricsLog(self.dir)
+        log.layers(3, ["a", "b"], {name: np.array([np.nan, 1.23456789]) for name in MEASURES})
+        line = json.loads((self.dir / "metrics.jsonl").read_text())
+        self.assertEqual(line, {"event": "layers", "update": 3} | {name: [None, 1.23457] for name in MEASURES})
+
+    def test_a_skipped_update_is_no_collapse(self):
+        log, model = MetricsLog(self.dir), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        trainer = types.SimpleNamespace(model=model)
+        telemetry = LayerTelemetry(trainer, log, every=1)
+        for update, scale in ((0, 1.0), (1, 0.0), (2, 2.0)):
+            trainer.layer_norms = {name: np.full((1, 2), scale, "f4") for name in MEASURES}
+            telemetry.on_train_batch_end(update)
+        self.assertEqual([e["update"] for e in read_metrics(self.dir / "metrics.jsonl")], [1, 3])
+
+    def test_health(self):
+        def said(*events):
+            return " ".join(health(events, LAYERS))
+
+        self.assertEqual(health([], LAYERS), [])
+        fine = said(event(1), event(2, weight=(2.0, 1.0, 0.5)))
+        self.assertIn("dense limits the learning rate: its trust ratio, 0.01, is the smallest", fine)
+        self.assertIn("No layer has collapsed or exploded: their norms are 0.5 to 2 times", fine)
+        self.assertIn("conv has exploded: its norm is 200 times", said(event(1), event(2, weight=(200.0, 1.0, 1.0))))
+        self.assertIn("dense has collapsed", said(event(1), event(2, weight=(1.0, 1.0, 0.001))))
+        self.assertIn("bias has exploded", said(event(1), event(2, gradient=(1.0, None, 1.0))))
+        self.assertIn("conv gets no gradient", said(event(1, gradient=(0.0, 1.0, 1.0))))
+
+    def test_report_has_words_and_heat_maps(self):
+        plan = [{**layer, "shape": [2, 2], "decay": True, "lr_scale": 1.0} for layer in LAYERS]
+        (self.dir / "config.json").write_text(json.dumps({"layer_plan": plan}))
+        log = MetricsLog(self.dir)
+        for update in range(1, 4):
+            values = event(update)
+            log.layers(update, [layer["path"] for layer in LAYERS], {name: np.array(values[name]) for name in MEASURES})
+        page = write_report(self.dir).read_text()
+        self.assertIn("dense limits the learning rate", page)
+        for title in ("Trust ratio", "Effective rate", "Gradient norm over weight norm"):
+            self.assertIn(f"<figcaption>{title}</figcaption>", page)
+        self.assertIn("a heat map from 0.01 to 0.1", page)
+        self.assertEqual(write_report(self.dir).read_text(), page)
+
+
+if __name__ == "__main__":
+    tf.test.main()

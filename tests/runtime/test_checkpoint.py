@@ -1,0 +1,205 @@
+"""Checkpoints on disk: verified, bounded in number, and never half a file."""
+
+import errno
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest.mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import lars_keras.data
+from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
+from lars_keras.runtime.errors import Preempted
+from lars_keras.training.state import restore_shared, shared_state
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def arrays(seed, size=5000):
+    rng = np.random.default_rng(seed)
+    return {
+        "0/model/a": rng.normal(size=size).astype("float32"),
+        "1/model/b": rng.integers(0, 9, (2, 3)),
+        "c": np.ones(()),
+    }
+
+
+class CheckpointTest(tf.test.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "checkpoints")
+
+    def saved(self, updates, **options):
+        folder = CheckpointManager(self.path, **options)
+        for update in updates:
+            folder.save(update, arrays(update), {"position": {"update": update, "logs": {"loss": 0.1}}})
+        folder.wait()
+        return folder
+
+    def test_what_is_read_is_what_was_saved(self):
+        self.assertIsNone(CheckpointManager(self.path).latest())
+        checkpoint = self.saved([3, 12]).latest()
+        self.assertEqual(checkpoint.update, 12)
+        self.assertEqual(checkpoint.info, {"position": {"update": 12, "logs": {"loss": 0.1}}})
+        expected = arrays(12)
+        self.assertEqual(list(checkpoint.arrays), list(expected))
+        for name, array in expected.items():
+            self.assertEqual(checkpoint.arrays[name].dtype, array.dtype)
+            self.assertAllEqual(checkpoint.arrays[name], array)
+
+    def test_damage_is_told_anywhere(self):
+        """A bit flipped, or the end cut off, at 50 random places: the one before is used, with a warning."""
+        folder = self.saved([1, 2])
+        newest = folder.latest().path
+        whole = newest.read_bytes()
+        rng = np.random.default_rng(0)
+        for i in range(50):
+            place = int(rng.integers(len(whole)))
+            damaged = bytearray(whole)
+            if i % 2:
+                damaged[place] ^= 1 << rng.integers(8)
+            else:
+                del damaged[place:]
+            newest.write_bytes(damaged)
+            with self.assertLogs(level="ERROR") as logs:
+                checkpoint = folder.latest()
+            self.assertEqual(checkpoint.update, 1)
+            self.assertAllEqual(checkpoint.arrays["0/model/a"], arrays(1)["0/model/a"])
+            self.assertIn(newest.name, logs.output[0])
+        newest.write_bytes(whole)
+        self.assertEqual(folder.latest().update, 2)
+
+    def test_one_that_cannot_be_read_is_not_taken_for_damaged(self):
+        """As on a shared disk that is away for a moment: a run that began anew would throw it away."""
+        folder = self.saved([1, 2])
+        for function, error in (
+            ("hashlib.file_digest", OSError(errno.ESTALE, "Stale file handle")),
+            ("numpy.load", MemoryError()),
+            ("numpy.load", Preempted("stopped")),
+        ):
+            with unittest.mock.patch(function, side_effect=error), self.assertRaises(type(error)):
+                folder.latest()
+        self.assertEqual(folder.latest().update, 2)
+
+    def test_how_many_are_kept(self):
+        self.saved(range(1, 8), keep=2)
+        self.assertEqual([p.name[:15] for p in sorted(self.path.iterdir())], ["update-00000006", "update-00000007"])
+
+    def test_the_newest_is_kept_whatever_lies_beyond_it(self):
+        """A run whose last checkpoints are damaged goes back, and what it writes then is not what is thrown away."""
+        for keep in (1, 2):
+            folder = self.saved([100, 140], keep=keep)
+            for path in self.path.iterdir():
+                path.write_bytes(b"damaged")
+            with self.assertLogs(level="ERROR"):
+                self.assertIsNone(folder.latest())
+            self.saved([7], keep=keep)
+            self.assertEqual([p.name[:15] for p in self.path.iterdir()], ["update-00000007"])
+            self.assertEqual(folder.latest().update, 7)
+
+    def test_bfloat16(self):
+        keras.config.set_dtype_policy("bfloat16")
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+        model.compile("sgd", "mse")
+        weights = [w.astype("float32") for w in model.get_weights()]
+        folder = CheckpointManager(self.path)
+        folder.save(1, {name: np.array(v.numpy()) for name, v in shared_state(model).items()}, {})
+        model.set_weights([w + 1 for w in weights])
+        restore_shared(model, folder.latest().arrays)
+        for own, expected in zip(model.get_weights(), weights, strict=True):
+            self.assertAllEqual(own.astype("float32"), expected)
+
+    def test_one_of_the_older_ones_for_every_hour(self):
+        folder = CheckpointManager(self.path, keep=2, keep_hours=1)
+        now = time.time()
+        for update in range(1, 11):  # one every 20 minutes
+            folder.save(update, arrays(update), {})
+            folder.wait()
+            newest = folder.latest().path
+            os.utime(newest, (now + 1200 * update,) * 2)
+        self.assertEqual(sorted(int(p.name[7:15]) for p in self.path.iterdir()), [1, 4, 7, 9, 10])
+
+    def test_the_last_saved_counts_among_equal_updates(self):
+        folder = self.saved([4])
+        folder.save(4, arrays(99), {})
+        self.assertAllEqual(folder.latest().arrays["0/model/a"], arrays(99)["0/model/a"])
+
+    def test_a_full_disk_leaves_the_one_before(self):
+        """The limit on file size stands for the disk: the operating system refuses to write."""
+        folder = self.saved([1])
+        self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with self.assertLogs(level="ERROR") as logs, self.assertRaises(OSError):
+                folder.save(2, arrays(2), {})
+                folder.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self.assertIn("the checkpoint of update 2 could not be written", logs.output[0])
+        self.assertLen(list(self.path.iterdir()), 1)
+        self.assertEqual(folder.latest().update, 1)
+        folder.save(3, arrays(3), {})
+        folder.wait()
+        self.assertEqual(folder.latest().update, 3)
+
+    def test_what_a_killed_writer_leaves_is_removed(self):
+        self.saved([1])
+        (self.path / ".writing-1234").write_bytes(b"half")
+        (self.path / "notes.txt").write_bytes(b"mine")
+        self.saved([2])
+        self.assertEqual(sorted(p.name for p in self.path.iterdir() if p.suffix != ".npz"), ["notes.txt"])
+
+    def test_due(self):
+        clock = iter([0, 0, 59, 60, 60, 61]).__next__
+        by_time = SavePolicy(minutes=1, clock=clock)
+        by_time.reset(0)
+        self.assertFalse(by_time.due(1))
+        self.assertTrue(by_time.due(2))
+        by_time.reset(2)
+        self.assertFalse(by_time.due(3))
+        by_updates = SavePolicy(updates=5)
+        self.assertEqual([u for u in range(12) if by_updates.due(u)], list(range(5, 12)))
+        self.assertFalse(SavePolicy().due(10**9))
+
+    def test_the_rest_of_the_order_in_another_process(self):
+        """Saved at each of 30 consecutive positions: a fresh process finds the same remaining order of examples."""
+        data = lars_keras.data.ArrayData("d", *2 * [(np.zeros((37, 2, 2, 1), np.uint8), np.arange(37))], 37)
+        stream = data.train_batches(8, count=40, seed=5).as_numpy_iterator()
+        used = np.concatenate([labels for _, labels, _ in stream])
+        folder = CheckpointManager(self.path, keep=30)
+        for update in range(30):
+            folder.save(update, {}, {"position": {"batches_consumed": update}})
+        folder.wait()
+        program = """
+import json, sys
+import numpy as np
+from lars_keras.data import ArrayData
+from lars_keras.runtime.checkpoint import _read
+from pathlib import Path
+data = ArrayData("d", *2 * [(np.zeros((37, 2, 2, 1), np.uint8), np.arange(37))], 37)
+rest = {}
+for path in Path(sys.argv[1]).iterdir():
+    first = _read(path).info["position"]["batches_consumed"]
+    rest[first] = data.train_ids(8, first=first, count=40 - first, seed=5).reshape(-1).tolist()
+print(json.dumps(rest))
+"""
+        run = subprocess.run(
+            [sys.executable, "-c", program, self.path], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        rest = json.loads(run.stdout)
+        self.assertEqual({int(k): v for k, v in rest.items()}, {u: used[8 * u :].tolist() for u in range(30)})
+
+
+if __name__ == "__main__":
+    tf.test.main()

@@ -1,0 +1,376 @@
+"""A run that is interrupted, preempted or thrown back ends as the run that was not."""
+
+import os
+import pathlib
+import signal
+import tempfile
+import time
+import types
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras import LARS
+from lars_keras.data import ArrayData
+from lars_keras.data.augment import pad_crop_flip
+from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
+from lars_keras.runtime.divergence import DivergenceGuard
+from lars_keras.runtime.errors import Diverged, Preempted
+from lars_keras.runtime.preemption import SIGNALS, StopOnSignal
+from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
+from lars_keras.training import Trainer
+from tests import step_cases as cases
+from tools import kill_and_resume
+
+UPDATES, PER_EPOCH, BATCH = 11, 4.5, 32
+
+
+class Poison(keras.layers.Layer):
+    """The identity, whose gradient is NaN while `on` is set; its input keeps its gradient's place in the model."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+        self.on = self.add_weight(shape=(), initializer="zeros", trainable=False, name="on")
+
+    def call(self, x):
+        poison = tf.where(self.on > 0, np.nan, 1.0)
+
+        @tf.custom_gradient
+        def scaled(x, scale):
+            return x * scale, lambda g: (g * scale, tf.reduce_sum(g * x) * poison)
+
+        return scaled(x, tf.convert_to_tensor(self.scale))
+
+
+def data():
+    rng = np.random.default_rng(0)
+    split = rng.integers(0, 256, (144, 8, 8, 3), np.uint8), np.arange(144) % 10
+    return ArrayData("small", split, split, 10, crop_flip=pad_crop_flip)
+
+
+def model():
+    """With all that has state: moving statistics, dropout, a moving average of the weights, metrics."""
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(8, 3, use_bias=False, name="conv1"),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.ReLU(),
+            Poison(name="poison"),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.3, seed=2),
+            keras.layers.Dense(10, name="logits"),
+        ]
+    )
+
+
+class Run:
+    """One process's part of a run, as it would be set up anew in each."""
+
+    def __init__(self, folder, strategy="none", steps_per_execution=1):
+        keras.utils.set_random_seed(1)
+        with cases.strategy(strategy).scope():
+            self.model = model()
+            self.model.compile(
+                LARS(3.0, trust_coefficient=0.02, excluded_lr_scale=0.01, use_ema=True, ema_momentum=0.8),
+                keras.losses.CategoricalCrossentropy(from_logits=True),
+                weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+            )
+        options = {"steps_per_execution": steps_per_execution, "layer_norms": True}
+        self.trainer = Trainer(self.model, batch_size=BATCH, microbatch_size=8, **options)
+        self.folder = CheckpointManager(folder, keep=100)
+        self.save = CheckpointCallback(self.trainer, self.folder, SavePolicy(updates=1))
+        self.logs = {}
+        self.data = data()
+
+    def train_feed(self, context, first):
+        element = 8 * self.trainer.replicas
+        batches = self.data.train_batches(element, first=first * self.trainer.accumulation_steps, seed=3)
+        return batches.map(lambda x, y, m: (x, tf.one_hot(y, 10), m))
+
+    def test_feed(self, context):
+        return self.data.test_batches(48).map(lambda x, y, m: (x, tf.one_hot(y, 10), m))
+
+    def go(self, stop_after=None, callbacks=(), **options):
+        def note(kind):
+            def callback(index, logs):
+                self.logs[kind, index] = {k: v for k, v in logs.items() if k != "data_wait"}  # time differs
+                if kind == "update" and index + 1 == stop_after:
+                    raise KeyboardInterrupt
+
+            return callback
+
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=note("update"), on_epoch_end=note("epoch"))
+        try:
+            fit_with_recovery(
+                self.train_feed,
+                self.save,
+                callbacks=[*callbacks, self.save, watch] if stop_after else [*callbacks, watch],
+                epochs=UPDATES / PER_EPOCH,
+                steps_per_epoch=PER_EPOCH,
+                validation_data=self.test_feed,
+                verbose=0,
+                **options,
+            )
+        except KeyboardInterrupt:
+            self.folder.wait()
+        return self
+
+    def restored(self, update=None):
+        paths = {int(p.name[7:15]): p for p in self.folder._folder.iterdir()}
+        for other in paths:
+            if update is not None and other > update:
+                paths[other].unlink()
+        checkpoint = self.folder.latest()
+        self.trainer.restore(checkpoint.arrays, checkpoint.info["position"], self.train_feed)
+        return self
+
+    def state(self):
+        variables = [*self.model.variables, *self.model.optimizer.variables]
+        return {f"{i} {v.name.rpartition('_')[2]}": np.array(v.numpy()) for i, v in enumerate(variables)}
+
+
+class ResumeTest(tf.test.TestCase, parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def test_same_end(self):
+        self.check_same_end("none", 1)
+
+    @pytest.mark.slow
+    def test_same_end_from_anywhere(self):
+        self.check_same_end("none", 1, everywhere=True)
+
+    @parameterized.parameters(("mirrored2", 1), ("one", 1), ("none", 3))
+    @pytest.mark.slow
+    def test_same_end_of_other_loops(self, strategy, steps_per_execution):
+        self.check_same_end(strategy, steps_per_execution)
+
+    def check_same_end(self, strategy, steps_per_execution, everywhere=False):
+        """From some positions, or every second and the ends of epochs: the same weights, slots, metrics and logs.
+
+        On one device to the last bit; on two replicas, whose sums have no fixed order, within 1e-5.
+        """
+        tolerance = 1e-5 if strategy == "mirrored2" else 0
+        whole = Run(self.dir / "a", strategy, steps_per_execution).go()
+        positions = sorted(int(p.name[7:15]) for p in (self.dir / "a").iterdir())
+        self.assertGreater(len(positions), UPDATES / steps_per_execution)
+        ends_of_an_epoch = [u for u in positions if u in (5, 9)]
+        some = [ends_of_an_epoch[-1], positions[-2]]
+        if everywhere:
+            some += [0, *positions[::2], *ends_of_an_epoch]
+        for update in sorted(set(some), reverse=True):
+            again = Run(self.dir / "a", strategy, steps_per_execution).restored(update)
+            self.assertEqual(again.trainer.position.update, update)
+            again.go()
+            for name, value in whole.state().items():
+                difference = np.linalg.norm(again.state()[name].astype("f8") - value)
+                self.assertLessEqual(difference, tolerance * np.linalg.norm(value.astype("f8")), f"{name}, {update}")
+            tail = {k: v for k, v in whole.logs.items() if k in again.logs}
+            self.assertEqual(list(again.logs), list(tail))
+            for k in tail:
+                self.assertAllClose(again.logs[k], tail[k], rtol=tolerance, atol=0)
+            self.assertEqual(len([k for k in tail if k[0] == "update"]) > 0, update < UPDATES)
+            self.assertIn(("epoch", 2), tail)
+
+    def test_broken_off_within_an_epoch(self):
+        whole = Run(self.dir / "a").go()
+        Run(self.dir / "b").go(stop_after=7)
+        again = Run(self.dir / "b").restored().go()
+        self.assertEqual(min(again.logs), ("epoch", 1))
+        self.assertAllEqual([k for k in again.logs if k[0] == "update"], [("update", u) for u in range(7, UPDATES)])
+        for name, value in whole.state().items():
+            self.assertAllEqual(again.state()[name], value, name)
+
+    @pytest.mark.slow
+    def test_other_replicas(self):
+        """Allowed by the library; `train.py` asks. Without batch statistics it would be the same to rounding."""
+        Run(self.dir / "a").go(stop_after=6)
+        two = Run(self.dir / "a", "mirrored2").restored()
+        self.assertEqual(two.trainer.position.update, 6)
+        count = [v for v in two.model.metrics_variables if v.name == "count"][-1]
+        self.assertEqual(float(count.numpy()), BATCH)  # one update of the second epoch
+        two.go()
+        self.assertEqual(two.trainer.position.update, UPDATES)
+
+    def test_another_model_is_refused(self):
+        run = Run(self.dir / "a").go(stop_after=2)
+        arrays, position = run.trainer.snapshot()
+        before = run.state()
+        with self.assertRaisesRegex(ValueError, "another model or optimizer.*logits/bias"):
+            other = {k: v[..., :5] if v.shape == (10,) else v + 1 for k, v in arrays.items()}
+            run.trainer.restore(other, position, run.train_feed)
+        with self.assertRaisesRegex(ValueError, "another model or optimizer"):
+            run.trainer.restore({}, position, run.train_feed)
+        self.assertAllClose(run.state(), before, rtol=0, atol=0)
+
+    def test_evaluation_has_the_average_and_training_has_not(self):
+        run = Run(self.dir / "a").go()
+        kernel = run.model.get_layer("logits").kernel.numpy()
+        scores = run.trainer.evaluate(run.test_feed)  # the weights are the average now
+        for name, value in scores.items():
+            self.assertAllClose(run.logs["epoch", 2][f"val_{name}"], value, rtol=1e-6)
+        with np.load(run.folder.latest().path) as saved:
+            kernels = [v for v in saved.values() if v.shape == kernel.shape]
+        self.assertNotAllClose(kernels[0], kernel, rtol=1e-3)  # the weights that go on
+        self.assertTrue(any(np.array_equal(k, kernel) for k in kernels[1:]))
+
+
+class RollbackTest(tf.test.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def poisoned(self, run, updates):
+        """A callback that poisons the gradient of one layer in these updates of training data."""
+        on = run.model.get_layer("poison").on
+
+        def begin(batch, logs):
+            on.assign(float(run.trainer.position.batches_consumed in updates))
+
+        return keras.callbacks.LambdaCallback(on_train_batch_begin=begin)
+
+    def test_back_to_the_checkpoint_and_past_the_window(self):
+        run = Run(self.dir)
+        run.save._every = SavePolicy(updates=3)
+        told = []
+        run.go(callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, {7})], on_rollback=told.append)
+        self.assertLen(told, 1)
+        self.assertEqual((told[0]["update"], told[0]["failed"]), (6, 8))
+        self.assertRegex(told[0]["reason"], "The gradient of .*poison/scale is not finite in update 8")
+        position = run.trainer.position
+        self.assertEqual((position.update, position.batches_consumed), (UPDATES, UPDATES + 2))
+        self.assertTrue(all(np.isfinite(v).all() for v in run.state().values()))
+        self.assertEqual(run.folder.latest().info["rollbacks"], told)
+
+    def test_skipping_is_not_forgotten_by_a_kill(self):
+        run = Run(self.dir)
+        run.save._every = SavePolicy(updates=100)
+        run.go(stop_after=1, callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, {0})])
+        again = Run(self.dir).restored()
+        self.assertEqual((again.trainer.position.update, again.trainer.position.batches_consumed), (0, 1))
+
+    def test_a_permanent_fault_ends_the_run_with_its_checkpoint(self):
+        run = Run(self.dir)
+        run.save._every = SavePolicy(updates=2)
+        told = []
+        with self.assertRaisesRegex(Diverged, "gradient of .*poison/scale") as caught:
+            run.go(
+                callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, set(range(4, 99)))],
+                on_rollback=told.append,
+                max_rollbacks=2,
+            )
+        self.assertEqual(caught.exception.update, 5)
+        self.assertEqual([t["update"] for t in told], [4, 4])
+        checkpoint = run.folder.latest()
+        self.assertEqual(checkpoint.update, 4)
+        self.assertTrue(all(np.isfinite(v).all() for v in checkpoint.arrays.values()))
+        Run(self.dir).restored().go()  # usable
+
+
+class GuardTest(tf.test.TestCase):
+    def check(self, losses, in_a_call=1):
+        trainer = types.SimpleNamespace(layer_norms={})
+        guard = DivergenceGuard(trainer)
+        guard.on_train_begin()
+        for i in range(0, len(losses), in_a_call):
+            trainer.step_losses = losses[i : i + in_a_call]
+            guard.on_train_batch_end(i + len(trainer.step_losses) - 1, {})
+
+    def test_loss(self):
+        self.check([3.0] * 30 + [250.0, 0.1, 0.0])
+        for bad in (np.nan, np.inf, -np.inf):
+            with self.assertRaisesRegex(Diverged, "loss is .* in update 3"):
+                self.check([1.0, 1.0, bad])
+        with self.assertRaisesRegex(Diverged, "loss is 301 in update 31, 100 times its median"):
+            self.check([3.0] * 30 + [301.0])
+        self.check([3.0] * 5 + [301.0])  # too early to say what is usual
+        self.check([1e-6] * 30 + [9.0])  # it can be learned again
+        with self.assertRaisesRegex(Diverged, "loss is 11 in update 31"):
+            self.check([1e-6] * 30 + [11.0])
+
+    def test_a_trainer_that_it_does_not_know(self):
+        guard = DivergenceGuard()
+        guard.on_train_begin()
+        for i in range(30):
+            guard.on_train_batch_end(i, {"step_loss": 3.0, "loss": 9.0 / (i + 1)})
+        with self.assertRaisesRegex(Diverged, "loss is 301 in update 31, 100 times its median"):
+            guard.on_train_batch_end(30, {"step_loss": 301.0, "loss": 3.0})
+
+    def test_every_loss_of_a_host_call(self):
+        self.check([3.0] * 40, in_a_call=8)
+        with self.assertRaisesRegex(Diverged, "loss is 301 in update 27, 100 times its median"):
+            self.check([3.0] * 26 + [301.0] + [3.0] * 5, in_a_call=8)
+        with self.assertRaisesRegex(Diverged, "loss is nan in update 2"):
+            self.check([3.0, np.nan, 3.0], in_a_call=3)
+
+    def test_layers(self):
+        class FakeTrainer:
+            model = keras.Sequential(
+                [keras.Input((2,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")]
+            )
+            layer_norms, step_losses = {}, [1.0]
+
+        def check(gradients, weights, message):
+            guard = DivergenceGuard(FakeTrainer)
+            guard.on_train_begin()
+            FakeTrainer.layer_norms = {"gradient": np.array(gradients), "weight": np.array(weights)}
+            with self.assertRaisesRegex(Diverged, message):
+                guard.on_train_batch_end(len(gradients) - 1, {})
+
+        fine, bad, long = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, np.nan, 1.0], [1.0, 101.0, 1.0, 1.0]
+        check([fine, bad], [fine, fine], "gradient of .*b/kernel is not finite in update 2")
+        check([[np.inf] * 4], [fine], "gradient of .*a/kernel, and of 3 variables after it, is not finite in update 1")
+        check([fine, fine], [fine, bad], "value of .*b/kernel is not finite in update 2")
+        check([fine] * 21 + [[900.0] * 4], [fine] * 22, "norm of the gradient is 1800 in update 22, 900 times")
+        check(
+            [[1e-4] * 4] * 21 + [[0.9] * 4] + [bad], [fine] * 23, "not finite in update 23"
+        )  # shorter than the weights
+        check([fine, fine, fine], [fine, long, fine], "Update 2 made the weights of .*a/bias 101 times as long")
+
+
+class KerasFitTest(tf.test.TestCase):
+    def test_callbacks_in_keras_own_fit(self):
+        x, y = np.ones((64, 3), "f4"), np.ones((64, 1), "f4")
+
+        def fit(loss, *callbacks):
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+            model.compile("sgd", loss)
+            model.fit(x, y, batch_size=8, verbose=0, callbacks=callbacks)
+
+        fit("mse", DivergenceGuard())
+        with self.assertRaisesRegex(Diverged, "loss is nan in update 1"):
+            fit(lambda y, p: keras.ops.sum(p) * float("nan"), DivergenceGuard())
+        signal_at_3 = keras.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda batch, logs: os.kill(os.getpid(), signal.SIGINT) if batch == 3 else None,
+            on_train_batch_end=lambda batch, logs: time.sleep(0.3) if batch == 3 else None,
+        )
+        handlers = [signal.getsignal(number) for number in SIGNALS]
+        with self.assertRaisesRegex(Preempted, "stopped after update 4"), StopOnSignal() as stop:
+            fit("mse", signal_at_3, stop)
+        self.assertEqual([signal.getsignal(number) for number in SIGNALS], handlers)
+
+    def test_a_loss_that_explodes_late_in_an_epoch_of_keras_own_fit(self):
+        """Keras tells the mean over the epoch so far, here 86."""
+        x = np.full((96, 1), 3.0, "f4")
+        x[88:] = 1000.0
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        model.compile(keras.optimizers.SGD(0.0), lambda y, p: p)
+        with self.assertRaisesRegex(Diverged, "loss is 1000 in update 24, 333 times its median"):
+            model.fit(x, x, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[DivergenceGuard()])
+
+
+class KillTest(tf.test.TestCase):
+    def test_a_killed_process(self):
+        """In short; `make prove-resume` kills 20 times, also with two replicas."""
+        result = kill_and_resume.prove(1, ["--strategy=single"], steps=11, log=lambda line: None)
+        self.assertEqual(result["relative_difference"], 0.0, result)
+
+
+if __name__ == "__main__":
+    tf.test.main()

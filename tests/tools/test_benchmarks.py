@@ -1,0 +1,44 @@
+"""The candidates of `tools.benchmarks.optimizer_step` do what they say; their speed is no matter here."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tools.benchmarks import optimizer_step
+
+
+class OptimizerStepTest(tf.test.TestCase):
+    @pytest.mark.slow
+    def test_every_contender_takes_steps_and_is_reported(self):
+        shapes = [(9, 8), (8,)]
+        result = optimizer_step.measure(shapes, "float32", rounds=2, modes=("xla", "jit", "graph"))
+        rows = {(r["name"], r["mode"]): r for r in result["rows"]}
+        for name in ("Keras SGD+momentum", "LARS (ours)", "LAMB (ours)", "straightforward LARS", "Keras Lamb"):
+            for mode in ("xla", "graph"):
+                self.assertGreater(rows[name, mode]["milliseconds"], 0)
+        self.assertEqual(rows["Keras SGD+momentum", "xla"]["times_sgd"], 1.0)
+        self.assertEqual(result["parameters"], sum(map(math.prod, shapes)))
+        for name, mode in rows:
+            self.assertIn(name, optimizer_step.table("tiny", result))
+            self.assertIn(mode, optimizer_step.table("tiny", result))
+
+    def test_straightforward_lars_is_lars(self):
+        """Else it would be no yardstick."""
+        results = []
+        for name in ("LARS (ours)", "straightforward LARS"):
+            rng, (_, optimizer) = np.random.default_rng(0), optimizer_step.keras_optimizers()[name]
+            first = [np.float32(rng.normal(size=shape)) for shape in ((4, 3), (3,))]
+            variables = [keras.Variable(w, name=f"k{i}") for i, w in enumerate(first)]
+            for _ in range(3):
+                optimizer.apply([tf.constant(np.float32(rng.normal(size=w.shape))) for w in first], variables)
+            results.append([v.numpy() for v in variables])
+        for w, ours, theirs in zip(first, *results, strict=True):
+            self.assertGreater(np.abs(ours - w).max(), 1e-3)
+            self.assertAllClose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+if __name__ == "__main__":
+    tf.test.main()

@@ -1,0 +1,105 @@
+"""The moments of batch normalisation in one pass, against float64."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.training.batch_stats import one_pass_moments
+
+
+def layer_at(moving_mean, **options):
+    layer = keras.layers.BatchNormalization(momentum=0.5, **options)
+    model = keras.Sequential([keras.Input([4, 4, 3]), layer])
+    layer.moving_mean.assign(moving_mean)
+    return model, layer
+
+
+class MomentsTest(tf.test.TestCase, parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        # Means far from 0, where E[x^2] - E[x]^2 in float32 is wrong by a hundredth of the variance and more.
+        self.mean = np.array([0.0, 300.0, -1000.0])
+        self.x = (self.mean + np.random.default_rng(0).normal(size=[8, 4, 4, 3])).astype("float32")
+        self.near = self.mean + 0.5
+
+    def moments_and_gradient(self, over_replicas=None, mask=None, **options):
+        """Mean, variance, and the gradient of `sum([1, 2, 3] * mean + [4, 5, 6] * variance)`."""
+        model, layer = layer_at(self.near, **options)
+        with one_pass_moments(model, over_replicas), tf.GradientTape() as tape:
+            x = tf.constant(self.x)
+            tape.watch(x)
+            mean, variance = layer._moments(x, mask)
+            y = tf.reduce_sum([1.0, 2.0, 3.0] * mean) + tf.reduce_sum([4.0, 5.0, 6.0] * variance)
+        return mean, variance, tape.gradient(y, x)
+
+    def test_moments(self):
+        mean, variance, gradient = self.moments_and_gradient()
+        x = self.x.astype("float64")
+        self.assertAllClose(mean, x.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+        self.assertAllClose(variance, x.var((0, 1, 2)), rtol=1e-6)
+        n = x.size / 3
+        expected = np.array([1.0, 2.0, 3.0]) / n + np.array([4.0, 5.0, 6.0]) * 2 * (x - x.mean((0, 1, 2))) / n
+        self.assertAllClose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    def test_without_a_mean_nearby_much_cancels(self):
+        # Which is why the inputs above tell a shifted sum from one that is not.
+        self.near = np.zeros(3)
+        _, variance, _ = self.moments_and_gradient()
+        error = np.abs(variance.numpy() / self.x.astype("float64").var((0, 1, 2)) - 1)
+        self.assertLess(error[0], 1e-6)
+        self.assertGreater(error[2], 1e-3)
+
+    def test_masked_examples_do_not_count(self):
+        mask = np.arange(8)[:, None, None] < np.array([5])
+        self.x[6, 1] = np.nan
+        mean, variance, gradient = self.moments_and_gradient(mask=tf.constant(np.broadcast_to(mask, [8, 4, 4])))
+        x = self.x[:5].astype("float64")
+        self.assertAllClose(mean, x.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+        self.assertAllClose(variance, x.var((0, 1, 2)), rtol=1e-6)
+        self.assertAllEqual(gradient[5:], np.zeros([3, 4, 4, 3]))
+
+    def test_over_replicas(self):
+        other = np.random.default_rng(1).normal(size=[24, 4, 4, 3]) + self.mean
+        shifted = other - self.near
+        others = [np.full(3, shifted.size / 3), shifted.sum((0, 1, 2)), (shifted**2).sum((0, 1, 2))]
+
+        def over_replicas(sums):
+            return [own + tf.constant(their, tf.float32) for own, their in zip(sums, others, strict=True)]
+
+        mean, variance, _ = self.moments_and_gradient(over_replicas, synchronized=True)
+        x = np.concatenate([self.x.astype("float64"), other])
+        self.assertAllClose(mean, x.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+        self.assertAllClose(variance, x.var((0, 1, 2)), rtol=1e-6)
+        mean, _, _ = self.moments_and_gradient(over_replicas)
+        self.assertAllClose(mean, self.x.astype("float64").mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+
+    @parameterized.parameters(False, True)
+    def test_a_layer_in_training(self, compiled):
+        """Outputs and moving statistics, against Keras's own."""
+        results = []
+        for one_pass in (False, True):
+            model, layer = layer_at(self.near)
+
+            def call(x, model=model, one_pass=one_pass):
+                if not one_pass:
+                    return model(x, training=True)
+                with one_pass_moments(model, None):
+                    return model(x, training=True)
+
+            y = tf.function(call, jit_compile=compiled)(tf.constant(self.x))
+            results.append([y, layer.moving_mean.numpy(), layer.moving_variance.numpy()])
+        for own, expected in zip(*results, strict=True):
+            self.assertAllClose(own, expected, rtol=1e-6, atol=3e-4)
+
+    def test_afterwards_layers_are_as_they_were(self):
+        model, layer = layer_at(self.near)
+        with self.assertRaisesRegex(RuntimeError, "within"), one_pass_moments(model, None):
+            self.assertIn("_moments", vars(layer))
+            raise RuntimeError("within")
+        self.assertNotIn("_moments", vars(layer))
+
+    def test_without_replicas_synchronised_layers_stay_with_keras(self):
+        model, layer = layer_at(self.near, synchronized=True)
+        with one_pass_moments(model, None):
+            self.assertNotIn("_moments", vars(layer))

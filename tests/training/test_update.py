@@ -1,0 +1,161 @@
+"""What stands between reduced gradients and new weights: clipping, loss scaling, averaging, decay, constraints."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras import LARS
+from lars_keras.training import Trainer
+from tests import step_cases as cases
+from tests.training.test_step import difference
+
+OPTIONS = (
+    {"clipnorm": 0.05},
+    {"global_clipnorm": 0.05},
+    {"clipvalue": 0.01},
+    {"weight_decay": 0.1},
+    {"use_ema": True, "ema_momentum": 0.5},
+    {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+    {"loss_scale_factor": 1024.0},
+)
+
+
+class OptionsTest(parameterized.TestCase, tf.test.TestCase):
+    """Each option of the base optimizer means on N replicas what it means on one device in stock Keras."""
+
+    @parameterized.parameters(*OPTIONS)
+    def test_equals_stock_fit(self, **option):
+        self.check("mirrored2", option)
+
+    @parameterized.product(strategy=("none", "mirrored8"), option=OPTIONS)
+    @pytest.mark.slow
+    def test_equals_stock_fit_everywhere(self, strategy, option):
+        self.check(strategy, option)
+
+    def test_averages_are_taken_before_constraints(self):
+        def make_model():
+            constraint = keras.constraints.MaxNorm(0.5)
+            return keras.Sequential(
+                [keras.Input((cases.FEATURES,)), keras.layers.Dense(cases.CLASSES, kernel_constraint=constraint)]
+            )
+
+        self.check("none", {"use_ema": True, "ema_momentum": 0.5}, make_model)
+
+    @parameterized.parameters(keras.optimizers.Nadam, keras.optimizers.Muon)
+    def test_optimizers_that_are_more_than_their_step(self, optimizer):
+        with self.assertRaisesRegex(ValueError, f"cannot take {optimizer.__name__}"):
+            cases.trained(cases.hidden, optimizer)
+
+    def check(self, strategy, option, make_model=cases.hidden):
+        def optimizer():
+            return keras.optimizers.SGD(0.1, momentum=0.9, **option)
+
+        trainer, _ = cases.trained(make_model, optimizer, strategy, microbatch_size=8)
+        keras.utils.set_random_seed(1)
+        stock = make_model()
+        stock.compile(optimizer(), keras.losses.CategoricalCrossentropy(from_logits=True), jit_compile=False)
+        x, y = cases.examples()
+        stock.fit(x, y, batch_size=cases.BATCH, shuffle=False, verbose=0)
+        expected = [v.numpy() for v in [*stock.weights, *stock.optimizer.variables]]
+        actual = cases.state(trainer)
+        self.assertLess(difference(actual, dict(zip(actual, expected, strict=True))), (2e-6,))
+
+    @parameterized.parameters(1, 2)
+    def test_norm_of_the_clipped_update(self, replicas):
+        self.check_norm_of_the_clipped_update(replicas)
+
+    @pytest.mark.slow
+    def test_norm_of_the_clipped_update_of_eight(self):
+        self.check_norm_of_the_clipped_update(8)
+
+    def check_norm_of_the_clipped_update(self, replicas):
+        strategy = "none" if replicas == 1 else f"mirrored{replicas}"
+        start = None
+
+        def make_model():
+            nonlocal start
+            model = cases.linear()
+            start = [w.copy() for w in model.get_weights()]
+            return model
+
+        def optimizer():
+            return keras.optimizers.SGD(1.0, global_clipnorm=0.01)
+
+        trainer, _ = cases.trained(make_model, optimizer, strategy, microbatch_size=4)
+        moved = [w - s for w, s in zip(trainer.model.get_weights(), start, strict=True)]
+        # The gradients of so short a walk are nearly parallel; each of the five updates has norm 0.01.
+        norm = np.sqrt(sum(np.sum(m.astype("float64") ** 2) for m in moved))
+        self.assertBetween(norm, 0.03, 0.0500001)
+
+    def test_constraint(self):
+        def make_model():
+            return keras.Sequential(
+                [keras.Input((cases.FEATURES,)), keras.layers.Dense(cases.CLASSES, kernel_constraint="non_neg")]
+            )
+
+        trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], "mirrored2")
+        kernel = trainer.model.get_weights()[0]
+        self.assertAllGreaterEqual(kernel, 0.0)
+        self.assertGreater(kernel.max(), 0.0)
+
+
+class LossScaleTest(parameterized.TestCase, tf.test.TestCase):
+    """With float16 a value that is not finite, on any replica, skips the update on all of them."""
+
+    @parameterized.parameters(("none", 0), ("mirrored2", 37))
+    def test_skip(self, strategy, bad_example):
+        self.check_skip(strategy, bad_example)
+
+    @pytest.mark.slow
+    def test_skip_of_eight(self):
+        self.check_skip("mirrored8", 63)
+
+    def check_skip(self, strategy, bad_example):
+        self.addCleanup(keras.config.set_dtype_policy, "float32")
+        keras.config.set_dtype_policy("mixed_float16")
+        keras.utils.set_random_seed(1)
+        with cases.strategy(strategy).scope():
+            model = cases.linear()
+            model.compile(LARS(1.0, trust_coefficient=0.02), keras.losses.CategoricalCrossentropy(from_logits=True))
+        optimizer = model.optimizer
+        self.assertIsInstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        x, y = cases.examples(3)
+        x[cases.BATCH + bad_example] = np.inf  # in the second of three updates
+        weights, scales, updates = [], [], []
+
+        def record(batch, logs):
+            weights.append([v.numpy() for v in [*model.weights, *optimizer.inner_optimizer.variables]])
+            scales.append(optimizer.dynamic_scale.numpy())
+            updates.append(optimizer.iterations.numpy())
+            if strategy != "none":
+                first, *others = model.layers[-1].kernel.value.values
+                for copy in others:
+                    self.assertAllEqual(copy, first)
+
+        Trainer(model, batch_size=cases.BATCH, microbatch_size=4).fit(
+            tf.data.Dataset.from_tensor_slices((x, y)).batch(64),
+            verbose=0,
+            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=record)],
+        )
+        self.assertEqual(updates, [1, 1, 2])
+        self.assertEqual(scales, [2.0**15, 2.0**14, 2.0**14])
+        for before, after in zip(weights[0], weights[1], strict=True):
+            self.assertAllEqual(before, after)
+        self.assertNotAllEqual(weights[1][0], weights[2][0])
+        self.assertAllInSet(np.isfinite(np.concatenate([w.ravel() for w in weights[2]])), [True])
+
+    def test_norms_are_those_of_the_gradients_while_the_scale_grows(self):
+        def norms(make_optimizer):
+            trainer, _ = cases.trained(cases.hidden, make_optimizer, layer_norms=True)
+            return trainer.layer_norms["gradient"]
+
+        def growing():
+            return keras.optimizers.LossScaleOptimizer(cases.OPTIMIZERS["lars"](), 8.0, dynamic_growth_steps=1)
+
+        self.assertAllClose(norms(growing), norms(cases.OPTIMIZERS["lars"]), rtol=1e-5)
+
+
+if __name__ == "__main__":
+    tf.test.main()

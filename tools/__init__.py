@@ -1,0 +1,1 @@
+"""Programs about the package: comparison, benchmarks, proofs."""

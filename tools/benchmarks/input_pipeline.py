@@ -1,0 +1,258 @@
+"""How fast JPEGs become batches, beside what the decoder allows and what others do.
+
+    python -m tools.benchmarks.input_pipeline --data_dir=DIR --out=results/input_pipeline.json
+
+DIR holds `imagenet2012` as `lars_keras.data.prepare` writes it; a few hundred images will do, they are repeated. All
+candidates run in one process, in turn, on the training images, each with a fresh iterator that has already given two
+batches. `ms` is processor time of all threads for an image: on a busy machine it says more than images/s. With
+`--folder=DIR` also from image files in DIR/train/CLASS and DIR/val/CLASS.
+
+    python -m tools.benchmarks.input_pipeline --data_dir=DIR --memory --out=results/input_memory.json
+
+feeds updates of 32,768 images in micro-batches of 256, as training does, and shows this process's memory.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.util
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import psutil
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from lars_keras.data import JpegData, load
+from lars_keras.data.cache import InMemory
+from lars_keras.data.decode import NUM_DRAWS, central_window, random_window
+from lars_keras.data.loading import prepared_dir
+from lars_keras.data.parallel_map import cores
+from lars_keras.training.inputs import training_iterator
+
+Candidate = Callable[[], Iterator[Any]]
+
+
+class Repeated:
+    """A split over and over."""
+
+    def __init__(self, examples, length: int):
+        self._examples, self._length = examples, length
+        self.nbytes = examples.nbytes
+
+    def __len__(self) -> int:
+        return self._length
+
+    def example(self, i):
+        return self._examples.example(i % len(self._examples))
+
+    def where(self, i: int) -> str:
+        return self._examples.where(i % len(self._examples))
+
+
+def decoded(files: tf.Tensor, windows: np.ndarray, batch: int, size: int | None) -> tf.data.Dataset:
+    """The ceiling: files in memory, windows known; decoded, and resized if `size` is given."""
+
+    def pixels(i: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+        image = tf.io.decode_and_crop_jpeg(files[i], window, channels=3)
+        if size is None:
+            return image[0, 0]  # so that they can be batched; all is decoded nevertheless
+        return tf.cast(tf.image.resize(image, (size, size)) + 0.5, tf.uint8)
+
+    rows = tf.data.Dataset.from_tensor_slices((np.arange(len(windows)) % files.shape[0], windows)).repeat()
+    return rows.map(pixels, num_parallel_calls=cores()).batch(batch, drop_remainder=True).prefetch(2)
+
+
+def tutorial(builder: Any, train: bool, batch: int, size: int) -> tf.data.Dataset:
+    """As in most tutorials: the whole image is decoded, then resized."""
+
+    def pixels(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        image = tf.image.resize(example["image"], (size, size))
+        image = tf.image.random_flip_left_right(image) if train else image
+        return image / 255.0, example["label"]
+
+    config = tfds.ReadConfig(try_autocache=False)  # ImageNet is too large to hold its pixels; this sample is not
+    examples = builder.as_dataset(split="train", shuffle_files=train, read_config=config).repeat()
+    return examples.map(pixels, tf.data.AUTOTUNE).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+
+def pillow(files: list[bytes], windows: np.ndarray, batch: int, size: int) -> Iterator[np.ndarray]:
+    """Pillow in as many threads as there are cores, its decoder and its resize outside of Python's lock."""
+    from PIL import Image
+
+    def pixels(row: tuple[bytes, np.ndarray]) -> np.ndarray:
+        file, (top, left, height, width) = row
+        box = (left, top, left + width, top + height)
+        return np.asarray(
+            Image.open(io.BytesIO(file)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
+        )
+
+    rows = itertools.cycle(zip(itertools.cycle(files), windows))  # noqa: B905
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        while True:
+            yield np.stack(list(pool.map(pixels, itertools.islice(rows, batch))))
+
+
+def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Iterator[Any]:
+    """torchvision's ImageFolder and DataLoader, with a worker process for each core."""
+    import torch
+    from torchvision import datasets, transforms
+
+    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    crop = crop if train else [transforms.Resize(256), transforms.CenterCrop(size)]
+    images = datasets.ImageFolder(f"{folder}/train", transforms.Compose([*crop, transforms.PILToTensor()]))
+    many = torch.utils.data.ConcatDataset([images] * (100_000 // len(images)))
+    return iter(torch.utils.data.DataLoader(many, batch, shuffle=train, num_workers=cores()))
+
+
+def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict[str, dict[str, Candidate]]:
+    """The candidates of training and of evaluation, by name."""
+    data = load("imagenet2012", data_dir=data_dir, image_size=size)
+    assert isinstance(data, JpegData)
+    builder = tfds.builder_from_directory(prepared_dir(pathlib.Path(data_dir), "imagenet2012"))
+    held = InMemory(data._train)
+    files = [held.example(tf.constant(i))[0].numpy() for i in range(len(held))]
+    shapes = [tf.image.extract_jpeg_shape(file)[:2] for file in files]
+    rng = np.random.default_rng(0)
+    count = len(files) * 20
+    random = np.array([random_window(shapes[i % len(files)], rng.random(NUM_DRAWS, np.float32)) for i in range(count)])
+    central = np.array([central_window(shape, size) for shape in shapes])
+
+    def ours(examples: Any) -> JpegData:
+        return JpegData("images", Repeated(examples, 10**6), Repeated(examples, 10**6), 1000, image_size=size)
+
+    tensor = tf.constant(files)
+    if folder:
+        in_folder = load("folder", data_dir=folder, image_size=size)
+        assert isinstance(in_folder, JpegData)
+
+    def group(train: bool, windows: np.ndarray, batches: Callable[[JpegData], tf.data.Dataset]) -> dict[str, Candidate]:
+        found: dict[str, Candidate] = {
+            "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, windows, batch, None)),
+            "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, windows, batch, size)),
+            "lars_keras": lambda: iter(batches(ours(data._train))),
+            "lars_keras, --cache=memory": lambda: iter(batches(ours(held))),
+            "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, train, batch, size)),
+        }
+        if folder:
+            found["lars_keras, --dataset=folder"] = lambda: iter(batches(ours(in_folder._train)))
+        if importlib.util.find_spec("PIL"):
+            found["Pillow, threads"] = lambda: pillow(files, windows, batch, size)
+        if importlib.util.find_spec("torchvision") and folder:
+            found["torchvision, processes"] = lambda: torchvision_loader(folder, batch, size, train)
+        return found
+
+    for name in ("PIL", "torchvision"):
+        if not importlib.util.find_spec(name):
+            print(f"{name} is not installed: not run")
+    return {
+        "training": group(True, random, lambda data: data.train_batches(batch)),
+        "evaluation": group(False, central, lambda data: data.test_batches(batch)),
+    }
+
+
+def measure(candidate: Candidate, batch: int, images: int) -> tuple[float, float]:
+    """Images a second, and milliseconds of processor time for an image."""
+    batches = candidate()
+    for _ in range(2):
+        next(batches)
+    wall, busy = time.perf_counter(), _processor_time()
+    for _ in range(images // batch):
+        next(batches)
+    count = images // batch * batch
+    return count / (time.perf_counter() - wall), (_processor_time() - busy) / count * 1e3
+
+
+def _processor_time() -> float:
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def speeds(args: argparse.Namespace) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for kind, group in candidates(args.data_dir, args.folder, args.batch, args.size).items():
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in group}
+        for _ in range(args.rounds):
+            for name, candidate in group.items():
+                found[name].append(measure(candidate, args.batch, args.images))
+        ceiling = found["decode_and_crop_jpeg and resize"]
+        alone = found["decode_and_crop_jpeg alone"]
+        table[kind] = {}
+        print(f"\n{kind:<38}images/s   ms     of the decoder alone   of decoder and resize   (images/s; by ms)")
+        for name, rounds in found.items():
+            row: dict[str, Any] = {
+                "images_per_second": statistics.median(r[0] for r in rounds),
+                "ms": statistics.median(r[1] for r in rounds),
+            }
+            for key, others in (("of_decoder", alone), ("of_decoder_and_resize", ceiling)):
+                row[key] = statistics.median(r[0] / o[0] for r, o in zip(rounds, others, strict=True))
+                row[f"{key}_by_ms"] = statistics.median(o[1] / r[1] for r, o in zip(rounds, others, strict=True))
+            row["rounds"] = rounds
+            table[kind][name] = row
+            print(
+                f"{name:<38}{row['images_per_second']:>7,.0f}{row['ms']:>8.2f}{row['of_decoder']:>12.2f}; "
+                f"{row['of_decoder_by_ms']:.2f}{row['of_decoder_and_resize']:>18.2f}; "
+                f"{row['of_decoder_and_resize_by_ms']:.2f}"
+            )
+    return table
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Feeds three epochs of 32,768 images, an update each, in micro-batches of 256."""
+    data = load("imagenet2012", data_dir=args.data_dir, image_size=args.size)
+    assert isinstance(data, JpegData)
+    data = JpegData("images", Repeated(data._train, 32768), data._test, 1000, image_size=args.size)
+    process, gib = psutil.Process(), 2**30
+    before = process.memory_info().rss / gib
+
+    def feed(worker: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
+        return data.train_batches(256, first=128 * first_update).map(lambda x, y, m: (x, tf.one_hot(y, 1000), m))
+
+    iterator = training_iterator(feed, tf.distribute.get_strategy(), 256, 128, 0)
+    epochs = []
+    for epoch in range(3):
+        most = 0.0
+        for _ in range(128):
+            next(iterator)
+            most = max(most, process.memory_info().rss / gib)
+        epochs.append(most)
+        print(f"epoch {epoch + 1}: at most {most:.2f} GiB", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"before: {before:.2f} GiB; peak of the process: {peak:.2f} GiB")
+    return {"gib_before": before, "gib_of_epochs": epochs, "gib_peak": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--folder", help="images in DIR/train/CLASS and DIR/val/CLASS")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--size", type=int, default=227, help="height and width of the images made")
+    parser.add_argument("--images", type=int, default=2048, help="images of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
+    parser.add_argument("--out", help="JSON file for the results")
+    args = parser.parse_args()
+    results = memory(args) if args.memory else speeds(args)
+    versions = {"tensorflow": tf.__version__, "cores": cores(), "machine": platform.machine()}
+    print(
+        f"\n{versions['cores']} cores, {platform.machine()}, tensorflow {tf.__version__}, {args.rounds} rounds, medians"
+    )
+    if args.out:
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "data_dir", "folder")}
+        results = {"versions": versions, "settings": settings, "results": results}
+        pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""What one update of the optimizer costs, against other optimizers and against the memory's speed.
+
+    python -m tools.benchmarks.optimizer_step --out=optimizer_step.json --plot=optimizer_step.svg
+    python -m tools.benchmarks.optimizer_step --step_batch=64 --out=optimizer_training_step.json
+    KERAS_BACKEND=jax python -m tools.benchmarks.optimizer_step --out=optimizer_step_jax.json      # on a GPU, too
+
+Candidates take turns, one update each, in an order that changes from round to round, so that all see the same noise;
+figures are medians over the rounds. The bandwidth is that of `x += y` through the same compiler. The floor is the bytes
+that the rule must move at that bandwidth. Extra memory is the growth of the process's peak during one update (of the
+compiled program's temporary buffers, on JAX).
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from keras import ops
+
+import models
+from lars_keras import LAMB, LARS
+from lars_keras.versions import versions
+
+BACKEND = keras.backend.backend()
+NETWORKS = {"alexnet": "alexnet_bn", "resnet50": "resnet50"}
+MODES = ("xla", "jit", "graph", "eager")
+PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "optax", "torch", "timm", "numpy")
+# Bytes per parameter of float32: reads of two norms, then gradient, weights and slots in, weights and slots out.
+TRAFFIC = {"sgd": 20, "lars": 28, "lamb": 40}
+
+
+@dataclasses.dataclass
+class Candidate:
+    """One way to update. `step` takes one update and returns when it is finished."""
+
+    name: str
+    mode: str
+    rule: str
+    step: Callable[[], Any]
+    temporary_bytes: Callable[[], int] | None = None
+
+
+class StraightforwardLARS(keras.optimizers.SGD):
+    """The equations of LARS in Keras operations, variable by variable, as most people write them."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        w, v = ops.convert_to_tensor(variable), self.momentums[self._get_variable_index(variable)]
+        learning_rate = ops.cast(learning_rate, w.dtype)
+        if len(variable.shape) > 1:
+            w_norm, g_norm = ops.sqrt(ops.sum(ops.square(w))), ops.sqrt(ops.sum(ops.square(gradient)))
+            learning_rate *= ops.where(w_norm * g_norm > 0, 1e-3 * w_norm / (g_norm + 5e-4 * w_norm), 1.0)
+            gradient = gradient + 5e-4 * w
+        self.assign(v, self.momentum * v + learning_rate * gradient)
+        self.assign_sub(variable, v)
+
+
+def shapes_of(network: str) -> list[tuple[int, ...]]:
+    """Shapes of the trainable variables, for 1000 classes."""
+    size = models.default_image_size(NETWORKS[network])
+    model = models.get(NETWORKS[network], num_classes=1000, input_shape=(size, size, 3), seed=0)
+    return [tuple(v.shape) for v in model.trainable_variables]
+
+
+def keras_optimizers() -> dict[str, tuple[str, keras.optimizers.Optimizer]]:
+    """By name: which rule it is, and the optimizer."""
+    return {
+        "Keras SGD+momentum": ("sgd", keras.optimizers.SGD(1e-6, momentum=0.9)),
+        "LARS (ours)": ("lars", LARS(1.0)),
+        "straightforward LARS": ("lars", StraightforwardLARS(1.0, momentum=0.9)),
+        "LAMB (ours)": ("lamb", LAMB(1e-6)),
+        "Keras Lamb": ("lamb", keras.optimizers.Lamb(1e-6)),
+    }
+
+
+def candidates(shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[str] = MODES) -> list[Candidate]:
+    """All that can run here, in the modes asked for, on the same gradients."""
+    rng = np.random.default_rng(0)
+    weights = [0.02 * rng.standard_normal(s, "float32") for s in shapes]
+    gradients = [0.01 * rng.standard_normal(s, "float32") for s in shapes]
+    found = tensorflow_contenders(weights, gradients, dtype) if BACKEND == "tensorflow" else []
+    found += jax_contenders(weights, gradients, dtype)
+    found += torch_contenders(weights, gradients, dtype)
+    return [c for c in found if c.mode in modes]
+
+
+def tensorflow_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+    import tensorflow as tf
+
+    variables = [keras.Variable(w, dtype=dtype, name=f"kernel_{i}") for i, w in enumerate(weights)]
+    g = [tf.constant(x, dtype) for x in gradients]
+    found = []
+    for name, (rule, optimizer) in keras_optimizers().items():
+        optimizer.build(variables)
+
+        def eager(optimizer=optimizer):
+            optimizer.apply(g)
+            return variables[-1].numpy()  # waits for the device
+
+        for mode in ("xla", "graph", "eager"):
+            run = (lambda optimizer=optimizer: optimizer.apply(g)) if mode != "eager" else None
+            compiled = tf.function(run, jit_compile=mode == "xla", autograph=False) if run else None
+            found.append(
+                Candidate(name, mode, rule, (lambda f=compiled: (f(), variables[-1].numpy())) if compiled else eager)
+            )
+    return found
+
+
+def jax_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+    try:
+        import jax
+    except ImportError:
+        return []
+    g = [jax.numpy.asarray(x, dtype) for x in gradients]
+    found = []
+
+    def add(name: str, rule: str, update: Callable, state: Any) -> None:
+        program = jax.jit(update, donate_argnums=(0, 1))
+        box = [[jax.numpy.asarray(x, dtype) for x in weights], state]
+
+        def step() -> None:
+            box[:] = jax.block_until_ready(program(box[0], box[1], g))
+
+        def temporary_bytes() -> int:
+            return program.lower(box[0], box[1], g).compile().memory_analysis().temp_size_in_bytes
+
+        found.append(Candidate(name, "jit", rule, step, temporary_bytes))
+
+    if BACKEND == "jax":
+        for name, (rule, optimizer) in keras_optimizers().items():
+            variables = [keras.Variable(w, dtype=dtype, name=f"kernel_{i}") for i, w in enumerate(weights)]
+            optimizer.build(variables)
+            # A copy, because the arrays are given away.
+            state = [jax.numpy.array(v.value) for v in optimizer.variables]
+            add(name, rule, lambda w, s, g, o=optimizer: o.stateless_apply(s, g, w), state)
+    try:
+        import optax
+    except ImportError:
+        return found
+    transforms = {
+        "optax.sgd+momentum": ("sgd", optax.sgd(1e-6, 0.9)),
+        "optax.lars": ("lars", optax.lars(1e-3, weight_decay=5e-4)),
+        "optax.lamb": ("lamb", optax.lamb(1e-6, weight_decay=0.01)),
+    }
+    for name, (rule, transform) in transforms.items():
+
+        def update(w, state, g, transform=transform):
+            updates, state = transform.update(g, state, w)
+            return optax.apply_updates(w, updates), state
+
+        add(name, rule, update, transform.init([jax.numpy.asarray(x, dtype) for x in weights]))
+    return found
+
+
+def torch_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+    try:
+        import torch
+        from timm.optim import Lars
+    except ImportError:
+        return []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parameters = [torch.tensor(w, device=device).to(getattr(torch, dtype)).requires_grad_() for w in weights]
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = torch.tensor(g, device=device).to(p.dtype)
+    optimizer = Lars(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> float:
+        optimizer.step()
+        return float(parameters[-1].sum())  # waits for the device
+
+    return [Candidate("timm Lars", "eager", "lars", step)]
+
+
+def bandwidth_probe(numbers: int) -> Candidate:
+    """`x += y` on `numbers` float32, through the backend's own compiler: 12 bytes each."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        x, y = tf.Variable(np.zeros([numbers], "float32")), tf.constant(np.ones([numbers], "float32"))
+
+        @tf.function(jit_compile=True, autograph=False)
+        def program():
+            x.assign(x + y)
+
+        return Candidate("memory", "xla", "", lambda: (program(), x[:1].numpy()))
+    import jax
+
+    box, one = [jax.numpy.zeros([numbers], "float32")], jax.numpy.ones([numbers], "float32")
+    compiled = jax.jit(lambda x, y: x + y, donate_argnums=0)
+
+    def step() -> None:
+        box[0] = jax.block_until_ready(compiled(box[0], one))
+
+    return Candidate("memory", "jit", "", step)
+
+
+def take_turns(runners: Sequence[Candidate], rounds: int) -> list[list[float]]:
+    """Seconds of each runner in each round, after two rounds that are not counted."""
+    times: list[list[float]] = [[] for _ in runners]
+    order = list(range(len(runners)))
+    shuffle = random.Random(0).shuffle
+    for r in range(rounds + 2):
+        shuffle(order)
+        for i in order:
+            start = time.perf_counter()
+            runners[i].step()
+            if r >= 2:
+                times[i].append(time.perf_counter() - start)
+    return times
+
+
+def extra_bytes(candidate: Candidate) -> int | None:
+    """Memory that an update needs for itself; None where it cannot be measured."""
+    if candidate.temporary_bytes:
+        return candidate.temporary_bytes()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the update would find its memory in what was freed but kept
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # the peak starts again at what is resident now
+        before = _status_bytes("VmRSS")
+        candidate.step()
+        return max(_status_bytes("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith(key + ":"))
+
+
+def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int, modes: Sequence[str] = MODES) -> dict[str, Any]:
+    """Times every candidate on variables of `shapes`."""
+    parameters = sum(map(math.prod, shapes))
+    runners = [bandwidth_probe(parameters), *candidates(shapes, dtype, modes)]
+    (memory, *rest) = take_turns(runners, rounds)
+    bandwidth = 12 * parameters / statistics.median(memory)
+    size = 2 if dtype in ("bfloat16", "float16") else 4
+    rows = []
+    for candidate, seconds in zip(runners[1:], rest, strict=True):
+        extra = extra_bytes(candidate)
+        rows.append(
+            {
+                "name": candidate.name,
+                "mode": candidate.mode,
+                "milliseconds": 1e3 * statistics.median(seconds),
+                "quartiles": [1e3 * q for q in statistics.quantiles(seconds, n=4)[::2]] if rounds > 1 else None,
+                "floor_milliseconds": 1e3 * TRAFFIC[candidate.rule] * size / 4 * parameters / bandwidth,
+                "extra_share_of_weights": None if extra is None else extra / (size * parameters),
+            }
+        )
+    base = next(r["milliseconds"] for r in rows if "SGD" in r["name"] and r["mode"] in ("xla", "jit"))
+    for row in rows:
+        row["times_sgd"] = row["milliseconds"] / base
+    return {"parameters": parameters, "variables": len(shapes), "dtype": dtype, "bandwidth": bandwidth, "rows": rows}
+
+
+def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
+    """Times whole training steps of `alexnet_bn` through `Trainer`, as train.py takes them, on TensorFlow."""
+    import tensorflow as tf
+
+    from lars_keras.report.layers import LayerTelemetry
+    from lars_keras.report.log import MetricsLog
+    from lars_keras.training import Trainer
+
+    size = models.default_image_size("alexnet_bn")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch_size, size, size, 3), "uint8")
+    labels = np.eye(1000, dtype="float32")[rng.integers(0, 1000, batch_size)]
+    data = tf.data.Dataset.from_tensors((images, labels)).repeat()
+
+    def runner(name: str, optimizer: keras.optimizers.Optimizer, telemetry: bool = False) -> Candidate:
+        model = models.get("alexnet_bn", num_classes=1000, input_shape=(size, size, 3), seed=0)
+        model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+        trainer = Trainer(model, batch_size=batch_size, layer_norms=True, layer_ratios=telemetry)
+        log = MetricsLog(tempfile.mkdtemp())
+        callbacks = [log, LayerTelemetry(trainer, log, every=1)] if telemetry else [log]
+        return Candidate(
+            name, "trainer", "", lambda: trainer.fit(data, steps_per_epoch=1, verbose=0, callbacks=callbacks)
+        )
+
+    runners = [
+        runner("Keras SGD+momentum", keras.optimizers.SGD(1e-6, momentum=0.9)),
+        runner("LARS (ours)", LARS(1.0)),
+        runner("LARS (ours), telemetry of every update", LARS(1.0), telemetry=True),
+    ]
+    times = take_turns(runners, rounds)
+    medians = [statistics.median(seconds) for seconds in times]
+    # Of each round, because the noise of a round is common to its steps.
+    ratios = {
+        "lars_over_sgd": statistics.median(b / a for a, b in zip(times[0], times[1], strict=True)),
+        "telemetry_over_none": statistics.median(c / b for b, c in zip(times[1], times[2], strict=True)),
+    }
+    names = [r.name for r in runners]
+    return {
+        "batch_size": batch_size,
+        "milliseconds": {n: 1e3 * m for n, m in zip(names, medians, strict=True)},
+    } | ratios
+
+
+def table(network: str, result: dict[str, Any]) -> str:
+    """The measurement as text."""
+    lines = [
+        f"\n{network}, {result['parameters'] / 1e6:.1f}M parameters, {result['variables']} variables, "
+        f"{result['dtype']}; memory {result['bandwidth'] / 1e9:.1f} GB/s",
+        f"{'optimizer':<22} {'mode':<6} {'ms':>8} {'x SGD':>7} {'floor ms':>9} {'x floor':>8} {'extra memory':>13}",
+    ]
+    for r in sorted(result["rows"], key=lambda r: r["milliseconds"]):
+        extra = r["extra_share_of_weights"]
+        lines.append(
+            f"{r['name']:<22} {r['mode']:<6} {r['milliseconds']:>8.1f} {r['times_sgd']:>7.2f} "
+            f"{r['floor_milliseconds']:>9.1f} {r['milliseconds'] / r['floor_milliseconds']:>8.2f} "
+            f"{'-' if extra is None else format(extra, '.1%'):>13}"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, Any]], path: str) -> None:
+    """Bars of all candidates, a panel for each measurement, in the format that the name of the file ends with."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "lars_keras"
+    tallest = max(len(r["rows"]) for r in results.values())
+    figure = Figure(figsize=(6.5 * len(results), 0.27 * tallest + 1.2), layout="constrained")
+    for axes, (title, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        rows = sorted(result["rows"], key=lambda r: -r["milliseconds"])
+        colours = ["#c4500c" if "ours" in r["name"] else "#2166ac" for r in rows]
+        labels = [f"{r['name']}, {r['mode']}" for r in rows]
+        axes.barh(labels, [r["milliseconds"] for r in rows], color=colours)
+        floors = [r["floor_milliseconds"] for r in rows]
+        axes.plot(floors, range(len(rows)), "k|", markersize=9, label="floor at the measured bandwidth")
+        axes.set_xscale("log")
+        axes.set_title(title)
+        axes.set_xlabel("milliseconds an update")
+        axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default="alexnet,resnet50")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--modes", default=",".join(MODES), help="of which xla or jit, the base of the ratios, is one")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--step_batch", type=int, help="time training steps of alexnet_bn at this batch size instead")
+    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--plot", help="picture of the results, .svg or .png")
+    args = parser.parse_args()
+    about = {
+        "backend": BACKEND,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_before": os.getloadavg()[0],
+        "rounds": args.rounds,
+        "versions": versions(PACKAGES),
+    }
+    print(json.dumps(about))
+    results: dict[str, Any] = {}
+
+    def keep() -> None:  # after each measurement, so that a run that is stopped has those before
+        if args.out:
+            with open(args.out, "w") as f:
+                json.dump(about | {"load_after": os.getloadavg()[0], "results": results}, f, indent=1)
+                f.write("\n")
+
+    if args.step_batch:
+        results["training step of alexnet_bn"] = measure_steps(args.step_batch, args.rounds)
+        print(json.dumps(results, indent=1))
+        keep()
+        return
+    for network in args.networks.split(","):
+        for dtype in args.dtypes.split(","):
+            result = measure(shapes_of(network), dtype, args.rounds, args.modes.split(","))
+            results[f"{network}, {dtype}"] = result
+            print(table(network, result), flush=True)
+            keep()
+            gc.collect()
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
