@@ -187,7 +187,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertIn("dry run passed", out)
 
         with self.subTest("workers that find different checkpoints are refused"):
-            with unittest.mock.patch("lars_keras.runtime.recovery.agree", lambda strategy, mine: mine != 5):
+            with unittest.mock.patch("lars_keras.runtime.recovery.same_on_all_hosts", lambda strategy, mine: mine != 5):
                 code, _, err = self.train(f"--run_dir={run_dir}")
             self.assertEqual(code, 2)
             self.assertIn("--run_dir must be a folder that all workers share", err)
@@ -247,7 +247,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         timed = ("seconds", "images_per_second", "data_wait")
         return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] != "note"]
 
-    @pytest.mark.slow  # tests/test_bad_images.py has the parts
+    @pytest.mark.slow  # tests/data/test_corrupt.py has the parts
     def test_bad_images(self):
         data = few_digits()
         data.bad_images.found.update({"record 3 of a": "no JPEG", "record 4 of a": "empty"})

@@ -21,7 +21,8 @@ import lars_keras.data
 import train
 from lars_keras.runtime.divergence import CorruptImageLimit
 from lars_keras.runtime.errors import TooManyBadImages
-from tests import prepared, test_jpegs
+from tests import prepared
+from tests.data import test_image_files
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -19,12 +19,12 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl.testing import parameterized
-from test_jpegs import SHARED, write_jpegs
 
 import lars_keras.data
 from lars_keras.data.augment import mix_pairs
 from lars_keras.data.prepare import main
 from lars_keras.training import Trainer
+from tests.data.test_image_files import SHARED, write_jpegs
 
 
 def examples_of(root):

@@ -237,7 +237,7 @@ class RollbackTest(tf.test.TestCase):
 
     def test_back_to_the_checkpoint_and_past_the_window(self):
         run = Run(self.dir)
-        run.save._every = SavePolicy(updates=3)
+        run.save._policy = SavePolicy(updates=3)
         told = []
         run.go(callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, {7})], on_rollback=told.append)
         self.assertLen(told, 1)
@@ -250,14 +250,14 @@ class RollbackTest(tf.test.TestCase):
 
     def test_skipping_is_not_forgotten_by_a_kill(self):
         run = Run(self.dir)
-        run.save._every = SavePolicy(updates=100)
+        run.save._policy = SavePolicy(updates=100)
         run.go(stop_after=1, callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, {0})])
         again = Run(self.dir).restored()
         self.assertEqual((again.trainer.position.update, again.trainer.position.batches_consumed), (0, 1))
 
     def test_a_permanent_fault_ends_the_run_with_its_checkpoint(self):
         run = Run(self.dir)
-        run.save._every = SavePolicy(updates=2)
+        run.save._policy = SavePolicy(updates=2)
         told = []
         with self.assertRaisesRegex(Diverged, "gradient of .*poison/scale") as caught:
             run.go(

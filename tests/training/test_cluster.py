@@ -124,7 +124,7 @@ class WorkersTest(tf.test.TestCase):
     def start(self, command):
         return workers.start(2, command, **self.environment)
 
-    @pytest.mark.slow  # tests/test_step.py has the numbers of two workers
+    @pytest.mark.slow  # tests/training/test_step.py has the numbers of two workers
     def test_equals_two_mirrored_replicas(self):
         two = self.start([*self.command, "--steps=4", "--strategy=multi_worker", f"--run_dir={self.dir}/two"])
         for process, output in zip(two, workers.wait(two), strict=True):
