@@ -129,7 +129,7 @@ def main(config: flags.RunConfig) -> None:
         if checkpoint:
             about["rollbacks"] = checkpoint.info["rollbacks"]
             notes = resume(config, trainer, checkpoint, train_feed, total_updates)
-        data.bad_images.load(run_dir / "bad_images.json")
+        data.unreadable_images.load(run_dir / "bad_images.json")
 
     # ---- Plan
     chief = is_chief(strategy)  # of several workers, one prints and writes
@@ -157,7 +157,7 @@ def main(config: flags.RunConfig) -> None:
 
     def on_bad_image(update: int, where: str, reason: str) -> None:
         with contextlib.suppress(OSError):  # the log has it, too
-            data.bad_images.save(run_dir / "bad_images.json")
+            data.unreadable_images.save(run_dir / "bad_images.json")
         log.note(update, f"left out an image that cannot be read, {where}: {reason}")
 
     bound = CorruptImageLimit(data, config.max_bad_images, on_bad_image if chief else lambda *_: None)

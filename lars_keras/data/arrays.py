@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_keras.data.base import ImageData, check_arguments, positions
-from lars_keras.data.corrupt import BadImages
 from lars_keras.data.keyed import Array
+from lars_keras.data.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -71,7 +71,7 @@ class ArrayData(ImageData):
         self.num_train, self.num_test = len(train[0]), len(test[0])
         self.mean, self.std = _statistics(train[0])
         self.description = description or name
-        self.bad_images = BadImages()  # none: they were all read before
+        self.unreadable_images = UnreadableImages()  # none: they were all read before
 
     def train_numpy(
         self,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_keras.data.augment import MIXES, mix_pairs
-from lars_keras.data.corrupt import BadImages
 from lars_keras.data.keyed import Array, keys, uniforms
 from lars_keras.data.parallel_map import cores, each_row
 from lars_keras.data.shuffle import example_ids
+from lars_keras.data.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -44,7 +44,7 @@ class ImageData(abc.ABC):
             after these if the data set has them, RandAugment, mixup or cutmix.
         description: one line for people.
         reading: how images are made, one line for people.
-        bad_images: those that could not be read so far.
+        unreadable_images: the images that could not be read so far.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ImageData(abc.ABC):
     augment: str
     description: str
     reading: str
-    bad_images: BadImages
+    unreadable_images: UnreadableImages
 
     def train_ids(
         self,
@@ -101,7 +101,7 @@ class ImageData(abc.ABC):
         Returns:
             A `tf.data.Dataset` of `(images, labels, mask)`: uint8 `(batch_size / W, h, w, c)`, int32 and
             float32 `(batch_size / W,)`, with static shapes. `mask` is 1 for a real image, 0 for one that could not be
-            read (see `JpegData`). Where images are mixed, labels are float32 `(batch_size / W, num_classes)`.
+            read (see `ImageFileData`). Where images are mixed, labels are float32 `(batch_size / W, num_classes)`.
 
         Raises:
             ValueError: an argument is out of range, or `W` does not divide `batch_size`; images are to be mixed, which

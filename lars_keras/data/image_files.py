@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lars_keras.data.base import ImageData
-from lars_keras.data.corrupt import BadImages
 from lars_keras.data.decode import NUM_DRAWS, central_crop, central_fraction, random_crop
 from lars_keras.data.parallel_map import cores, each_row
+from lars_keras.data.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -39,7 +39,7 @@ class Examples(Protocol):
         ...
 
 
-class JpegData(ImageData):
+class ImageFileData(ImageData):
     """JPEG files (or PNG, BMP, GIF), decoded as they are used.
 
     Training images are cut by a random resized crop and flipped (see `random_crop`), test images by
@@ -48,7 +48,7 @@ class JpegData(ImageData):
     turned upright.
 
     An image that cannot be read is delivered in the mean colour with label 0 and mask 0, so that it counts in no
-    loss, gradient or score, and is noted in `bad_images`.
+    loss, gradient or score, and is noted in `unreadable_images`.
 
     Args:
         name: name of the data set.
@@ -83,7 +83,7 @@ class JpegData(ImageData):
         self.mean, self.std = _IMAGENET_MEAN, _IMAGENET_STD
         self.augment = augment
         self.description = description or name
-        self.bad_images = BadImages()
+        self.unreadable_images = UnreadableImages()
         self._remote = remote
         # Of another host's cores nothing is known here.
         self.threads = None if remote else cores()
@@ -128,7 +128,7 @@ class JpegData(ImageData):
             return tf.ensure_shape(image, self.image_shape), tf.cast(label, tf.int32), mask
 
         def note(i: np.ndarray, *draw: np.ndarray) -> np.float32:
-            self.bad_images.note(examples.where(int(i)), lambda: example(i, *draw))
+            self.unreadable_images.note(examples.where(int(i)), lambda: example(i, *draw))
             return np.float32(0.0)
 
         def instead(*row: tf.Tensor) -> tuple[Any, ...]:

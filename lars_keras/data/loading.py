@@ -13,7 +13,7 @@ from lars_keras.data.arrays import ArrayData
 from lars_keras.data.augment import pad_crop_flip
 from lars_keras.data.base import AUGMENTS, ImageData
 from lars_keras.data.folder import FolderExamples, read_folder
-from lars_keras.data.image_files import Examples, JpegData
+from lars_keras.data.image_files import Examples, ImageFileData
 from lars_keras.data.locate import PREPARED, TEST_SPLIT, data_root, prepared_dir
 from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFRecords
 from lars_keras.data.subset import Subset, holdout
@@ -51,7 +51,7 @@ def load(
         cache: for `ANY_SIZE`: `"none"`, files are read where they are; `"memory"`, they are all read once and held,
             not decoded; `"disk"`, they are copied once to `cache_dir`, a disk of this machine.
         cache_dir: the folder of the copies; `None` for `~/.cache/lars_keras`.
-        remote: whether batches are made on other hosts than this process's; see `JpegData`.
+        remote: whether batches are made on other hosts than this process's; see `ImageFileData`.
         validation_split: of the training images, left out of training and scored in the place of the test split.
 
     Returns:
@@ -94,7 +94,7 @@ def load(
             )
         if validation_split:
             train_files, test_files = _apart(train_files, validation_split)
-        return _jpeg_data(name, train_files, test_files, len(classes), f"in {root}", cache, options)
+        return _image_file_data(name, train_files, test_files, len(classes), f"in {root}", cache, options)
     builder_dir = prepared_dir(root, name)
     if builder_dir is None and name == "digits":
         from lars_keras.data.prepare import prepare
@@ -137,7 +137,7 @@ def load(
         test_images: Examples = ParsedRecords(test, parse)
         if validation_split:
             train_images, test_images = _apart(train_images, validation_split)
-        return _jpeg_data(name, train_images, test_images, num_classes, origin, cache, options)
+        return _image_file_data(name, train_images, test_images, num_classes, origin, cache, options)
     height, width, channels = builder.info.features["image"].shape
     if image_size not in (None, height):
         raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
@@ -173,16 +173,16 @@ def _originals(name: str) -> int | None:
     return NUM_SOURCES
 
 
-def _jpeg_data(
+def _image_file_data(
     name: str, train: Examples, test: Examples, num_classes: int, origin: str, cache: str, options: dict[str, Any]
-) -> JpegData:
+) -> ImageFileData:
     if cache == "memory":
         from lars_keras.data.cache import InMemory
 
         train, test = InMemory(train), InMemory(test)
     size = options["image_size"]
     description = f"{_counts(train, test)}, JPEG decoded to {size}x{size}x3 ({origin}; cache: {cache})"
-    return JpegData(name, train, test, num_classes, description=description, **options)
+    return ImageFileData(name, train, test, num_classes, description=description, **options)
 
 
 def _counts(train: Any, test: Any) -> str:

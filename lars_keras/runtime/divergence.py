@@ -123,7 +123,7 @@ class CorruptImageLimit(keras.callbacks.Callback):
     def __init__(self, data: ImageData, maximum: int, on_new: Callable[[int, str, str], None] = lambda *_: None):
         super().__init__()
         self._data, self._maximum, self._on_new = data, maximum, on_new
-        self._named = set(data.bad_images.found)
+        self._named = set(data.unreadable_images.found)
         self._left_out = {"train": 0, "test": 0}
 
     @property
@@ -156,7 +156,7 @@ class CorruptImageLimit(keras.callbacks.Callback):
         self._check()
 
     def _check(self) -> None:
-        found = self._data.bad_images.found
+        found = self._data.unreadable_images.found
         for where, reason in list(found.items()):
             if where not in self._named:
                 self._named.add(where)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import flags
 import models
 import train
-from lars_keras.data.image_files import JpegData
+from lars_keras.data.image_files import ImageFileData
 from lars_keras.data.records import TFRecords
 from lars_keras.runtime import checkpoint
 from lars_keras.runtime.checkpoint import CheckpointManager
@@ -127,7 +127,7 @@ class MalformedTest(tf.test.TestCase):
 
         collect()
         examples = MemoryExamples(jpegs)
-        data = JpegData("m", examples, examples, 5, image_size=16)
+        data = ImageFileData("m", examples, examples, 5, image_size=16)
         with self.assertLogs(level="ERROR"):
             batches = [*data.train_batches(20, count=len(jpegs) // 20), *data.test_batches(20)]
         mean = np.broadcast_to(np.round(data.mean), data.image_shape)
@@ -140,9 +140,9 @@ class MalformedTest(tf.test.TestCase):
                     self.assertAllEqual(image, mean)
         self.assertEqual(masks, {0.0, 1.0})
         unreadable = [i for i, jpeg in enumerate(jpegs) if not self.decodes(jpeg)]
-        self.assertContainsSubset([f"number {i}" for i in unreadable], data.bad_images.found)
+        self.assertContainsSubset([f"number {i}" for i in unreadable], data.unreadable_images.found)
         self.assertGreater(len(unreadable), 10)
-        self.assertGreater(len(data.bad_images.found), len(unreadable))
+        self.assertGreater(len(data.unreadable_images.found), len(unreadable))
 
     def decodes(self, jpeg):
         """Whether there is anything of it; of an image that is cut off, a window may still be whole."""

@@ -247,10 +247,10 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         timed = ("seconds", "images_per_second", "data_wait")
         return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] != "note"]
 
-    @pytest.mark.slow  # tests/data/test_corrupt.py has the parts
+    @pytest.mark.slow  # tests/data/test_unreadable.py has the parts
     def test_bad_images(self):
         data = few_digits()
-        data.bad_images.found.update({"record 3 of a": "no JPEG", "record 4 of a": "empty"})
+        data.unreadable_images.found.update({"record 3 of a": "no JPEG", "record 4 of a": "empty"})
 
         class Found(keras.callbacks.Callback):
             images_per_second = 1.0
@@ -258,7 +258,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
 
             def on_train_batch_end(self, batch, logs):
                 if batch == 3:
-                    data.bad_images.found["record 9 of a"] = "truncated <b>"
+                    data.unreadable_images.found["record 9 of a"] = "truncated <b>"
 
         with unittest.mock.patch.object(train, "Progress", Found):
             code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/r", "--max_bad_images=3", data=data)
@@ -267,7 +267,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(json.loads((self.dir / "r/results.json").read_text())["bad_images"], 3)
             page = (self.dir / "r/report.html").read_text()
             self.assertIn("Update 4: left out an image that cannot be read, record 9 of a: truncated &lt;b&gt;", page)
-            del data.bad_images.found["record 9 of a"]
+            del data.unreadable_images.found["record 9 of a"]
             code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/s", "--max_bad_images=2", data=data)
             self.assertEqual(code, 5, err)
             self.assertIn("3 images cannot be read, more than --max_bad_images=2. The last: record 9 of a: trunc", err)

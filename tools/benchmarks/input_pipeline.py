@@ -34,7 +34,7 @@ import psutil
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from lars_keras.data import JpegData, load
+from lars_keras.data import ImageFileData, load
 from lars_keras.data.cache import InMemory
 from lars_keras.data.decode import NUM_DRAWS, central_window, random_window
 from lars_keras.data.loading import prepared_dir
@@ -119,7 +119,7 @@ def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Itera
 def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict[str, dict[str, Candidate]]:
     """The candidates of training and of evaluation, by name."""
     data = load("imagenet2012", data_dir=data_dir, image_size=size)
-    assert isinstance(data, JpegData)
+    assert isinstance(data, ImageFileData)
     builder = tfds.builder_from_directory(prepared_dir(pathlib.Path(data_dir), "imagenet2012"))
     held = InMemory(data._train)
     files = [held.example(tf.constant(i))[0].numpy() for i in range(len(held))]
@@ -129,15 +129,17 @@ def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict
     random = np.array([random_window(shapes[i % len(files)], rng.random(NUM_DRAWS, np.float32)) for i in range(count)])
     central = np.array([central_window(shape, size) for shape in shapes])
 
-    def ours(examples: Any) -> JpegData:
-        return JpegData("images", Repeated(examples, 10**6), Repeated(examples, 10**6), 1000, image_size=size)
+    def ours(examples: Any) -> ImageFileData:
+        return ImageFileData("images", Repeated(examples, 10**6), Repeated(examples, 10**6), 1000, image_size=size)
 
     tensor = tf.constant(files)
     if folder:
         in_folder = load("folder", data_dir=folder, image_size=size)
-        assert isinstance(in_folder, JpegData)
+        assert isinstance(in_folder, ImageFileData)
 
-    def group(train: bool, windows: np.ndarray, batches: Callable[[JpegData], tf.data.Dataset]) -> dict[str, Candidate]:
+    def group(
+        train: bool, windows: np.ndarray, batches: Callable[[ImageFileData], tf.data.Dataset]
+    ) -> dict[str, Candidate]:
         found: dict[str, Candidate] = {
             "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, windows, batch, None)),
             "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, windows, batch, size)),
@@ -210,8 +212,8 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Feeds three epochs of 32,768 images, an update each, in micro-batches of 256."""
     data = load("imagenet2012", data_dir=args.data_dir, image_size=args.size)
-    assert isinstance(data, JpegData)
-    data = JpegData("images", Repeated(data._train, 32768), data._test, 1000, image_size=args.size)
+    assert isinstance(data, ImageFileData)
+    data = ImageFileData("images", Repeated(data._train, 32768), data._test, 1000, image_size=args.size)
     process, gib = psutil.Process(), 2**30
     before = process.memory_info().rss / gib
 

@@ -11,7 +11,7 @@ from absl import logging
 from lars_keras.files import atomic_write_text
 
 
-class BadImages:
+class UnreadableImages:
     """Notes each image that could not be read once, and says so in the log.
 
     Attributes:

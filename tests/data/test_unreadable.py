@@ -27,7 +27,7 @@ from tests.data import test_image_files
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-class BadImagesTest(tf.test.TestCase):
+class UnreadableImagesTest(tf.test.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
@@ -75,7 +75,7 @@ class BadImagesTest(tf.test.TestCase):
             self.assertAllEqual(mask, np.zeros(gone.sum()))
             self.assertAllEqual(labels, np.zeros(gone.sum()))
             self.assertAllEqual(images, np.broadcast_to(np.round(data.mean), images.shape))
-        return data.bad_images.found
+        return data.unreadable_images.found
 
     def test_damaged_images_are_named_once(self):
         png = tf.io.encode_png(np.zeros((8, 8, 3), np.uint8)).numpy()
@@ -114,7 +114,7 @@ class BadImagesTest(tf.test.TestCase):
         with self.assertLogs(level="ERROR"):
             masks = [mask.numpy() for _, _, mask in batches]
         self.assertAllEqual(masks, np.zeros((2, 8)))
-        self.assertLen(data.bad_images.found, 16)
+        self.assertLen(data.unreadable_images.found, 16)
 
     def test_other_hosts_run_no_python(self):
         self.rewrite({5: lambda jpeg: b""})
