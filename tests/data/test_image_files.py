@@ -208,7 +208,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllEqual(decode.central_crop(file.getvalue(), 28), pixels[2:30, 2:30])
 
 
-class JpegDataTest(tf.test.TestCase, parameterized.TestCase):
+class ImageFileDataTest(tf.test.TestCase, parameterized.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
