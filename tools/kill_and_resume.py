@@ -1,26 +1,33 @@
-"""Kills real runs at random moments and compares what they end with: `make prove-resume`, in short in the tests.
+"""Kill real runs at random moments and compare their final states: `make prove-resume`, in short in the tests.
 
     python -m tools.kill_and_resume --kills=20 --out=results/resume.json
     KERAS_BACKEND=jax python -m tools.kill_and_resume --kills=8 --steps=60 --out=results/resume_jax.json
 
-A run of train.py on small random images, with augmentation, dropout, a moving average of the weights and micro-batches,
-is killed by SIGKILL after a random time, started again, and so on until it ends. Its model, optimizer and metrics must
-be those of the run that was never killed.
+A run of train.py trains on small random images, with augmentation, dropout, EMA weights and micro-batches. It is killed
+by SIGKILL after a random time and started again, until it ends. Its model, optimizer and metrics must equal those of a
+run that was never killed.
 """
 
 import argparse
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tools.committed import write_json
+
+Arrays = dict[str, np.ndarray]
+Log = list[dict[str, Any]]
+
+ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--model=alexnet_small_lrn",  # has dropout
     "--dataset=cifar10",
@@ -38,13 +45,13 @@ if os.environ.get("KERAS_BACKEND") == "jax":
     SEVERAL_DEVICES = ["--strategy=mirrored", "--replicas=8", "--microbatch_size=4", "--shard_optimizer_state"]
 
 
-def write_images(folder, train=500, test=200):
-    """Writes random images as the data set cifar10, which is augmented by crops and flips."""
+def write_images(folder: Path, train: int = 500, test: int = 200) -> None:
+    """Write random images as the data set cifar10, which is augmented by crops and flips."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
 
-    def split(n):
+    def split(n: int) -> Iterator[Any]:
         for i in range(n):
             yield i, {"id": str(i), "image": rng.integers(0, 256, (32, 32, 3), np.uint8), "label": i % 10}
 
@@ -62,7 +69,8 @@ def write_images(folder, train=500, test=200):
     )
 
 
-def start(run_dir, data_dir, *more):
+def start(run_dir: Path, data_dir: Path, *more: str) -> subprocess.Popen:
+    """Start `train.py` in a process of its own."""
     command = [sys.executable, "train.py", *FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     for name in ("INTEROP", "INTRAOP"):  # the order of a parallel sum follows the number of threads
@@ -70,21 +78,26 @@ def start(run_dir, data_dir, *more):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finish(process):
+def finish(process: subprocess.Popen) -> str:
+    """Wait for the end of a process and return its output.
+
+    Raises:
+        RuntimeError: if it failed.
+    """
     output = process.communicate(timeout=600)[0].decode()
     if process.returncode:
         raise RuntimeError(f"train.py ended with {process.returncode}:\n{output}")
     return output
 
 
-def outcome(run_dir):
-    """All arrays of the saved model and optimizer, and of the last checkpoint; the log without its times."""
+def outcome(run_dir: Path) -> tuple[Arrays, Log]:
+    """Return the arrays of the saved model and of the last checkpoint, and the log without its times."""
     import h5py
 
-    arrays = {}
+    arrays: Arrays = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "zipfile", "-e", run_dir / "model.keras", folder], check=True)
-        with h5py.File(pathlib.Path(folder) / "model.weights.h5") as file:
+        with h5py.File(Path(folder) / "model.weights.h5") as file:
             file.visititems(lambda name, item: arrays.update({name: item[()]} if hasattr(item, "dtype") else {}))
     newest = max((run_dir / "checkpoints").glob("update-*.npz"))
     with np.load(newest) as file:
@@ -95,13 +108,15 @@ def outcome(run_dir):
     return arrays, log
 
 
-def difference(a, b):
-    """Largest relative difference of two outcomes, 0 only if they are the same to the last bit."""
+def difference(a: tuple[Arrays, Log], b: tuple[Arrays, Log]) -> float:
+    """Return the largest relative difference of two outcomes: 0 only if they are the same to the last bit."""
     arrays, log = a
     other_arrays, other_log = b
     if list(arrays) != list(other_arrays) or len(log) != len(other_log):
         return float("inf")
-    pairs = [(arrays[k], other_arrays[k]) for k in arrays if not k.startswith("checkpoint/metric")]
+    pairs: list[tuple[Any, Any]] = [
+        (arrays[k], other_arrays[k]) for k in arrays if not k.startswith("checkpoint/metric")
+    ]
     for e, f in zip(log, other_log, strict=True):
         if list(e) != list(f) or e["event"] != f["event"]:
             return float("inf")
@@ -110,20 +125,22 @@ def difference(a, b):
     for x, y in pairs:
         if not np.array_equal(x, y):
             x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
-            worst = max(worst, float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)))
+            worst = max(worst, float(np.linalg.norm(x - y) / max(float(np.linalg.norm(y)), 1e-30)))
     return worst
 
 
-def last_update(run_dir):
-    """Number of the last update in the log, which the next process cuts back to its checkpoint."""
+def last_update(run_dir: Path) -> int:
+    """Return the last update in the log, which the next process cuts back to its checkpoint."""
     path = run_dir / "metrics.jsonl"
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
     return json.loads(lines[-1])["update"] if lines else 0
 
 
-def killed(run_dir, data_dir, kills, rng, *more, log=print):
-    """Runs to the end, killed `kills` times; returns where each kill came."""
-    moments = []
+def killed(
+    run_dir: Path, data_dir: Path, kills: int, rng: np.random.Generator, *more: str, log: Callable[..., None] = print
+) -> Log:
+    """Train to the end, killed `kills` times, and return where each kill came."""
+    moments: Log = []
     while len(moments) < kills:
         metrics, first = run_dir / "metrics.jsonl", last_update(run_dir)
         process = start(run_dir, data_dir, *more)
@@ -143,11 +160,14 @@ def killed(run_dir, data_dir, kills, rng, *more, log=print):
     return moments
 
 
-def prove(kills, strategy, seed=0, steps=None, log=print):
+def prove(
+    kills: int, strategy: list[str], seed: int = 0, steps: int | None = None, log: Callable[..., None] = print
+) -> dict[str, Any]:
+    """Compare a run that is killed `kills` times with one that is not."""
     rng = np.random.default_rng(seed)
     more = [*strategy, *([f"--steps={steps}"] if steps else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         write_images(folder)
         finish(start(folder / "whole", folder, *more))
         moments = killed(folder / "killed", folder, kills, rng, *more, log=log)
@@ -155,8 +175,9 @@ def prove(kills, strategy, seed=0, steps=None, log=print):
     return {"kills": kills, "flags": list(more), "relative_difference": difference(again, whole), "moments": moments}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Prove it on one device and on several, and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", help="JSON file for the results")
@@ -166,7 +187,7 @@ def main():
         results.append(prove(args.kills, strategy, steps=args.steps))
         print(f"{' '.join(strategy)}: relative difference {results[-1]['relative_difference']:.3g}", flush=True)
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(Path(args.out), results)
     one, two = (r["relative_difference"] for r in results)
     sys.exit(f"not the same: {one}, {two}" if one != 0 or not two < 1e-5 else 0)
 

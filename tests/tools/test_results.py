@@ -1,47 +1,133 @@
-"""What is claimed in words is what the committed measurements say."""
+"""Figures in README and docs equal the cells of the committed measurements."""
 
+import contextlib
+import copy
+import json
 import pathlib
 import re
+import unittest.mock
 
-import tensorflow as tf
+from absl.testing import absltest
 
+import compare
+import flags
+from tests.tools import quoted
 from tools.benchmarks import results
+from tools.committed import write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
+FIGURE = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+(?!\.?\w|-)| %|\.\d+ %)")
 
 
-def quoted(text):
-    """Returns the figures, such as 1.58 or 99.3 %, of the paragraphs and list items that link to a result, with the
-    tables before them and what introduces those."""
-    parts = re.split(r"\n\s*\n(?!\|)|\n(?=- )", re.sub(r"\|\n\s*\n", "|\n", text))
-    parts = [part for part in parts if re.search(r"\]\(docs/results\.md", part)]
-    return [figure for part in parts for figure in re.findall(r"(?<![\w.])\d+\.\d+(?!\.?\w|-)", part)]
+def figures_amiss(document: str, text: str) -> list[str]:
+    """Return what is wrong with the figures of a document: phrases that do not stand there once, unbound figures.
+
+    `tests/tools/quoted.py` says how to bind a figure to its cell.
+    """
+    text = " ".join(re.sub(r"^```.*?^```", " ", text, flags=re.DOTALL | re.MULTILINE).split())
+    covered, amiss = set(), []
+    for phrase in (*quoted.phrases()[document], *quoted.UNBOUND[document]):
+        places = [match.start() for match in re.finditer(rf"(?<![\w.]){re.escape(phrase)}(?![\w]|\.\d)", text)]
+        if len(places) != 1:
+            amiss.append(f"stands there {len(places)} times: {phrase}")
+        for place in places:
+            covered.update(range(place, place + len(phrase)))
+    code = {place for match in re.finditer(r"`[^`]*`", text) for place in range(*match.span())}
+    for match in FIGURE.finditer(text):
+        if match.start() not in covered | code:
+            amiss.append(f"is bound to no cell: {text[max(match.start() - 40, 0) : match.end() + 20]}")
+    return amiss
 
 
-class ResultsTest(tf.test.TestCase):
-    def test_the_page_is_written_from_the_measurements(self):
+class ResultsTest(absltest.TestCase):
+    def test_the_page_is_generated_from_the_measurements(self):
         self.assertEqual((ROOT / "docs" / "results.md").read_text(), results.page())
 
-    def test_quoted_figures_are_on_the_page(self):
-        figures = quoted((ROOT / "README.md").read_text())
-        self.assertNotEmpty(figures)
-        on_page = set(re.findall(r"\d+\.\d+", results.page()))
-        self.assertEqual([figure for figure in figures if figure not in on_page], [])
+    def test_files_are_written_in_one_form(self):
+        """Committed JSON is as `write_json` writes it, so the diff of a new run is a line."""
+        for path in sorted((ROOT / "results").glob("*.json")):
+            again = pathlib.Path(self.create_tempdir().full_path, path.name)
+            write_json(again, json.loads(path.read_text()))
+            self.assertEqual(again.read_text(), path.read_text(), path)
 
-    def test_quoted_tables_are_on_the_page(self):
-        rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\|.* ± ", line)]
-        self.assertNotEmpty(rows)
-        self.assertContainsSubset(rows, results.page().splitlines())
+    def test_pictures_are_small(self):
+        for path in sorted((ROOT / "docs").glob("*.svg")):
+            self.assertLess(len(path.read_text().splitlines()), 400, path)
 
-    def test_a_figure_that_was_not_measured_is_found(self):
-        self.assertEqual(
-            quoted("LARS 0.1.0 takes 1.58 times [SGD](docs/results.md), not\n2.0.\n\nother 3.5"), ["1.58", "2.0"]
+    def test_pictures_are_shown(self):
+        pages = "".join(path.read_text() for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"))
+        for path in (ROOT / "docs").glob("*.svg"):
+            self.assertIn(f"{path.name})", pages)
+
+    def test_recorded_commands_are_understood(self):
+        """Commands in committed comparisons use flags and files that exist, their recipes flags that agree."""
+        for path in sorted((ROOT / "results").glob("compare_*.json")):
+            found = json.loads(path.read_text())
+            program, script, *arguments = found["command"].split()
+            self.assertEqual((program, script), ("python", "compare.py"))
+            with contextlib.chdir(ROOT):
+                own = compare.define()
+                self.assertEqual(own([script, *arguments]), [script], path)
+            for recipe in own.recipes:
+                self.assertTrue((ROOT / recipe).is_file(), recipe)
+            for name, lines in found["settings"]["candidates"].items():
+                values, rest = flags.parse(["train.py", *lines.splitlines()])
+                self.assertEqual(rest, [], name)
+                self.assertEqual(flags.read(values).as_flags(), lines, f"{path}: {name}")
+
+
+class FiguresTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.readme = (ROOT / "README.md").read_text()
+
+    def test_figures_are_those_of_their_cells(self):
+        for document in quoted.UNBOUND:
+            self.assertEqual(figures_amiss(document, (ROOT / document).read_text()), [])
+
+    def test_any_changed_figure_is_found(self):
+        """Each figure of each phrase in turn, its last digit replaced."""
+        text = " ".join(self.readme.split())
+        for phrase in quoted.phrases()["README.md"]:
+            for match in FIGURE.finditer(phrase):
+                digits = match[0].rstrip(" %")
+                changed = digits[:-1] + str((int(digits[-1]) + 1) % 10) + match[0][len(digits) :]
+                wrong = phrase[: match.start()] + changed + phrase[match.end() :]
+                with unittest.mock.patch.object(quoted, "UNBOUND", {"README.md": ()}):
+                    found = figures_amiss("README.md", text.replace(phrase, wrong))
+                self.assertIn(f"stands there 0 times: {phrase}", found)
+
+    def test_any_changed_measurement_is_found(self):
+        """A hundredth more in one cell of each file that is quoted."""
+        before = results.read
+        for name, keys in {
+            "compare_digits": ("table", 0, "top1", 0),
+            "compare_cifar10": ("table", 0, "mean"),
+            "compare_questions": ("table", 1, "top1", 2),
+            "optimizer_step": ("results", "resnet50, float32", "rows", 3, "times_sgd"),
+            "optimizer_training_step": ("results", "training step of alexnet_bn", "lars_over_sgd"),
+            "input_pipeline": ("results", "training", "lars_keras", "of_decoder_and_resize_by_ms"),
+        }.items():
+
+            def read(asked, name=name, keys=keys):
+                found = copy.deepcopy(before(asked))
+                if asked == name:
+                    inner = found
+                    for key in keys[:-1]:
+                        inner = inner[key]
+                    inner[keys[-1]] += 0.01
+                return found
+
+            with unittest.mock.patch.object(results, "read", read):
+                found = figures_amiss("README.md", self.readme)
+            self.assertTrue(any("stands there 0 times" in line for line in found), name)
+
+    def test_a_new_figure_is_found(self):
+        found = figures_amiss(
+            "README.md", self.readme + "\nLARS reaches 99.9 %, or 1.5 times `0.1 %`.\n\n```\n9.9\n```\n"
         )
-        self.assertEqual(
-            quoted("of 9.9\n\nbefore\n\n| a |\n| --- |\n| 88.07 % |\n\nThis is [so](docs/results.md#a).\n\n4.5"),
-            ["88.07"],
-        )
+        self.assertLen(found, 2)
 
 
 if __name__ == "__main__":
-    tf.test.main()
+    absltest.main()

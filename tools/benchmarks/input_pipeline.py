@@ -1,15 +1,15 @@
-"""How fast JPEGs become batches, beside what the decoder allows and what others do.
+"""Time how JPEGs become batches, against the decoder alone and against other pipelines.
 
     python -m tools.benchmarks.input_pipeline --data_dir=DIR --out=results/input_pipeline.json
 
-DIR holds `imagenet2012` as `lars_keras.data.prepare` writes it; a few hundred images will do, they are repeated. All
+DIR holds `imagenet2012` as `lars_keras.data.prepare` writes it. A few hundred images will do; they are repeated. All
 candidates run in one process, in turn, on the training images, each with a fresh iterator that has already given two
-batches. `ms` is processor time of all threads for an image: on a busy machine it says more than images/s. With
-`--folder=DIR` also from image files in DIR/train/CLASS and DIR/val/CLASS.
+batches. `ms` is the processor time of all threads for an image, which says more than images/s on a busy machine.
+`--folder=DIR` adds image files in DIR/train/CLASS and DIR/val/CLASS.
 
     python -m tools.benchmarks.input_pipeline --data_dir=DIR --memory --out=results/input_memory.json
 
-feeds updates of 32,768 images in micro-batches of 256, as training does, and shows this process's memory.
+feeds updates of 32,768 images in micro-batches of 256, as training does, and reports the memory of the process.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import concurrent.futures
 import importlib.util
 import io
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -40,12 +39,13 @@ from lars_keras.data.decode import NUM_DRAWS, central_window, random_window
 from lars_keras.data.loading import prepared_dir
 from lars_keras.data.parallel_map import cores
 from lars_keras.training.inputs import training_iterator
+from tools.committed import write_json
 
 Candidate = Callable[[], Iterator[Any]]
 
 
 class Repeated:
-    """A split over and over."""
+    """Repeat a split."""
 
     def __init__(self, examples, length: int):
         self._examples, self._length = examples, length
@@ -62,7 +62,7 @@ class Repeated:
 
 
 def decoded(files: tf.Tensor, windows: np.ndarray, batch: int, size: int | None) -> tf.data.Dataset:
-    """The ceiling: files in memory, windows known; decoded, and resized if `size` is given."""
+    """Return the upper bound: files in memory and known windows, decoded, and resized if `size` is given."""
 
     def pixels(i: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_and_crop_jpeg(files[i], window, channels=3)
@@ -75,7 +75,7 @@ def decoded(files: tf.Tensor, windows: np.ndarray, batch: int, size: int | None)
 
 
 def tutorial(builder: Any, train: bool, batch: int, size: int) -> tf.data.Dataset:
-    """As in most tutorials: the whole image is decoded, then resized."""
+    """Decode the whole image, then resize it, as most tutorials do."""
 
     def pixels(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.image.resize(example["image"], (size, size))
@@ -88,7 +88,7 @@ def tutorial(builder: Any, train: bool, batch: int, size: int) -> tf.data.Datase
 
 
 def pillow(files: list[bytes], windows: np.ndarray, batch: int, size: int) -> Iterator[np.ndarray]:
-    """Pillow in as many threads as there are cores, its decoder and its resize outside of Python's lock."""
+    """Yield batches from Pillow in a thread a core; its decoder and its resize release Python's lock."""
     from PIL import Image
 
     def pixels(row: tuple[bytes, np.ndarray]) -> np.ndarray:
@@ -105,7 +105,7 @@ def pillow(files: list[bytes], windows: np.ndarray, batch: int, size: int) -> It
 
 
 def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Iterator[Any]:
-    """torchvision's ImageFolder and DataLoader, with a worker process for each core."""
+    """Return an iterator of torchvision's ImageFolder and DataLoader, with a worker process a core."""
     import torch
     from torchvision import datasets, transforms
 
@@ -117,7 +117,7 @@ def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Itera
 
 
 def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict[str, dict[str, Candidate]]:
-    """The candidates of training and of evaluation, by name."""
+    """Return the candidates of training and of evaluation by name."""
     data = load("imagenet2012", data_dir=data_dir, image_size=size)
     assert isinstance(data, ImageFileData)
     builder = tfds.builder_from_directory(prepared_dir(pathlib.Path(data_dir), "imagenet2012"))
@@ -133,9 +133,7 @@ def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict
         return ImageFileData("images", Repeated(examples, 10**6), Repeated(examples, 10**6), 1000, image_size=size)
 
     tensor = tf.constant(files)
-    if folder:
-        in_folder = load("folder", data_dir=folder, image_size=size)
-        assert isinstance(in_folder, ImageFileData)
+    in_folder = load("folder", data_dir=folder, image_size=size) if folder else None
 
     def group(
         train: bool, windows: np.ndarray, batches: Callable[[ImageFileData], tf.data.Dataset]
@@ -147,8 +145,9 @@ def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict
             "lars_keras, --cache=memory": lambda: iter(batches(ours(held))),
             "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, train, batch, size)),
         }
-        if folder:
-            found["lars_keras, --dataset=folder"] = lambda: iter(batches(ours(in_folder._train)))
+        if isinstance(in_folder, ImageFileData):
+            folder_split = in_folder._train
+            found["lars_keras, --dataset=folder"] = lambda: iter(batches(ours(folder_split)))
         if importlib.util.find_spec("PIL"):
             found["Pillow, threads"] = lambda: pillow(files, windows, batch, size)
         if importlib.util.find_spec("torchvision") and folder:
@@ -165,7 +164,7 @@ def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict
 
 
 def measure(candidate: Candidate, batch: int, images: int) -> tuple[float, float]:
-    """Images a second, and milliseconds of processor time for an image."""
+    """Return images a second, and milliseconds of processor time for an image."""
     batches = candidate()
     for _ in range(2):
         next(batches)
@@ -181,6 +180,7 @@ def _processor_time() -> float:
 
 
 def speeds(args: argparse.Namespace) -> dict[str, Any]:
+    """Time all candidates in turn, print their table and return it."""
     table: dict[str, Any] = {}
     for kind, group in candidates(args.data_dir, args.folder, args.batch, args.size).items():
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in group}
@@ -210,7 +210,7 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Feeds three epochs of 32,768 images, an update each, in micro-batches of 256."""
+    """Feed three epochs of 32,768 images, an update each, in micro-batches of 256."""
     data = load("imagenet2012", data_dir=args.data_dir, image_size=args.size)
     assert isinstance(data, ImageFileData)
     data = ImageFileData("images", Repeated(data._train, 32768), data._test, 1000, image_size=args.size)
@@ -235,7 +235,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--folder", help="images in DIR/train/CLASS and DIR/val/CLASS")
     parser.add_argument("--batch", type=int, default=256)
@@ -253,7 +254,7 @@ def main() -> None:
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "data_dir", "folder")}
         results = {"versions": versions, "settings": settings, "results": results}
-        pathlib.Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(pathlib.Path(args.out), results)
 
 
 if __name__ == "__main__":

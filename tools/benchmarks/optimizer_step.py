@@ -1,13 +1,13 @@
-"""What one update of the optimizer costs, against other optimizers and against the memory's speed.
+"""Time one update of the optimizer against other optimizers and against the bandwidth of the memory.
 
-    python -m tools.benchmarks.optimizer_step --out=optimizer_step.json --plot=optimizer_step.svg
-    python -m tools.benchmarks.optimizer_step --step_batch=64 --out=optimizer_training_step.json
-    KERAS_BACKEND=jax python -m tools.benchmarks.optimizer_step --out=optimizer_step_jax.json      # on a GPU, too
+    python -m tools.benchmarks.optimizer_step --out=results/optimizer_step.json --plot=docs/optimizer_step.svg
+    python -m tools.benchmarks.optimizer_step --step_batch=64 --out=results/optimizer_training_step.json
+    KERAS_BACKEND=jax python -m tools.benchmarks.optimizer_step --out=results/optimizer_step_jax.json  # on a GPU, too
 
-Candidates take turns, one update each, in an order that changes from round to round, so that all see the same noise;
-figures are medians over the rounds. The bandwidth is that of `x += y` through the same compiler. The floor is the bytes
-that the rule must move at that bandwidth. Extra memory is the growth of the process's peak during one update (of the
-compiled program's temporary buffers, on JAX).
+Candidates take turns, one update each, in an order that changes from round to round, so all see the same noise. Figures
+are medians over the rounds. The bandwidth is that of `x += y` through the same compiler. The bandwidth bound is the
+time for the bytes that the rule must move. Extra memory is the growth of the process's peak during one update; on JAX
+it is the size of the compiled program's temporary buffers. `--draw_only` draws the plot from the file of `--out`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -30,22 +31,27 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from keras import ops
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 import models
 from lars_keras import LAMB, LARS
+from lars_keras.report.charts import svg_style
 from lars_keras.versions import versions
+from tools.committed import save_svg, write_json
 
 BACKEND = keras.backend.backend()
 NETWORKS = {"alexnet": "alexnet_bn", "resnet50": "resnet50"}
 MODES = ("xla", "jit", "graph", "eager")
 PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "optax", "torch", "timm", "numpy")
+FIRST_TICK = 10.0  # milliseconds, where the bars of the plot begin
 # Bytes per parameter of float32: reads of two norms, then gradient, weights and slots in, weights and slots out.
 TRAFFIC = {"sgd": 20, "lars": 28, "lamb": 40}
 
 
 @dataclasses.dataclass
 class Candidate:
-    """One way to update. `step` takes one update and returns when it is finished."""
+    """Hold one way to update. `step` takes one update and returns when the device is done."""
 
     name: str
     mode: str
@@ -55,7 +61,7 @@ class Candidate:
 
 
 class StraightforwardLARS(keras.optimizers.SGD):
-    """The equations of LARS in Keras operations, variable by variable, as most people write them."""
+    """Apply the equations of LARS in Keras operations, variable by variable, as most people write them."""
 
     def update_step(self, gradient, variable, learning_rate):
         w, v = ops.convert_to_tensor(variable), self.momentums[self._get_variable_index(variable)]
@@ -69,14 +75,14 @@ class StraightforwardLARS(keras.optimizers.SGD):
 
 
 def shapes_of(network: str) -> list[tuple[int, ...]]:
-    """Shapes of the trainable variables, for 1000 classes."""
+    """Return the shapes of the trainable variables, for 1000 classes."""
     size = models.default_image_size(NETWORKS[network])
     model = models.get(NETWORKS[network], num_classes=1000, input_shape=(size, size, 3), seed=0)
     return [tuple(v.shape) for v in model.trainable_variables]
 
 
 def keras_optimizers() -> dict[str, tuple[str, keras.optimizers.Optimizer]]:
-    """By name: which rule it is, and the optimizer."""
+    """Return the rule and the optimizer by name."""
     return {
         "Keras SGD+momentum": ("sgd", keras.optimizers.SGD(1e-6, momentum=0.9)),
         "LARS (ours)": ("lars", LARS(1.0)),
@@ -87,17 +93,18 @@ def keras_optimizers() -> dict[str, tuple[str, keras.optimizers.Optimizer]]:
 
 
 def candidates(shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[str] = MODES) -> list[Candidate]:
-    """All that can run here, in the modes asked for, on the same gradients."""
+    """Return all candidates that can run here, in the modes asked for, on the same gradients."""
     rng = np.random.default_rng(0)
     weights = [0.02 * rng.standard_normal(s, "float32") for s in shapes]
     gradients = [0.01 * rng.standard_normal(s, "float32") for s in shapes]
-    found = tensorflow_contenders(weights, gradients, dtype) if BACKEND == "tensorflow" else []
-    found += jax_contenders(weights, gradients, dtype)
-    found += torch_contenders(weights, gradients, dtype)
+    found = tensorflow_candidates(weights, gradients, dtype) if BACKEND == "tensorflow" else []
+    found += jax_candidates(weights, gradients, dtype)
+    found += torch_candidates(weights, gradients, dtype)
     return [c for c in found if c.mode in modes]
 
 
-def tensorflow_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+def tensorflow_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+    """Return Keras optimizers, ours among them, compiled by XLA, in a graph and eager."""
     import tensorflow as tf
 
     variables = [keras.Variable(w, dtype=dtype, name=f"kernel_{i}") for i, w in enumerate(weights)]
@@ -106,20 +113,22 @@ def tensorflow_contenders(weights: list, gradients: list, dtype: str) -> list[Ca
     for name, (rule, optimizer) in keras_optimizers().items():
         optimizer.build(variables)
 
-        def eager(optimizer=optimizer):
+        def update(optimizer: keras.optimizers.Optimizer = optimizer) -> None:
             optimizer.apply(g)
-            return variables[-1].numpy()  # waits for the device
 
         for mode in ("xla", "graph", "eager"):
-            run = (lambda optimizer=optimizer: optimizer.apply(g)) if mode != "eager" else None
-            compiled = tf.function(run, jit_compile=mode == "xla", autograph=False) if run else None
-            found.append(
-                Candidate(name, mode, rule, (lambda f=compiled: (f(), variables[-1].numpy())) if compiled else eager)
-            )
+            program = update if mode == "eager" else tf.function(update, jit_compile=mode == "xla", autograph=False)
+
+            def step(program: Callable[[], Any] = program) -> None:
+                program()
+                variables[-1].numpy()  # waits for the device
+
+            found.append(Candidate(name, mode, rule, step))
     return found
 
 
-def jax_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+def jax_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+    """Return optax's optimizers, and on the JAX backend those of Keras, under `jax.jit`."""
     try:
         import jax
     except ImportError:
@@ -135,7 +144,9 @@ def jax_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate
             box[:] = jax.block_until_ready(program(box[0], box[1], g))
 
         def temporary_bytes() -> int:
-            return program.lower(box[0], box[1], g).compile().memory_analysis().temp_size_in_bytes
+            analysis = program.lower(box[0], box[1], g).compile().memory_analysis()
+            assert analysis
+            return analysis.temp_size_in_bytes
 
         found.append(Candidate(name, "jit", rule, step, temporary_bytes))
 
@@ -165,7 +176,8 @@ def jax_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate
     return found
 
 
-def torch_contenders(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+def torch_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+    """Return timm's LARS where torch and timm are installed."""
     try:
         import torch
         from timm.optim import Lars
@@ -185,7 +197,7 @@ def torch_contenders(weights: list, gradients: list, dtype: str) -> list[Candida
 
 
 def bandwidth_probe(numbers: int) -> Candidate:
-    """`x += y` on `numbers` float32, through the backend's own compiler: 12 bytes each."""
+    """Return `x += y` on `numbers` float32 through the backend's own compiler: 12 bytes each."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -208,7 +220,7 @@ def bandwidth_probe(numbers: int) -> Candidate:
 
 
 def take_turns(runners: Sequence[Candidate], rounds: int) -> list[list[float]]:
-    """Seconds of each runner in each round, after two rounds that are not counted."""
+    """Return the seconds of each runner in each round, after two rounds that are not counted."""
     times: list[list[float]] = [[] for _ in runners]
     order = list(range(len(runners)))
     shuffle = random.Random(0).shuffle
@@ -223,7 +235,7 @@ def take_turns(runners: Sequence[Candidate], rounds: int) -> list[list[float]]:
 
 
 def extra_bytes(candidate: Candidate) -> int | None:
-    """Memory that an update needs for itself; None where it cannot be measured."""
+    """Return the bytes that an update needs for itself; None where they cannot be measured."""
     if candidate.temporary_bytes:
         return candidate.temporary_bytes()
     try:
@@ -243,13 +255,13 @@ def _status_bytes(key: str) -> int:
 
 
 def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int, modes: Sequence[str] = MODES) -> dict[str, Any]:
-    """Times every candidate on variables of `shapes`."""
+    """Time every candidate on variables of `shapes`."""
     parameters = sum(map(math.prod, shapes))
     runners = [bandwidth_probe(parameters), *candidates(shapes, dtype, modes)]
     (memory, *rest) = take_turns(runners, rounds)
     bandwidth = 12 * parameters / statistics.median(memory)
     size = 2 if dtype in ("bfloat16", "float16") else 4
-    rows = []
+    rows: list[dict[str, Any]] = []
     for candidate, seconds in zip(runners[1:], rest, strict=True):
         extra = extra_bytes(candidate)
         rows.append(
@@ -269,7 +281,7 @@ def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int, modes: S
 
 
 def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
-    """Times whole training steps of `alexnet_bn` through `Trainer`, as train.py takes them, on TensorFlow."""
+    """Time whole training steps of `alexnet_bn` through `Trainer`, as train.py takes them, on TensorFlow."""
     import tensorflow as tf
 
     from lars_keras.report.layers import LayerTelemetry
@@ -299,7 +311,7 @@ def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
     ]
     times = take_turns(runners, rounds)
     medians = [statistics.median(seconds) for seconds in times]
-    # Of each round, because the noise of a round is common to its steps.
+    # The median of the ratios, because the noise of a round is common to its steps.
     ratios = {
         "lars_over_sgd": statistics.median(b / a for a, b in zip(times[0], times[1], strict=True)),
         "telemetry_over_none": statistics.median(c / b for b, c in zip(times[1], times[2], strict=True)),
@@ -312,11 +324,11 @@ def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
 
 
 def table(network: str, result: dict[str, Any]) -> str:
-    """The measurement as text."""
+    """Return the measurement as text."""
     lines = [
         f"\n{network}, {result['parameters'] / 1e6:.1f}M parameters, {result['variables']} variables, "
         f"{result['dtype']}; memory {result['bandwidth'] / 1e9:.1f} GB/s",
-        f"{'optimizer':<22} {'mode':<6} {'ms':>8} {'x SGD':>7} {'floor ms':>9} {'x floor':>8} {'extra memory':>13}",
+        f"{'optimizer':<22} {'mode':<6} {'ms':>8} {'x SGD':>7} {'bound ms':>9} {'x bound':>8} {'extra memory':>13}",
     ]
     for r in sorted(result["rows"], key=lambda r: r["milliseconds"]):
         extra = r["extra_share_of_weights"]
@@ -328,38 +340,50 @@ def table(network: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict[str, Any]], path: str) -> None:
-    """Bars of all candidates, a panel for each measurement, in the format that the name of the file ends with."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "lars_keras"
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw the milliseconds of every candidate as bars, a panel for each measurement."""
     tallest = max(len(r["rows"]) for r in results.values())
-    figure = Figure(figsize=(6.5 * len(results), 0.27 * tallest + 1.2), layout="constrained")
-    for axes, (title, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        rows = sorted(result["rows"], key=lambda r: -r["milliseconds"])
-        colours = ["#c4500c" if "ours" in r["name"] else "#2166ac" for r in rows]
-        labels = [f"{r['name']}, {r['mode']}" for r in rows]
-        axes.barh(labels, [r["milliseconds"] for r in rows], color=colours)
-        floors = [r["floor_milliseconds"] for r in rows]
-        axes.plot(floors, range(len(rows)), "k|", markersize=9, label="floor at the measured bandwidth")
-        axes.set_xscale("log")
-        axes.set_title(title)
-        axes.set_xlabel("milliseconds an update")
-        axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+    down = math.ceil(len(results) / 2)
+    with svg_style():
+        figure = Figure(figsize=(11, down * (0.2 * tallest + 1)), layout="constrained")
+        panels = figure.subplots(down, min(len(results), 2), squeeze=False, sharex=True).flat
+        for axes, (title, result) in zip(panels, results.items(), strict=False):
+            rows = sorted(result["rows"], key=lambda r: -r["milliseconds"])
+            places = range(len(rows))
+            colours = ["#d55e00" if "ours" in r["name"] else "#0072b2" for r in rows]
+            times = [r["milliseconds"] for r in rows]
+            axes.barh(places, [time - FIRST_TICK for time in times], left=FIRST_TICK, color=colours, height=0.7)
+            for place, time in zip(places, times, strict=True):
+                axes.annotate(f"{time:,.0f}", (time, place), (3, 0), textcoords="offset points", va="center", size=8)
+            axes.plot([r["floor_milliseconds"] for r in rows], places, "k|", markersize=7, label="bandwidth bound")
+            axes.set_yticks(places, [f"{r['name']}, {r['mode']}" for r in rows])
+            axes.set_xscale("log")
+            axes.set_xlim(FIRST_TICK, None)
+            axes.set_title(title)
+            axes.set_xlabel("milliseconds an update")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.tick_params(length=0)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.margins(y=0.02)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False)
+    save_svg(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default="alexnet,resnet50")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--modes", default=",".join(MODES), help="of which xla or jit, the base of the ratios, is one")
+    parser.add_argument("--modes", default=",".join(MODES), help="modes to time, xla or jit among them")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--step_batch", type=int, help="time training steps of alexnet_bn at this batch size instead")
     parser.add_argument("--out", help="JSON file for the results")
-    parser.add_argument("--plot", help="picture of the results, .svg or .png")
+    parser.add_argument("--plot", help="SVG file of the results")
+    parser.add_argument("--draw_only", action="store_true", help="draw --plot from the file of --out")
     args = parser.parse_args()
+    if args.draw_only:
+        plot(json.loads(Path(args.out).read_text(encoding="utf-8"))["results"], Path(args.plot))
+        return
     about = {
         "backend": BACKEND,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -370,11 +394,9 @@ def main() -> None:
     print(json.dumps(about))
     results: dict[str, Any] = {}
 
-    def keep() -> None:  # after each measurement, so that a run that is stopped has those before
+    def keep() -> None:  # after each measurement, so a run that is stopped keeps the earlier ones
         if args.out:
-            with open(args.out, "w") as f:
-                json.dump(about | {"load_after": os.getloadavg()[0], "results": results}, f, indent=1)
-                f.write("\n")
+            write_json(Path(args.out), about | {"load_after": os.getloadavg()[0], "results": results})
 
     if args.step_batch:
         results["training step of alexnet_bn"] = measure_steps(args.step_batch, args.rounds)
@@ -389,7 +411,7 @@ def main() -> None:
             keep()
             gc.collect()
     if args.plot:
-        plot(results, args.plot)
+        plot(results, Path(args.plot))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What guard, norms of the layers, logs and checkpoints cost beside the bare loop, on the demo.
+"""Time guard, layer norms, log and checkpoints against the bare loop, on the demo.
 
     python -m tools.benchmarks.overhead --out=results/overhead.json
 
@@ -6,13 +6,13 @@ Both loops train the demo's model on the demo's data, a few updates each, in tur
 """
 
 import argparse
-import json
 import os
-import pathlib
 import platform
 import statistics
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -21,16 +21,18 @@ import tensorflow as tf
 
 import models
 from lars_keras import LARS
-from lars_keras.data import load
+from lars_keras.data import ImageData, load
 from lars_keras.report.log import MetricsLog
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.divergence import CorruptImageLimit, DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
+from tools.committed import write_json
 
 
-def make_trainer(data, jit_compile: bool, layer_norms: bool) -> Trainer:
+def make_trainer(data: ImageData, jit_compile: bool, layer_norms: bool) -> Trainer:
+    """Return the demo's model under a `Trainer`."""
     model = models.get(
         "alexnet_small", num_classes=10, input_shape=data.image_shape, mean=data.mean, std=data.std, seed=0
     )
@@ -42,17 +44,17 @@ def make_trainer(data, jit_compile: bool, layer_norms: bool) -> Trainer:
     return Trainer(model, batch_size=8192, microbatch_size=512, jit_compile=jit_compile, layer_norms=layer_norms)
 
 
-def measure(data, updates: int, rounds: int, save_every: int, jit_compile: bool) -> dict[str, list[float]]:
-    """Seconds per update of each round, the first round of each loop, which compiles, left out."""
+def measure(data: ImageData, updates: int, rounds: int, save_every: int, jit_compile: bool) -> dict[str, list[float]]:
+    """Return the seconds per update of each round, without the first round of each loop, which compiles."""
     bare, full = (make_trainer(data, jit_compile, norms) for norms in (False, True))
 
     def feed(context: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
         return data.train_batches(512, first=first_update * 16).map(lambda x, y, m: (x, tf.one_hot(y, 10), m))
 
-    options = {"epochs": 1, "steps_per_epoch": updates, "verbose": 0}
+    options: dict[str, Any] = {"epochs": 1, "steps_per_epoch": updates, "verbose": 0}
     seconds: dict[str, list[float]] = {"bare": [], "full": []}
     with tempfile.TemporaryDirectory() as folder, StopOnSignal() as stop:
-        save = CheckpointCallback(full, CheckpointManager(pathlib.Path(folder) / "c"), SavePolicy(save_every), {})
+        save = CheckpointCallback(full, CheckpointManager(Path(folder) / "c"), SavePolicy(save_every), {})
         callbacks = [DivergenceGuard(full), MetricsLog(folder), CorruptImageLimit(data, 100), stop]
         for i in range(rounds + 1):
             for name, run in (
@@ -68,7 +70,8 @@ def measure(data, updates: int, rounds: int, save_every: int, jit_compile: bool)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save_every", type=int, default=4, help="updates between checkpoints")
@@ -90,7 +93,7 @@ def main() -> None:
         versions = {"tensorflow": tf.__version__, "keras": keras.__version__, "cores": os.cpu_count()}
         settings = {"updates": args.updates, "save_every": args.save_every, "jit_compile": args.jit_compile}
         result = {"ratio": ratio, "seconds_per_update": seconds, "settings": settings, "versions": versions}
-        pathlib.Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(Path(args.out), result)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What an update costs on 1, 2, 4 and 8 replicas, and how often and how much it reduces over them.
+"""Time an update on 1, 2, 4 and 8 replicas, and count its reductions and their bytes.
 
-    python -m tools.benchmarks.replicas --out=replicas.json
+    python -m tools.benchmarks.replicas --out=results/replicas.json
 
 The replicas are logical devices of one CPU, which share its cores and its memory: the times show the overhead of
 replication, not a speed-up. Reductions are counted while the updates run, not read from the code.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -22,12 +22,13 @@ import tensorflow as tf
 import models
 from lars_keras import LARS
 from lars_keras.training import Trainer
+from tools.committed import write_json
 
 BATCH, UPDATES = 512, 6
 
 
 class CountingReduction(tf.distribute.ReductionToOneDevice):
-    """Counts the reductions that run, and the bytes that each replica gives to them."""
+    """Count the reductions that run, and the bytes that each replica gives to them."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +43,7 @@ class CountingReduction(tf.distribute.ReductionToOneDevice):
 
 
 def measure(model_name: str, replicas: int, accumulation_steps: int) -> dict[str, float]:
-    """Times `UPDATES` updates of a small model, the first left out."""
+    """Time `UPDATES` updates of a small model, without the first."""
     reduction = CountingReduction()
     strategy = tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)], cross_device_ops=reduction)
     with strategy.scope():
@@ -71,7 +72,8 @@ def measure(model_name: str, replicas: int, accumulation_steps: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="alexnet_small", choices=models.names())
     parser.add_argument("--out", help="JSON file for the results")
     args = parser.parse_args()
@@ -81,7 +83,7 @@ def main() -> None:
         f"{args.model}, batch {BATCH}, median of {UPDATES - 1} updates; {os.cpu_count()} cores, {platform.machine()}, "
         f"tensorflow {tf.__version__}, keras {keras.__version__}"
     )
-    print("replicas  micro-batches  ms/update  reductions/update  bytes/update  of the weights")
+    print("replicas  accumulation   ms/update  reductions/update  bytes/update  of the weights")
     rows = []
     for replicas in (1, 2, 4, 8):
         for accumulation_steps in (1, 4):
@@ -94,8 +96,7 @@ def main() -> None:
                 flush=True,
             )
     if args.out:
-        with open(args.out, "w") as f:
-            json.dump({"model": args.model, "batch_size": BATCH, "rows": rows}, f, indent=2)
+        write_json(Path(args.out), {"model": args.model, "batch_size": BATCH, "rows": rows})
 
 
 if __name__ == "__main__":
