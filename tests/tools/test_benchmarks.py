@@ -33,9 +33,8 @@ class OptimizerStepTest(absltest.TestCase):
             first = [np.float32(rng.normal(size=shape)) for shape in ((4, 3), (3,))]
             variables = [keras.Variable(w, name=f"k{i}") for i, w in enumerate(first)]
             for _ in range(3):
-                optimizer.apply(
-                    [keras.ops.convert_to_tensor(np.float32(rng.normal(size=w.shape))) for w in first], variables
-                )
+                gradients = [np.float32(rng.normal(size=w.shape)) for w in first]
+                optimizer.apply([keras.ops.convert_to_tensor(g) for g in gradients], variables)
             results.append([keras.ops.convert_to_numpy(v) for v in variables])
         for w, ours, theirs in zip(first, *results, strict=True):
             self.assertGreater(np.abs(ours - w).max(), 1e-3)

@@ -5,6 +5,7 @@ import copy
 import json
 import pathlib
 import re
+import tempfile
 import unittest.mock
 
 from absl.testing import absltest
@@ -16,6 +17,7 @@ from tools.benchmarks import results
 from tools.committed import write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
+ARXIV = re.compile(r"(arXiv |abs/)\d{4}\.\d{5}")
 FIGURE = re.compile(r"(?<![\w.,-])\d[\d,]*(?:\.\d+(?!\.?\w|-)| %|\.\d+ %)")
 
 
@@ -26,13 +28,15 @@ def figures_amiss(document: str, text: str) -> list[str]:
     """
     text = " ".join(re.sub(r"^```.*?^```", " ", text, flags=re.DOTALL | re.MULTILINE).split())
     covered, amiss = set(), []
-    for phrase in (*quoted.phrases()[document], *quoted.UNBOUND[document]):
+    for phrase in (*quoted.phrases().get(document, ()), *quoted.UNBOUND[document]):
         places = [match.start() for match in re.finditer(rf"(?<![\w.]){re.escape(phrase)}(?![\w]|\.\d)", text)]
         if len(places) != 1:
             amiss.append(f"stands there {len(places)} times: {phrase}")
         for place in places:
             covered.update(range(place, place + len(phrase)))
-    code = {place for match in re.finditer(r"`[^`]*`", text) for place in range(*match.span())}
+    code = {
+        place for kind in (r"`[^`]*`", ARXIV) for match in re.finditer(kind, text) for place in range(*match.span())
+    }
     for match in FIGURE.finditer(text):
         if match.start() not in covered | code:
             amiss.append(f"is bound to no cell: {text[max(match.start() - 40, 0) : match.end() + 20]}")
@@ -45,8 +49,9 @@ class ResultsTest(absltest.TestCase):
 
     def test_files_are_written_in_one_form(self):
         """Committed JSON is as `write_json` writes it, so the diff of a new run is a line."""
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         for path in sorted((ROOT / "results").glob("*.json")):
-            again = pathlib.Path(self.create_tempdir().full_path, path.name)
+            again = folder / path.name
             write_json(again, json.loads(path.read_text()))
             self.assertEqual(again.read_text(), path.read_text(), path)
 
@@ -79,35 +84,44 @@ class ResultsTest(absltest.TestCase):
 class FiguresTest(absltest.TestCase):
     def setUp(self):
         super().setUp()
-        self.readme = (ROOT / "README.md").read_text()
+        self.texts = {name: (ROOT / name).read_text() for name in quoted.UNBOUND}
 
     def test_figures_are_those_of_their_cells(self):
-        for document in quoted.UNBOUND:
-            self.assertEqual(figures_amiss(document, (ROOT / document).read_text()), [])
+        for name, text in self.texts.items():
+            self.assertEqual(figures_amiss(name, text), [], name)
+
+    def test_every_page_is_held(self):
+        """Pages of docs/ but the generated one, and the one whose tables `tests/pod` holds."""
+        pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - {"docs/results.md", "docs/pod.md"}
+        self.assertEqual(set(quoted.UNBOUND), {"README.md", *pages})
 
     def test_any_changed_figure_is_found(self):
         """Each figure of each phrase in turn, its last digit replaced."""
-        text = " ".join(self.readme.split())
-        for phrase in quoted.phrases()["README.md"]:
-            for match in FIGURE.finditer(phrase):
-                digits = match[0].rstrip(" %")
-                changed = digits[:-1] + str((int(digits[-1]) + 1) % 10) + match[0][len(digits) :]
-                wrong = phrase[: match.start()] + changed + phrase[match.end() :]
-                with unittest.mock.patch.object(quoted, "UNBOUND", {"README.md": ()}):
-                    found = figures_amiss("README.md", text.replace(phrase, wrong))
-                self.assertIn(f"stands there 0 times: {phrase}", found)
+        for name, phrases in quoted.phrases().items():
+            text = " ".join(self.texts[name].split())
+            for phrase in phrases:
+                self.assertRegex(phrase, r"\d")
+                for match in FIGURE.finditer(phrase):
+                    digits = match[0].rstrip(" %")
+                    changed = digits[:-1] + str((int(digits[-1]) + 1) % 10) + match[0][len(digits) :]
+                    wrong = phrase[: match.start()] + changed + phrase[match.end() :]
+                    found = figures_amiss(name, text.replace(phrase, wrong))
+                    self.assertIn(f"stands there 0 times: {phrase}", found)
 
     def test_any_changed_measurement_is_found(self):
         """A hundredth more in one cell of each file that is quoted."""
         before = results.read
-        for name, keys in {
-            "compare_digits": ("table", 0, "top1", 0),
-            "compare_cifar10": ("table", 0, "mean"),
-            "compare_questions": ("table", 1, "top1", 2),
-            "optimizer_step": ("results", "resnet50, float32", "rows", 3, "times_sgd"),
-            "optimizer_training_step": ("results", "training step of alexnet_bn", "lars_over_sgd"),
-            "input_pipeline": ("results", "training", "lars_keras", "of_decoder_and_resize_by_ms"),
-        }.items():
+        for document, name, keys in (
+            ("README.md", "compare_digits", ("table", 0, "top1", 0)),
+            ("docs/choosing.md", "compare_cifar10", ("table", 0, "mean")),
+            ("docs/choosing.md", "compare_questions", ("table", 1, "top1", 2)),
+            ("docs/optimizers.md", "optimizer_step", ("results", "resnet50, float32", "rows", 3, "times_sgd")),
+            (
+                "docs/optimizers.md",
+                "optimizer_training_step",
+                ("results", "training step of alexnet_bn", "lars_over_sgd"),
+            ),
+        ):
 
             def read(asked, name=name, keys=keys):
                 found = copy.deepcopy(before(asked))
@@ -119,12 +133,12 @@ class FiguresTest(absltest.TestCase):
                 return found
 
             with unittest.mock.patch.object(results, "read", read):
-                found = figures_amiss("README.md", self.readme)
+                found = figures_amiss(document, self.texts[document])
             self.assertTrue(any("stands there 0 times" in line for line in found), name)
 
     def test_a_new_figure_is_found(self):
         found = figures_amiss(
-            "README.md", self.readme + "\nLARS reaches 99.9 %, or 1.5 times `0.1 %`.\n\n```\n9.9\n```\n"
+            "README.md", self.texts["README.md"] + "\nLARS reaches 99.9 %, or 1.5 times `0.1 %`.\n\n```\n9.9\n```\n"
         )
         self.assertLen(found, 2)
 
