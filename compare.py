@@ -35,9 +35,12 @@ import flags
 from lars_keras import data as datasets
 from lars_keras.data.parallel_map import cores
 from lars_keras.files import atomic_write_text
-from lars_keras.runtime.errors import EXIT_PREEMPTED, EXIT_USAGE, UsageError, usage_errors
+from lars_keras.runtime.errors import UsageError
 from lars_keras.versions import versions
+from running import exit_codes
+from running.errors import in_flags, usage_errors
 from running.optimizers import OPTIMIZERS
+from running.resume import config_of_flags
 from tools.comparison import page
 from tools.comparison.search import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Candidate, GridCell, Job, grid
 from tools.comparison.worker import Failed, config_of, prepare_process, take
@@ -153,6 +156,9 @@ class ResultsStore:
         except (ValueError, KeyError) as e:
             raise UsageError(f"{self._path} is damaged: {e!r}. Name another folder with --out.") from e
         now = about["settings"]
+        if "candidates" in settings:  # as this version writes flags
+            texts = settings["candidates"].items()
+            settings["candidates"] = {name: config_of_flags(text.splitlines()).as_flags() for name, text in texts}
         if other := [name for name in now if name not in MAY_GROW and settings.get(name) != now[name]]:
             raise UsageError(
                 f"--out={out} holds a comparison of other settings ({', '.join(other)}). Name another folder."
@@ -248,7 +254,7 @@ def compare(cells: list[GridCell], ledger: ResultsStore, out: Path, workers: int
         for number, handler in handlers.items():
             signal.signal(number, handler)
     print("compare.py: stopped; the same command goes on", file=sys.stderr)
-    return EXIT_PREEMPTED
+    return exit_codes.PREEMPTED
 
 
 def main(own: absl_flags.FlagValues) -> int:
@@ -358,8 +364,8 @@ def run(argv: list[str]) -> int:
             raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
         return main(own)
     except (absl_flags.Error, UsageError) as e:
-        print(f"compare.py: error: {e}", file=sys.stderr)
-        return EXIT_USAGE
+        print(f"compare.py: error: {in_flags(str(e))}", file=sys.stderr)
+        return exit_codes.USAGE
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Every flag of `train.py`, resolved to one frozen `RunConfig`.
+"""The flags of `train.py`, resolved to one frozen `RunConfig`.
 
-The files `flags/recipes/*.flags` are recipes: `train.py --flagfile=flags/recipes/alexnet_bn_8k.flags`.
+Recipes are flagfiles: `train.py --flagfile=flags/recipes/alexnet_bn_8k.flags`. `flags/comparisons` holds those of
+`compare.py`.
 """
 
 from flags.config import RunConfig, define, parse, read

@@ -1,11 +1,10 @@
-"""`RunConfig`: each field is a flag, with its default, its bounds and its help in one place."""
+"""`RunConfig`: each field is a flag of `train.py`, with its default, its bounds and its help in one place."""
 
 import csv
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -14,11 +13,14 @@ import models
 from lars_keras import data, schedules
 from lars_keras.exclude import DEFAULT_EXCLUDE
 from lars_keras.lars import VARIANTS
-from running.optimizers import OPTIMIZERS, SCHEDULES
+from running import renamed
+from running.optimizers import OPTIMIZER_FLAGS, OPTIMIZERS, SCHEDULE_FLAGS, SCHEDULES, applies
+
+NOT_REPEATED = ("run_dir", "eval_only", "dry_run", "allow_inexact_resume")  # belong to a command, not to a run
 
 
 def _flag(default: Any, kind: str, text: str, affects_result: bool = True, **options: Any) -> Any:
-    """A field with its flag; `affects_result` is false where a resumed run may change it."""
+    """Define a field with its flag; `affects_result` is false where a resumed run may change it."""
     return dataclasses.field(
         default=default, metadata={"kind": kind, "help": text, "affects_result": affects_result, "options": options}
     )
@@ -40,136 +42,139 @@ def _text(default: str | None, text: str, affects_result: bool = True) -> Any:
     return _flag(default, "string", text, affects_result)
 
 
-def _switch(text: str, affects_result: bool = True) -> Any:
-    return _flag(False, "bool", text, affects_result)
+def _switch(text: str, default: bool = False, affects_result: bool = True) -> Any:
+    return _flag(default, "bool", text, affects_result)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All flags of a run, validated. A batch size without an adjective is the global one."""
+    """All flags of a run, validated. A batch size without an adjective is the global one.
 
-    # What is trained on what.
-    model: str = _choice("alexnet_small", models.names(), "Network.")
-    dataset: str = _choice("digits", data.NAMES, "Data set.")
+    Raises:
+        ValueError: if flags contradict each other; the message names them, and what would be accepted.
+    """
+
+    model: str = _choice("alexnet_small", models.names(), "Train this network.")
+    dataset: str = _choice("digits", data.NAMES, "Train on this data set.")
     data_dir: str | None = _text(
         None,
-        "Folder of the prepared data sets, or for --dataset=folder that of train/CLASS/ and val/CLASS/. Default: that "
-        "of tensorflow-datasets.",
+        "Find the prepared data sets in this folder; with --dataset=folder, train/CLASS/ and val/CLASS/. Default: the "
+        "folder of tensorflow-datasets.",
         affects_result=False,
     )
     image_size: int | None = _whole(
-        None, "Height and width in pixels, for imagenet2012 and folder. Default: the model's.", low=8
+        None, "Resize imagenet2012 and folder to this height and width in pixels. Default: the model's.", low=8
     )
     augment: str | None = _choice(
         None,
         data.AUGMENTS,
-        "What happens to training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
+        "Augment training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
     )
     validation_split: float = _real(
-        0.0,
-        "Share of the training images left out of training and scored in place of the test split.",
-        high=0.5,
+        0.0, "Hold out this fraction of the training images, and score it instead of the test split.", high=0.5
     )
     cache: str = _choice(
-        "none", data.CACHES, "Hold the image files in memory, or copies of them in --cache_dir.", affects_result=False
+        "none", data.CACHES, "Hold the image files in memory, or copy them to --cache_dir.", affects_result=False
     )
-    cache_dir: str | None = _text(None, "Folder of --cache=disk. Default: ~/.cache/lars_keras.", affects_result=False)
+    cache_dir: str | None = _text(
+        None, "Keep the copies of --cache=disk in this folder. Default: ~/.cache/lars_keras.", affects_result=False
+    )
     run_dir: str | None = _text(
         None,
-        "Folder for all results; an unfinished run in it goes on, with its own flags. Default: runs/<time>-<names>.",
+        "Write all results to this folder, or resume the unfinished run in it with its own flags. Default: "
+        "runs/<time>-<names>.",
         affects_result=False,
     )
-    eval_only: bool = _switch("Score run_dir/model.keras on the test split, and stop.", affects_result=False)
+    eval_only: bool = _switch("Score model.keras in --run_dir on the test split, and stop.", affects_result=False)
     dry_run: bool = _switch(
         "Show sizes, rehearse two updates on synthetic images, and leave nothing behind.", affects_result=False
     )
-    # How long, and in what portions.
-    batch_size: int = _whole(8192, "Global batch: examples in an update.")
+    batch_size: int = _whole(8192, "Take this many examples in an update: the global batch.")
     microbatch_size: int | None = _whole(
-        None, "Examples that a replica takes through the model at once. Default: its share of the batch."
+        None,
+        "Take this many examples through the model at once on each replica. Default: the replica's part of the batch.",
     )
-    epochs: float = _real(8.0, "Passes over the training data; may be a fraction.")
-    steps: int | None = _whole(None, "Updates; takes the place of --epochs.")
-    # The optimizer.
-    optimizer: str = _choice("lars", OPTIMIZERS, "Optimizer.")
-    learning_rate: float = _real(15.0, "Peak of the learning rate.")
+    epochs: float = _real(8.0, "Train for this many epochs; may be a fraction.")
+    steps: int | None = _whole(None, "Train for this many updates, whatever --epochs says.")
+    optimizer: str = _choice("lars", OPTIMIZERS, "Train with this optimizer.")
+    learning_rate: float = _real(15.0, "Set the peak of the learning rate.")
     schedule: str = _choice(
-        "polynomial", SCHEDULES, "Decay after the warm-up. step: a tenth from 1/3, 2/3 and 8/9 of the run on."
+        "polynomial",
+        SCHEDULES,
+        "Decay the rate after the warm-up; step multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run.",
     )
-    power: float = _real(2.0, "Exponent of the polynomial decay.")
-    end_learning_rate: float = _real(0.0, "Last rate of a polynomial, cosine or exponential decay.")
+    power: float = _real(2.0, "Set the exponent of the polynomial decay.")
+    end_learning_rate: float = _real(0.0, "End a polynomial, cosine or exponential decay at this rate.")
     warmup: str | None = _text(
         None,
-        "Linear warm-up: epochs, or a duration such as '100 steps' or '1e6 examples'. Default: an epoch, but at most a "
-        "fifth of the run.",
+        "Warm up linearly for these epochs, or for a duration such as '100 steps' or '1e6 examples'. Default: an "
+        "epoch, but at most a fifth of the run.",
     )
-    momentum: float = _real(0.9, "Momentum of lars and momentum; beta_1 of lamb and adam.")
-    nesterov: bool = _switch("Nesterov momentum, for lars and momentum.")
-    weight_decay: float = _real(5e-4, "Weight decay: inside the rule of lars and lamb, decoupled for the others.")
-    trust_coefficient: float = _real(1e-3, "eta of LARS.")
-    trust_epsilon: float = _real(0.0, "Added to the denominator of LARS's trust ratio.")
-    variant: str = _choice("paper", VARIANTS, "Rule of LARS.")
-    trust_clip: bool = _switch("The clip of LARC; of lamb, a trust ratio of at most 1.")
+    momentum: float = _real(0.9, "Set the momentum of lars and momentum, and beta_1 of lamb and adam.")
+    nesterov: bool = _switch("Use Nesterov momentum; for lars and momentum.")
+    weight_decay: float = _real(5e-4, "Decay weights: inside the rule of lars and lamb, decoupled for the others.")
+    beta_2: float = _real(0.999, "Set the decay rate of the second moment of lamb and adam.")
+    adam_epsilon: float | None = _real(
+        None, "Add this to the root of the second moment of lamb and adam. Default: 1e-6 for lamb, 1e-7 for adam."
+    )
+    bias_correction: bool = _switch("Correct the bias of the moments of lamb.", default=True)
+    trust_coefficient: float = _real(1e-3, "Set the trust coefficient of lars, eta in the paper.")
+    trust_epsilon: float = _real(0.0, "Add this to the denominator of the trust ratio of lars.")
+    variant: str = _choice("paper", VARIANTS, "Choose the rule of lars.")
+    trust_clip: bool = _switch("Clip the trust ratio: as LARC for lars, at 1 for lamb.")
     exclude: tuple[str, ...] | None = _flag(
         None,
         "list",
-        "Regular expressions of variables that are neither adapted nor decayed. Default: bias and normalisation "
-        "variables. Empty: nothing is excluded.",
+        "Neither adapt nor decay variables that match these regular expressions. Default: bias and normalisation "
+        "variables. Empty: exclude nothing.",
     )
-    excluded_lr_scale: float = _real(0.05, "Factor of lars on the learning rate of variables that are not adapted.")
-    global_clipnorm: float | None = _real(None, "Largest norm of all gradients together, of the whole batch.")
+    excluded_lr_scale: float = _real(0.05, "Multiply the rate of lars by this for variables that are not adapted.")
+    global_clipnorm: float | None = _real(None, "Clip the norm of all gradients together, of the whole batch.")
     ema_momentum: float | None = _real(
-        None, "Momentum of a moving average of the weights, which is what is evaluated and saved.", high=1.0
+        None, "Keep an EMA of the weights with this momentum, and evaluate and save that.", high=1.0
     )
-    label_smoothing: float = _real(0.0, "Share of the label spread over all classes.", high=1.0)
-    # Where and how it runs.
+    label_smoothing: float = _real(0.0, "Spread this fraction of the label over all classes.", high=1.0)
     strategy: str = _choice(
-        "auto",
-        ("auto", "single", "mirrored", "multi_worker", "tpu"),
-        "Devices and processes to run on.",
-        affects_result=False,
+        "auto", ("auto", "single", "mirrored", "multi_worker", "tpu"), "Run on these devices.", affects_result=False
     )
     replicas: int | None = _whole(
-        None, "Replicas of --strategy=mirrored; without GPUs, logical CPU devices.", affects_result=False
+        None, "Use this many replicas of --strategy=mirrored; without GPUs, logical CPU devices.", affects_result=False
     )
-    tpu: str | None = _text(None, "Name or address of the TPU; 'local' on a TPU VM.", affects_result=False)
-    shard_optimizer_state: bool = _switch("On JAX: each device keeps and updates its share of the weights.")
-    reduce_dtype: str = _choice("float32", ("float32", "bfloat16"), "On JAX: dtype of gradients between devices.")
-    precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Keras dtype policy.")
-    sync_batch_norm: bool = _switch("Batch statistics over all replicas, instead of each ghost batch's own.")
-    jit_compile: str = _choice("auto", ("auto", "on", "off"), "XLA for the gradients; auto: on GPU and TPU.")
-    steps_per_execution: int = _whole(1, "Updates that run without returning to Python.", affects_result=False)
-    eval_every: int = _whole(1, "Epochs between evaluations; the end of the run is always evaluated.")
-    seed: int = _whole(0, "Seed of weights, order, augmentation and dropout.", low=0)
+    tpu: str | None = _text(
+        None, "Connect to the TPU of this name or address; 'local' on a TPU VM.", affects_result=False
+    )
+    shard_optimizer_state: bool = _switch("Keep and update a shard of the weights on each device; on JAX.")
+    reduce_dtype: str = _choice("float32", ("float32", "bfloat16"), "Send gradients between devices so; on JAX.")
+    precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Set the Keras dtype policy.")
+    sync_batch_norm: bool = _switch("Take batch statistics over all replicas, not over each ghost batch.")
+    jit_compile: str = _choice("auto", ("auto", "on", "off"), "Compile gradients with XLA; auto: on GPU and TPU.")
+    steps_per_execution: int = _whole(1, "Run this many updates without returning to Python.", affects_result=False)
+    eval_every: int = _whole(1, "Evaluate after each this many epochs, and at the end of the run.")
+    seed: int = _whole(0, "Seed weights, order, augmentation and dropout.", low=0)
     telemetry_every: int = _whole(
         0,
-        "Updates between log lines with norms, trust ratio and effective rate of every layer; 0: none.",
+        "Log norms, trust ratio and effective rate of every layer after each this many updates; 0: never.",
         0,
         affects_result=False,
     )
-    # What a run does when something goes wrong.
-    checkpoint_minutes: float = _real(10.0, "Minutes between checkpoints.", affects_result=False)
+    checkpoint_minutes: float = _real(10.0, "Save a checkpoint after each this many minutes.", affects_result=False)
     checkpoint_updates: int | None = _whole(
-        None, "Updates between checkpoints, beside the minutes.", affects_result=False
+        None, "Save a checkpoint after each this many updates, too.", affects_result=False
     )
-    keep_checkpoints: int = _whole(3, "How many of the newest checkpoints to keep.", affects_result=False)
+    keep_checkpoints: int = _whole(3, "Keep this many of the newest checkpoints.", affects_result=False)
     keep_checkpoint_hours: float | None = _real(
-        None, "Of the older, keep one for every so many hours.", affects_result=False
+        None, "Also keep one older checkpoint per this many hours.", affects_result=False
     )
     allow_inexact_resume: bool = _switch(
-        "Go on with a run although flags differ from those it began with.", affects_result=False
+        "Resume a run although flags differ from those it was started with.", affects_result=False
     )
     max_rollbacks: int = _whole(
-        3, "How often a run that diverges goes back to its last checkpoint.", 0, affects_result=False
+        3, "Roll a diverged run back to its last checkpoint at most this often.", 0, affects_result=False
     )
-    max_bad_images: int = _whole(100, "How many images that cannot be read are left out.", 0, affects_result=False)
+    max_bad_images: int = _whole(100, "Abort after more than this many unreadable images.", 0, affects_result=False)
 
     def __post_init__(self) -> None:
-        """Checks what one flag cannot know of another.
-
-        Raises:
-            ValueError: names the flags, what was received and what would be accepted.
-        """
+        """Check what one flag cannot know of another."""
         if self.microbatch_size and self.batch_size % self.microbatch_size:
             raise ValueError(
                 "--microbatch_size must divide --batch_size. "
@@ -186,7 +191,7 @@ class RunConfig:
             raise ValueError("--epochs must be above 0. Received: --epochs=0")
         if self.eval_only and not self.run_dir:
             raise ValueError("--eval_only needs --run_dir, the folder of the run to score. Received: no --run_dir")
-        if self.nesterov and self.variant == "ratio_on_momentum":
+        if self.optimizer == "lars" and self.nesterov and self.variant == "ratio_on_momentum":
             raise ValueError("--variant=ratio_on_momentum has no Nesterov form. Received: --nesterov")
         if self.replicas and self.strategy not in ("auto", "mirrored"):
             raise ValueError(
@@ -204,8 +209,9 @@ class RunConfig:
                 "--telemetry_every needs trust ratios, so --optimizer=lars or lamb. Received: "
                 f"--telemetry_every={self.telemetry_every} --optimizer={self.optimizer}"
             )
-        if self.momentum >= 1.0:
-            raise ValueError(f"--momentum must be below 1. Received: --momentum={self.momentum}")
+        for name in ("momentum", "beta_2"):
+            if getattr(self, name) >= 1.0:
+                raise ValueError(f"--{name} must be below 1. Received: --{name}={getattr(self, name)}")
         if self.schedule == "polynomial" and self.power == 0.0:
             raise ValueError("--power must be above 0. Received: --power=0")
         if self.schedule == "exponential" and not (self.end_learning_rate and self.learning_rate):
@@ -229,46 +235,62 @@ class RunConfig:
         return f"{text} epochs"
 
     @property
-    def excluded(self) -> tuple[str, ...]:
-        """The patterns of `exclude`."""
-        return DEFAULT_EXCLUDE if self.exclude is None else self.exclude
+    def input_size(self) -> int | None:
+        """Height and width of the images; None for a data set that has its own."""
+        if self.dataset in data.ANY_SIZE and self.image_size is None:
+            return models.default_image_size(self.model)
+        return self.image_size
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
-        """Arguments of `lars_keras.training.make_optimizer` beside the rate."""
-        shared = ("momentum", "nesterov", "weight_decay", "global_clipnorm")
+        """Arguments of `running.optimizers.make_optimizer` beside name, rate and variables."""
+        shared = {"weight_decay": self.weight_decay, "global_clipnorm": self.global_clipnorm}
         ema = {} if self.ema_momentum is None else {"use_ema": True, "ema_momentum": self.ema_momentum}
-        own = ("trust_coefficient", "variant", "trust_clip", "excluded_lr_scale")
-        values = {name: getattr(self, name) for name in shared + own}
-        return {"exclude": self.excluded, "epsilon": self.trust_epsilon, **ema, **values}
+        exclude = DEFAULT_EXCLUDE if self.exclude is None else self.exclude
+        own = self._arguments(OPTIMIZER_FLAGS, self.optimizer)
+        return {"exclude": exclude, **{k: v for k, v in (shared | ema | own).items() if v is not None}}
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Arguments of `running.optimizers.make_schedule` beside name, peak and durations."""
+        return self._arguments(SCHEDULE_FLAGS, self.schedule)
+
+    def _arguments(self, table: dict[str, dict[str, str]], owner: str) -> dict[str, Any]:
+        return {arguments[owner]: getattr(self, flag) for flag, arguments in table.items() if owner in arguments}
 
     def total_updates(self, num_train: int) -> int:
-        """Updates of the whole run."""
+        """Return the updates of the whole run."""
         return self.steps or max(1, math.ceil(self.epochs * num_train / self.batch_size - 1e-9))
 
     def warmup_updates(self, num_train: int) -> int:
-        """Updates of the warm-up."""
+        """Return the updates of the warm-up.
+
+        Raises:
+            ValueError: if the run is not longer.
+        """
+        total = self.total_updates(num_train)
         updates = schedules.duration_in_updates(
             self.warmup_duration, batch_size=self.batch_size, num_examples=num_train
         )
-        return updates if self.warmup else min(updates, self.total_updates(num_train) // 5)
+        if not self.warmup:
+            return min(updates, total // 5)
+        if updates >= total and self.schedule != "step":
+            raise ValueError(
+                f"--warmup must be shorter than the run of {total} updates. Received: --warmup={self.warmup}, "
+                f"{updates} updates"
+            )
+        return updates
 
-    def changes(self, before: Mapping[str, Any]) -> list[str]:
-        """What makes this run another than the one whose fields were `before`, a phrase each."""
-        found = []
-        for field in dataclasses.fields(self):
-            now, then = getattr(self, field.name), before.get(field.name, field.default)
-            then = tuple(then) if isinstance(then, list) else then
-            if now != then and field.metadata["affects_result"]:
-                found.append(f"--{field.name}={now} was {then}")
-        return found
+    def applies(self, flag: str) -> bool:
+        """Return whether a flag has a meaning for the optimizer and the schedule of this run."""
+        return applies(flag, self.optimizer, self.schedule)
 
     def as_flags(self) -> str:
-        """The flagfile that repeats the run: one line for each flag that has a value."""
+        """Return the flagfile that repeats the run: one line for each flag that has a value and a meaning."""
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is None or field.name in ("run_dir", "eval_only", "dry_run", "allow_inexact_resume"):
+            if value is None or field.name in NOT_REPEATED or not self.applies(field.name):
                 continue
             if isinstance(value, tuple):
                 value = _as_csv(value)
@@ -277,14 +299,14 @@ class RunConfig:
 
 
 def _as_csv(values: Sequence[str]) -> str:
-    """A line that `absl` reads as a list again: what has a comma is quoted."""
+    """Return a line that `absl` reads as a list again: what has a comma is quoted."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(values)
     return line.getvalue()
 
 
 def define() -> flags.FlagValues:
-    """All flags, with their defaults, apart from absl's global ones."""
+    """Define all flags, with their defaults, apart from absl's global ones."""
     values = flags.FlagValues()
     for field in dataclasses.fields(RunConfig):
         make = getattr(flags, f"DEFINE_{field.metadata['kind']}")
@@ -294,26 +316,59 @@ def define() -> flags.FlagValues:
     return values
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The flags in `argv`, on top of those of the run that is in `--run_dir`, and the arguments that are no flags.
+def parse(
+    argv: Sequence[str], flags_of_run: Callable[[str], Sequence[str]] | None = None
+) -> tuple[flags.FlagValues, list[str]]:
+    """Parse the flags in `argv`, on top of those of the run that they resume.
+
+    Args:
+        argv: the program's name, then its arguments.
+        flags_of_run: returns lines of flags for the value of `--run_dir`. They are never refused for the optimizer or
+            schedule, because the user did not give them.
+
+    Returns:
+        The flags, and the arguments that are no flags.
 
     Raises:
-        absl.flags.Error: for a flag that is unknown or out of range.
+        absl.flags.Error: if a flag is unknown, out of range, or without a meaning for the optimizer or schedule.
     """
-    values = define()
+    given = values = define()
     try:
-        arguments = values(argv)
+        arguments = given(argv)
+        if flags_of_run and given["run_dir"].value and (before := flags_of_run(given["run_dir"].value)):
+            values = define()
+            arguments = values([argv[0], *before, *argv[1:]])
     except (UnicodeDecodeError, OSError) as e:
         raise flags.Error(f"--flagfile is not a readable text file: {e}") from e
-    own = Path(values["run_dir"].value or "") / "flags.txt"
-    if values["run_dir"].value and own.is_file():
-        values = define()
-        arguments = values([argv[0], f"--flagfile={own}", *argv[1:]])
+    except flags.UnrecognizedFlagError as e:
+        name = e.flagname.removeprefix("no") if e.flagname.removeprefix("no") in renamed.FLAGS else e.flagname
+        if name not in renamed.FLAGS:
+            raise
+        raise flags.Error(f"--{name} was renamed to --{renamed.FLAGS[name]}.") from e
+    _refuse_meaningless(given, values)
     return values, arguments[1:]
 
 
+def _refuse_meaningless(given: flags.FlagValues, values: flags.FlagValues) -> None:
+    """Refuse flags of another optimizer or schedule, also with their default as value."""
+    for owner, table in (("optimizer", OPTIMIZER_FLAGS), ("schedule", SCHEDULE_FLAGS)):
+        chosen = values[owner].value
+        for name, owners in table.items():
+            if given[name].present and chosen not in owners:
+                raise flags.IllegalFlagValueError(
+                    f"--{name} goes with --{owner}={' or '.join(owners)}. Received: --{name}={given[name].value} "
+                    f"--{owner}={chosen}"
+                )
+    optimizer = values["optimizer"].value
+    if given["exclude"].present and optimizer not in ("lars", "lamb") and values["weight_decay"].value == 0.0:
+        raise flags.IllegalFlagValueError(
+            f"--exclude needs --weight_decay above 0 with --optimizer={optimizer}, which adapts no layer. Received: "
+            "--weight_decay=0"
+        )
+
+
 def read(values: flags.FlagValues) -> RunConfig:
-    """The parsed flags as a `RunConfig`.
+    """Return the parsed flags as a `RunConfig`.
 
     Raises:
         ValueError: if flags contradict each other.

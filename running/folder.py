@@ -1,10 +1,9 @@
-"""The run folder: what was asked for, and what came of it."""
+"""The run folder: what was asked for."""
 
 import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import keras
 
@@ -12,6 +11,8 @@ from flags.config import RunConfig
 from lars_keras.files import atomic_write_text
 from lars_keras.runtime.errors import UsageError
 from lars_keras.versions import versions
+from running.plan import Plan
+from running.resume import refuse_finished
 
 _PACKAGES = (
     "lars-keras",
@@ -26,10 +27,10 @@ _PACKAGES = (
 
 
 def open_run_dir(config: RunConfig) -> Path:
-    """Path of the run's folder, which is not created before the run is known to be able to start.
+    """Return the path of the run's folder, which is created only when the run is known to be able to start.
 
     Raises:
-        UsageError: if its run is finished, or, for `--eval_only`, if it holds none.
+        UsageError: if the run in it is finished, or, for `eval_only`, if it holds none.
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
@@ -38,42 +39,36 @@ def open_run_dir(config: RunConfig) -> Path:
     if config.eval_only:
         if not (path / "model.keras").is_file():
             raise UsageError(f"--eval_only found no model.keras in --run_dir={path}")
-    elif (path / "results.json").exists():
-        raise UsageError(
-            f"--run_dir={path} holds a finished run, and nothing is written over. Name another folder, or give "
-            "--eval_only to score its model."
-        )
-    elif path.exists() and not path.is_dir():
+        return path
+    refuse_finished(path)
+    if path.exists() and not path.is_dir():
         raise UsageError(f"--run_dir={path} is not a folder.")
     return path
 
 
-def write_plan(
-    path: Path, config: RunConfig, plan: str, warnings: list[str], optimizer: keras.optimizers.Optimizer
-) -> None:
-    """Creates the folder with `flags.txt`, `config.json` and `plan.txt`."""
+def write_plan(path: Path, config: RunConfig, plan: Plan, optimizer: keras.optimizers.Optimizer) -> None:
+    """Create the folder with `flags.txt`, `config.json` and `plan.txt`.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path / "plan.txt", plan + "\n")
+        atomic_write_text(path / "plan.txt", plan.text + "\n")
     except OSError as e:
         raise UsageError(f"--run_dir={path} cannot be written: {e.strerror}") from e
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     rows = optimizer.layer_plan() if hasattr(optimizer, "layer_plan") else []
     settings = {
-        **dataclasses.asdict(config),
-        "warnings": warnings,
-        "versions": _versions(),
+        **{name: value for name, value in dataclasses.asdict(config).items() if config.applies(name)},
+        "warnings": plan.warnings,
+        "versions": all_versions(),
         "layer_plan": [dataclasses.asdict(row) for row in rows],
     }
     atomic_write_text(path / "config.json", json.dumps(settings, indent=2) + "\n")
     atomic_write_text(path / "flags.txt", config.as_flags())
 
 
-def write_results(path: Path, scores: dict[str, float], **measured: Any) -> None:
-    """Writes `results.json`: the last scores, what was measured on the way, and the versions of everything."""
-    results = {**scores, "n": round(scores["n"]), **measured, "versions": _versions()}
-    atomic_write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str]:
+def all_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that have a part in a run, and the Keras backend."""
     return {**versions(_PACKAGES), "keras_backend": keras.backend.backend()}

@@ -1,6 +1,7 @@
-"""Optimizers and schedules by name, as scripts choose them."""
+"""Optimizers and schedules by name, and the flags that each of them has."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -8,17 +9,48 @@ import keras
 from lars_keras.exclude import DEFAULT_EXCLUDE, check_patterns, resolve_roles
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
-from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.schedules import WarmupCosine, WarmupExponential, WarmupPolynomial, WarmupStep
 
-OPTIMIZERS = ("lars", "lamb", "sgd", "momentum", "adam")
+_OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
+    "lars": LARS,
+    "lamb": LAMB,
+    "sgd": keras.optimizers.SGD,
+    "momentum": functools.partial(keras.optimizers.SGD, momentum=0.9),
+    "adam": keras.optimizers.Adam,
+}
+OPTIMIZERS = tuple(_OPTIMIZERS)
 SCHEDULES = ("polynomial", "cosine", "exponential", "step")
+
+# For each flag the optimizers that have it, and its argument there. Flags that are not listed are for all of them.
+OPTIMIZER_FLAGS: dict[str, dict[str, str]] = {
+    "momentum": {"lars": "momentum", "momentum": "momentum", "lamb": "beta_1", "adam": "beta_1"},
+    "nesterov": {"lars": "nesterov", "momentum": "nesterov"},
+    "beta_2": {"lamb": "beta_2", "adam": "beta_2"},
+    "adam_epsilon": {"lamb": "epsilon", "adam": "epsilon"},
+    "bias_correction": {"lamb": "bias_correction"},
+    "trust_coefficient": {"lars": "trust_coefficient"},
+    "trust_epsilon": {"lars": "epsilon"},
+    "variant": {"lars": "variant"},
+    "trust_clip": {"lars": "trust_clip", "lamb": "trust_clip"},
+    # Not of LAMB: what it does not adapt takes Adam's step, which needs no other rate.
+    "excluded_lr_scale": {"lars": "excluded_lr_scale"},
+}
+# The same for schedules.
+SCHEDULE_FLAGS: dict[str, dict[str, str]] = {
+    "power": {"polynomial": "power"},
+    "end_learning_rate": {"polynomial": "end", "cosine": "end", "exponential": "end"},
+}
+
+
+def applies(flag: str, optimizer: str, schedule: str) -> bool:
+    """Return whether a flag has a meaning for an optimizer and a schedule."""
+    return optimizer in OPTIMIZER_FLAGS.get(flag, OPTIMIZERS) and schedule in SCHEDULE_FLAGS.get(flag, SCHEDULES)
 
 
 def make_schedule(
-    name: str, *, peak: float, warmup_updates: int, total_updates: int, power: float = 2.0, end: float = 0.0
+    name: str, *, peak: float, warmup_updates: int, total_updates: int, **options: float
 ) -> keras.optimizers.schedules.LearningRateSchedule:
-    """A warm-up from 0 followed by the decay called `name`.
+    """Make a warm-up from 0 followed by the decay called `name`.
 
     Args:
         name: one of `SCHEDULES`. `"step"` multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run: epochs 30, 60 and 80 of the
@@ -26,74 +58,70 @@ def make_schedule(
         peak: highest rate.
         warmup_updates: length of the warm-up.
         total_updates: length of the run.
-        power: exponent, for `"polynomial"`.
-        end: last rate, but for `"step"`; above 0 for `"exponential"`.
+        **options: `end`, the last rate, for all but `"step"`; `power`, the exponent, for `"polynomial"`.
 
     Raises:
-        ValueError: for an unknown name, or a warm-up as long as the run.
+        ValueError: if the name is unknown, or the warm-up is as long as the run.
     """
     if name == "polynomial":
-        return WarmupPolynomial(peak, warmup_updates, total_updates, power=power, end=end)
+        return WarmupPolynomial(peak, warmup_updates, total_updates, **options)
     if name == "cosine":
-        return WarmupCosine(peak, warmup_updates, total_updates, end=end)
+        return WarmupCosine(peak, warmup_updates, total_updates, **options)
     if name == "exponential":
-        return WarmupExponential(peak, warmup_updates, total_updates, end=end)
+        return WarmupExponential(peak, warmup_updates, total_updates, **options)
     if name == "step":
-        drops = sorted({round(total_updates * share) for share in (1 / 3, 2 / 3, 8 / 9)})
-        return WarmupStep(peak, warmup_updates, [d for d in drops if d >= warmup_updates])
-    raise ValueError(f"The schedule must be one of {SCHEDULES}. Received: {name!r}")
+        drops = sorted({round(total_updates * part) for part in (1 / 3, 2 / 3, 8 / 9)})
+        return WarmupStep(peak, warmup_updates, [d for d in drops if d >= warmup_updates], **options)
+    raise ValueError(f"`schedule` must be one of {SCHEDULES}. Received: schedule={name!r}")
 
 
 def make_optimizer(
-    name: str, learning_rate: Any, variables: Sequence[keras.Variable], **options: Any
+    name: str,
+    learning_rate: Any,
+    variables: Sequence[keras.Variable],
+    *,
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    weight_decay: float = 0.0,
+    **arguments: Any,
 ) -> keras.optimizers.Optimizer:
-    """The optimizer called `name`, built for `variables`.
+    """Make the optimizer called `name`, and build it for `variables`.
 
     Args:
         name: one of `OPTIMIZERS`.
         learning_rate: a number or a schedule.
         variables: the model's trainable variables.
-        **options: any of `momentum`, `nesterov`, `weight_decay`, `global_clipnorm`, `use_ema`, `ema_momentum`,
-            `exclude` and the further arguments of `LARS`; an optimizer takes those that it has. `momentum` is `beta_1`
-            of `LAMB` and Adam. Keras's optimizers apply `weight_decay` decoupled (`w -= lr * weight_decay * w`), and
-            not to the variables that `exclude` matches.
+        exclude: patterns of variables that are neither adapted nor decayed.
+        weight_decay: inside the rule of LARS and LAMB. Keras's optimizers apply it decoupled:
+            `w -= learning_rate * weight_decay * w`.
+        **arguments: further arguments of the optimizer's class.
 
     Raises:
-        ValueError: for an unknown name, or a pattern that matches nothing.
+        ValueError: if the name is unknown, or a pattern matches no variable.
     """
-    optimizer = _make(name, learning_rate, options)
-    if not isinstance(optimizer, LayerwiseOptimizer) and optimizer.weight_decay:
-        roles = resolve_roles(
-            variables,
-            exclude=check_patterns("exclude", options.get("exclude", DEFAULT_EXCLUDE)) or (),
-            exclude_from_layer_adaptation=None,
-            exclude_from_weight_decay=None,
-            excluded_lr_scale=1.0,
-        )
-        kept = [v for v, role in zip(variables, roles, strict=True) if not role.decay]
-        if kept:
-            optimizer.exclude_from_weight_decay(var_list=kept)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"`optimizer` must be one of {OPTIMIZERS}. Received: optimizer={name!r}")
+    make = _OPTIMIZERS[name]
+    if make in (LARS, LAMB):
+        optimizer = make(learning_rate, weight_decay=weight_decay, exclude=exclude, **arguments)
+    else:  # Keras would multiply every weight by 1 for a decay of 0
+        optimizer = make(learning_rate, weight_decay=weight_decay or None, **arguments)
+        if weight_decay:
+            _exclude_from_weight_decay(optimizer, variables, exclude)
     optimizer.build(variables)
     return optimizer
 
 
-def _make(name: str, learning_rate: Any, options: dict[str, Any]) -> keras.optimizers.Optimizer:
-    if name == "lars":
-        return LARS(learning_rate, **options)
-    names = ("weight_decay", "global_clipnorm", "use_ema", "ema_momentum")
-    shared = {name: options[name] for name in names if options.get(name) is not None}
-    if not shared.get("weight_decay"):
-        shared.pop("weight_decay", None)  # Keras would multiply every weight by 1
-    momentum = options.get("momentum", 0.9)
-    if name == "sgd":
-        return keras.optimizers.SGD(learning_rate, **shared)
-    if name == "momentum":
-        nesterov = options.get("nesterov", False)
-        return keras.optimizers.SGD(learning_rate, momentum=momentum, nesterov=nesterov, **shared)
-    if name == "adam":
-        return keras.optimizers.Adam(learning_rate, beta_1=momentum, **shared)
-    if name == "lamb":
-        # Not `excluded_lr_scale`: what LAMB does not adapt takes Adam's step, which needs no other rate.
-        own = {name: options[name] for name in ("exclude", "trust_clip") if name in options}
-        return LAMB(learning_rate, beta_1=momentum, **({"weight_decay": 0.0} | shared), **own)
-    raise ValueError(f"The optimizer must be one of {OPTIMIZERS}. Received: {name!r}")
+def _exclude_from_weight_decay(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable], exclude: Sequence[str]
+) -> None:
+    """Exclude from Keras's decay what LARS would not decay."""
+    roles = resolve_roles(
+        variables,
+        exclude=check_patterns("exclude", exclude) or (),
+        exclude_from_layer_adaptation=None,
+        exclude_from_weight_decay=None,
+        excluded_lr_scale=1.0,
+    )
+    kept = [v for v, role in zip(variables, roles, strict=True) if not role.decay]
+    if kept:
+        optimizer.exclude_from_weight_decay(var_list=kept)

@@ -1,6 +1,8 @@
 """The plan: what a run is going to do, in numbers, and what looks wrong with it."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -21,22 +23,42 @@ probably meant for another optimizer: 0.01, a usual rate of SGD, gives 0.0001.
 """
 
 
-def rates(optimizer: keras.optimizers.Optimizer, updates: int) -> np.ndarray:
-    """The learning rate of each update, float64 of shape `(updates,)`."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        rates: the learning rate of each update, float64 of shape `(updates,)`.
+        warnings: settings that are allowed but rarely meant, a sentence each.
+        text: the plan as it is printed before the first step.
+    """
+
+    rates: np.ndarray
+    warnings: list[str]
+    text: str
+
+
+def make_plan(config: RunConfig, data: ImageData, trainer: Trainer, run_dir: Path, notes: Sequence[str]) -> Plan:
+    """Work out the plan of a run; `notes` say how it was resumed."""
+    rates = _rates(trainer.model.optimizer, config.total_updates(data.num_train))
+    warnings = _warnings(config, trainer.model, data, rates)
+    return Plan(rates, warnings, _text(config, data, trainer, rates, run_dir, warnings, notes))
+
+
+def _rates(optimizer: keras.optimizers.Optimizer, updates: int) -> np.ndarray:
     schedule = getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
     return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))), np.float64)
 
 
-def relative_steps(config: RunConfig, rate: np.ndarray) -> np.ndarray:
-    """How far an update of LARS moves a layer, relative to its norm, once the momentum has built up."""
+def _relative_steps(config: RunConfig, rate: np.ndarray) -> np.ndarray:
+    """Return how far an update of LARS moves a layer, relative to its norm, once the momentum has built up."""
     return rate * config.trust_coefficient / (1.0 - config.momentum)
 
 
-def warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.ndarray) -> list[str]:
-    """Settings that are allowed but rarely meant, a sentence each."""
+def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.ndarray) -> list[str]:
     found = []
     if config.optimizer == "lars":
-        step = relative_steps(config, rate).max()
+        step = _relative_steps(config, rate).max()
         low, high = RELATIVE_STEP_RANGE
         if not low / 10 <= step <= high * 10:
             found.append(
@@ -45,8 +67,8 @@ def warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.nd
             )
         if config.weight_decay and any(getattr(v, "regularizer", None) for v in model.trainable_variables):
             found.append(
-                "The model has weight regularisers beside --weight_decay: both decay the weights, and the "
-                "regularisers' gradients enter the trust ratio."
+                "The model has weight regularisers beside --weight_decay: both decay the weights, and the gradients of "
+                "the regularisers enter the trust ratio."
             )
     if config.optimizer in ("sgd", "momentum", "adam", "lamb") and config.learning_rate > 5:
         found.append(f"--learning_rate={config.learning_rate:g} is a rate for lars, not for {config.optimizer}.")
@@ -57,17 +79,15 @@ def warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.nd
     return found
 
 
-def text(
+def _text(
     config: RunConfig,
     data: ImageData,
     trainer: Trainer,
     rate: np.ndarray,
-    warmup_updates: int,
     run_dir: Path,
-    found: list[str],
-    notes: list[str],
+    warnings: list[str],
+    notes: Sequence[str],
 ) -> str:
-    """The plan as it is printed before the first step."""
     model, total = trainer.model, len(rate)
     strategy = type(strategy_of(model)).__name__
     per_epoch = data.num_train / config.batch_size
@@ -87,7 +107,7 @@ def text(
         ("optimizer", _optimizer(config)),
         (
             "schedule",
-            f"{config.schedule}, warm-up {warmup_updates} updates: {rate[0]:.4g} at update 1, "
+            f"{config.schedule}, warm-up {config.warmup_updates(data.num_train)} updates: {rate[0]:.4g} at update 1, "
             f"{rate[peak]:.4g} at {peak + 1}, {rate[-1]:.4g} at {total}",
         ),
         ("evaluation", f"every {_count(config.eval_every, 'epoch')}, all {data.num_test:,} {scored} images once each"),
@@ -97,28 +117,20 @@ def text(
     lines = [f"  {name:<11}{value}" for name, value in rows]
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if isinstance(optimizer, LARS):
-        steps = relative_steps(config, rate)
+        steps = _relative_steps(config, rate)
         step = f"up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
         lines.insert(6, f"  {'step':<11}{step}")
     if isinstance(optimizer, LayerwiseOptimizer):
         lines += ["", *_layers(optimizer)]
-    lines += [f"WARNING: {warning}" for warning in found]
+    lines += [f"WARNING: {warning}" for warning in warnings]
     return "\n".join(lines)
 
 
-def scores(values: dict[str, float], num_test: int) -> str:
-    """An evaluation in one line."""
-    missing = num_test - round(values["n"])
-    return (
-        f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
-        f"n={values['n']:.0f}, each image once" + (f"; {missing:,} could not be read" if missing else "")
-    )
-
-
 def _input(trainer: Trainer, data: ImageData) -> str:
-    # Of each replica two in the making and two ready, two more behind them, and on JAX one on its way to each device.
-    passes = 5 if keras.backend.backend() == "jax" else 4
-    ahead = (passes * trainer.replicas + 2) * trainer.microbatch_size
+    # A replica has two ghost batches in the making and two ready, and on JAX one on its way to the device; two more are
+    # behind them.
+    batches = 5 if keras.backend.backend() == "jax" else 4
+    ahead = (batches * trainer.replicas + 2) * trainer.microbatch_size
     size = ahead * math.prod(data.image_shape) / 1e6
     return f"augment: {data.augment}; {data.reading}; up to {ahead:,} images ahead ({size:,.0f} MB)"
 
@@ -141,8 +153,8 @@ def _layers(optimizer: LayerwiseOptimizer) -> list[str]:
         shape = " x ".join(map(str, role.shape)) or "scalar"
         adapt, decay = ("yes" if flag else "-" for flag in (role.adapt, role.decay))
         lines.append(f"  {role.path:<{width}}  {shape:<18} {adapt:<7}  {decay:<7}  {role.lr_scale:g}")
-    share = sum(math.prod(r.shape) for r in plan if r.adapt) / sum(math.prod(r.shape) for r in plan)
-    lines.append(f"  adapted: {sum(r.adapt for r in plan)} of {len(plan)} variables, {share:.2%} of the weights")
+    adapted = sum(math.prod(r.shape) for r in plan if r.adapt) / sum(math.prod(r.shape) for r in plan)
+    lines.append(f"  adapted: {sum(r.adapt for r in plan)} of {len(plan)} variables, {adapted:.2%} of the weights")
     return lines
 
 

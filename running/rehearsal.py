@@ -1,4 +1,4 @@
-"""`--dry_run`: all that can be known of a run before it is paid for."""
+"""Rehearse a run, `--dry_run`: all that can be known of it before it is paid for."""
 
 import math
 import shutil
@@ -17,19 +17,20 @@ from lars_keras.data import ImageData
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.training.trainer import Trainer
+from running.plan import Plan
 
 MIB = 2**20
 
 
-def dry_run(config: RunConfig, trainer: Trainer, data: ImageData, rate: np.ndarray, run_dir: Path) -> None:
-    """Prints sizes, then takes two updates, an evaluation, and a save and restore, on synthetic images.
+def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, run_dir: Path) -> None:
+    """Print plan and sizes, then take two updates, an evaluation, and a save and restore, on synthetic images.
 
-    Nothing is left behind, but what --cache=disk copied before.
+    Nothing is left behind but the copies that --cache=disk made before.
 
     Raises:
-        UsageError: names the flag to change where something cannot work.
+        UsageError: if something cannot work; it names the flag to change.
     """
-    print(f"\n{_table(_rates(rate))}\n\n{_table(_sizes(config, trainer, data))}")
+    print(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
     place = _nearest_folder(run_dir)
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix="dry-run-") as folder:
@@ -50,10 +51,10 @@ def dry_run(config: RunConfig, trainer: Trainer, data: ImageData, rate: np.ndarr
 
 
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:
-    """The learning rate at the points that a reader asks for."""
+    """Return the learning rate at the points that a reader asks for."""
     total = len(rate)
     points = {0: "first", int(rate.argmax()): "peak", total - 1: "last"}
-    points |= {round(share * (total - 1)): f"{share:.0%}" for share in (0.25, 0.5, 0.75)}
+    points |= {round(part * (total - 1)): f"{part:.0%}" for part in (0.25, 0.5, 0.75)}
     return [(f"rate, {name}", f"{rate[i]:.4g} at update {i + 1:,}") for i, name in sorted(points.items())]
 
 
@@ -66,7 +67,7 @@ def _checkpoint_bytes(trainer: Trainer) -> int:
 
 
 def _activation_bytes(model: keras.Model) -> int:
-    """Of one example: the outputs of all layers, which the backward pass asks for again."""
+    """Return the size of one example's outputs of all layers, which the backward pass needs again."""
     total = 0
     for layer in model._flatten_layers(include_self=False, recursive=True):
         for node in layer._inbound_nodes:
@@ -76,7 +77,7 @@ def _activation_bytes(model: keras.Model) -> int:
 
 
 def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[str, str]]:
-    """Memory of a device, and what stands on disk."""
+    """Return the memory of a device by what takes it, and the size of a checkpoint."""
     model, micro = trainer.model, trainer.microbatch_size
     image = math.prod(data.image_shape)
     batches = math.ceil(data.num_test / (micro * trainer.replicas))
@@ -102,7 +103,12 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
 
 
 def _check_disk(config: RunConfig, trainer: Trainer, place: Path) -> None:
-    """One more checkpoint than are kept, because the new one is written before the old one goes; and the model."""
+    """Check that the disk has room for the run.
+
+    Raises:
+        UsageError: if it has not.
+    """
+    # One more checkpoint than are kept, because the new one is written before the old one goes; and the model.
     need = _checkpoint_bytes(trainer) * (config.keep_checkpoints + 2)
     free = shutil.disk_usage(place).free
     if need > free:
@@ -113,12 +119,12 @@ def _check_disk(config: RunConfig, trainer: Trainer, place: Path) -> None:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """The folder itself, or the first above it that exists."""
+    """Return the folder itself, or the first above it that exists."""
     return path if path.is_dir() else _nearest_folder(path.absolute().parent)
 
 
 def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[str, str]]:
-    """Two updates, an evaluation, a save and a restore: what each of them took."""
+    """Take two updates, an evaluation, a save and a restore; return how long each of them took."""
     rng = np.random.default_rng(0)
     micro, classes = trainer.microbatch_size, data.num_classes
     images = rng.integers(0, 256, (micro, *data.image_shape), np.uint8)

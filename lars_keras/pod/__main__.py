@@ -23,11 +23,12 @@ from absl import flags as absl_flags
 from lars_keras.pod.chips import Chip, chip_of
 from lars_keras.pod.measure import Collective, Program
 from lars_keras.pod.roofline import largest_microbatch, line_through, roofline
-from lars_keras.runtime.errors import EXIT_USAGE, UsageError
+from lars_keras.runtime.errors import UsageError
 
 MIB = 2**20
 ENGINES = ("jax", "tensorflow")
 EXIT_DOES_NOT_FIT = 1
+EXIT_USAGE = 2
 
 
 def check(config: Any, topology: str, engine: str, *, search: bool = True) -> dict[str, Any]:

@@ -1,14 +1,4 @@
-"""What ends a run, and with which exit code."""
-
-import contextlib
-from collections.abc import Iterator
-
-EXIT_USAGE = 2  # a bad flag or a missing device or file: nothing was started
-EXIT_DIVERGED = 3  # the run diverged; its last checkpoint is from before
-EXIT_WORKER_LOST = 4  # another process of a multi-worker run is gone
-EXIT_BAD_DATA = 5  # more images could not be read than --max_bad_images allows
-EXIT_NOT_SAVED = 6  # the disk took no checkpoint or result
-EXIT_PREEMPTED = 75  # stopped by a signal, saved: start it again to go on
+"""What ends a run."""
 
 
 class UsageError(ValueError):
@@ -33,12 +23,3 @@ class Preempted(RuntimeError):
 
 class TooManyBadImages(RuntimeError):
     """More images could not be read than are allowed."""
-
-
-@contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """While a run is set up, an argument or file that is refused is the user's to mend, not a bug to trace."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        raise UsageError(str(e)) from e

@@ -26,6 +26,7 @@ import train
 from lars_keras import data as datasets
 from lars_keras.data import ArrayData
 from lars_keras.runtime.checkpoint import CheckpointManager
+from running import callbacks
 from running.optimizers import OPTIMIZERS, make_optimizer
 from tests.published_recipes import RECIPES
 
@@ -38,8 +39,6 @@ SMALL = (
     "--eval_every=6",
     "--learning_rate=15",
     "--warmup=0",
-    "--excluded_lr_scale=0.05",
-    "--weight_decay=0.0005",
 )
 
 
@@ -175,7 +174,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         progress = keras.callbacks.LambdaCallback(on_train_batch_end=preempt)
         progress.images_per_second = 1.0
         progress.data_wait = 0.0
-        with unittest.mock.patch.object(train, "Progress", lambda: progress):
+        with unittest.mock.patch.object(callbacks, "Progress", lambda: progress):
             code, out, err = self.train(*SMALL, f"--run_dir={run_dir}", "--ema_momentum=0.5")
         self.assertEqual(code, 75, out + err)
         self.assertIn("stopped after update 5, saved", err)
@@ -260,7 +259,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
                 if batch == 3:
                     data.unreadable_images.found["record 9 of a"] = "truncated <b>"
 
-        with unittest.mock.patch.object(train, "Progress", Found):
+        with unittest.mock.patch.object(callbacks, "Progress", Found):
             code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/r", "--max_bad_images=3", data=data)
             self.assertEqual(code, 0, err)
             self.assertEqual(json.loads((self.dir / "r/bad_images.json").read_text())["record 9 of a"], "truncated <b>")
@@ -335,7 +334,7 @@ with StopOnSignal() as stop:
         (["--learning_rate=-1"], "learning_rate"),
         (["--epochs=0"], "--epochs must be above 0"),
         (["--warmup=soon"], "--warmup"),
-        (["--warmup=9"], "warmup_updates"),
+        (["--warmup=9"], "--warmup must be shorter than the run of 1 updates. Received: --warmup=9"),
         (["--momentum=1"], "--momentum must be below 1"),
         (["--exclude=no_such_layer"], "no_such_layer"),
         (["--exclude=("], "regular expression"),
@@ -394,7 +393,8 @@ class RecipesTest(tf.test.TestCase):
     def test_flagfiles_hold_the_published_values(self):
         published = {(r.model, r.batch_size): r for r in RECIPES}
         models = {r.model for r in RECIPES}
-        configs = [self.config(path) for model in models for path in (ROOT / "flags").glob(f"{model}_[0-9]*.flags")]
+        paths = [path for model in models for path in (ROOT / "flags/recipes").glob(f"{model}_[0-9]*.flags")]
+        configs = [self.config(path) for path in paths]
         self.assertCountEqual([(c.model, c.batch_size) for c in configs], list(published))
         for config in configs:
             recipe = published[config.model, config.batch_size]

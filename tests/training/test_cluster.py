@@ -18,9 +18,10 @@ from absl.testing import parameterized
 
 import models
 from lars_keras import LARS
-from lars_keras.runtime.errors import EXIT_PREEMPTED, EXIT_WORKER_LOST, UsageError
+from lars_keras.runtime.errors import UsageError
 from lars_keras.training.cluster import make_strategy
 from lars_keras.training.tensorflow.engine import TensorFlowEngine
+from running import exit_codes
 from tests import prepared, workers
 from tests import step_cases as cases
 
@@ -150,7 +151,7 @@ class WorkersTest(tf.test.TestCase):
                 process.kill()
                 process.communicate()
         for process, output in zip(two, outputs, strict=True):
-            self.assertEqual(process.returncode, EXIT_PREEMPTED, output)
+            self.assertEqual(process.returncode, exit_codes.PREEMPTED, output)
             self.assertIn("saved; start it again", output)
         again = self.start(command)
         outputs = workers.wait(again)
@@ -175,7 +176,7 @@ class WorkersTest(tf.test.TestCase):
             for process in two:
                 process.kill()
                 process.communicate()
-        self.assertEqual(two[0].returncode, EXIT_WORKER_LOST, output)
+        self.assertEqual(two[0].returncode, exit_codes.WORKER_LOST, output)
         self.assertIn("another worker is gone", output)
         self.assertNotIn("Traceback", output)
 

@@ -16,6 +16,7 @@ import keras
 
 from flags import RunConfig
 from lars_keras.runtime.errors import Diverged, Preempted
+from running.resume import config_of_flags, flags_of_run
 from tools.comparison.search import Job
 
 KEPT = ("top1", "top5", "loss", "n", "updates", "seconds", "images_per_second")
@@ -123,7 +124,7 @@ def take(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _flags_in(run_dir: Path) -> list[str]:
-    return _lines((run_dir / "flags.txt").read_text(encoding="utf-8"))
+    return _lines(config_of_flags(flags_of_run(str(run_dir))).as_flags())
 
 
 def _lines(flags: str) -> list[str]:

@@ -1,0 +1,60 @@
+"""The callbacks of a run."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from flags.config import RunConfig
+from lars_keras.data import ImageData
+from lars_keras.report.layers import LayerTelemetry
+from lars_keras.report.log import MetricsLog, Progress
+from lars_keras.runtime.divergence import CorruptImageLimit, DivergenceGuard
+from lars_keras.runtime.preemption import StopOnSignal
+from lars_keras.training import Trainer
+from running.resume import BAD_IMAGES
+
+
+class RunCallbacks:
+    """The callbacks of a run, and what its results take from them. Of several hosts only the chief shows and logs.
+
+    Args:
+        config: flags of the run.
+        trainer, data: of the run.
+        run_dir: its folder.
+        chief: true on the host that prints and writes.
+
+    Attributes:
+        progress: the progress bar, with the speed.
+        log: the metrics log.
+        images: counts unreadable images.
+    """
+
+    def __init__(self, config: RunConfig, trainer: Trainer, data: ImageData, run_dir: Path, chief: bool):
+        self.progress, self.log = Progress(), MetricsLog(run_dir)
+        self.images = CorruptImageLimit(data, config.max_bad_images, self._on_unreadable_image)
+        self._guard = DivergenceGuard(trainer)
+        self._telemetry = LayerTelemetry(trainer, self.log, config.telemetry_every) if config.telemetry_every else None
+        self._unreadable, self._path, self._chief = data.unreadable_images, run_dir / BAD_IMAGES, chief
+
+    def in_order(self, stop: StopOnSignal) -> list[keras.callbacks.Callback]:
+        """Return the callbacks in the order in which they see an update."""
+        if not self._chief:
+            return [self._guard, self.images, stop]
+        telemetry = [self._telemetry] if self._telemetry else []
+        return [*telemetry, self._guard, self.progress, self.log, self.images, stop]
+
+    def on_rollback(self, rollback: dict[str, Any]) -> None:
+        """Print and log a rollback."""
+        if self._chief:
+            text = f"went back to update {rollback['update']}: {rollback['reason']}"
+            print(text, file=sys.stderr, flush=True)
+            self.log.note(rollback["update"], text)
+
+    def _on_unreadable_image(self, update: int, where: str, reason: str) -> None:
+        if self._chief:
+            with contextlib.suppress(OSError):  # the log has it, too
+                self._unreadable.save(self._path)
+            self.log.note(update, f"left out an image that cannot be read, {where}: {reason}")

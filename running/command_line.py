@@ -1,0 +1,107 @@
+"""From the command line to the exit code."""
+
+import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import keras
+import tensorflow as tf
+from absl import flags as absl_flags
+from absl import logging
+
+import flags
+from lars_keras.runtime.errors import Diverged, Preempted, TooManyBadImages, UsageError
+from lars_keras.training.cluster import says_worker_is_lost
+from running import exit_codes
+from running.errors import in_flags, usage_errors
+from running.resume import flags_of_run
+
+# Groups of the help, each from this flag on, and what most people need first.
+_GROUPS = {
+    "model": "Model and data",
+    "run_dir": "Run folder",
+    "batch_size": "Batch and length",
+    "optimizer": "Optimizer and schedule",
+    "strategy": "Devices and precision",
+    "eval_every": "Evaluation, seed and telemetry",
+    "checkpoint_minutes": "Checkpoints and recovery",
+}
+_FIRST = ("data_dir", "run_dir", "strategy", "dry_run")
+
+
+def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str | None) -> int:
+    """Run `main` with the flags in `argv`, and return the exit code of the process.
+
+    Args:
+        main: the program.
+        argv: its name, then its flags.
+        usage: begins the text of `--help`.
+    """
+    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
+
+    def end(code: int, message: str) -> int:
+        print(f"train.py: {message}", file=sys.stderr)
+        return code
+
+    try:
+        values, arguments = flags.parse(argv, flags_of_run)
+        if values["help"].value:
+            print(f"{usage}\n{_help()}")
+            return 0
+        with usage_errors():
+            if arguments:
+                raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
+            config = flags.read(values)
+        main(config)
+    except (absl_flags.Error, UsageError) as e:
+        return end(exit_codes.USAGE, f"error: {in_flags(str(e))}")
+    except Diverged as e:
+        hint = "A lower --learning_rate or a longer --warmup may help; the checkpoints are from before."
+        return end(exit_codes.DIVERGED, f"{e} {hint}")
+    except TooManyBadImages as e:
+        return end(exit_codes.BAD_DATA, in_flags(str(e)))
+    except Preempted as e:
+        return end(exit_codes.PREEMPTED, f"{e}, saved; start it again with the same --run_dir to go on")
+    except OSError as e:
+        return end(exit_codes.NOT_SAVED, f"cannot write: {e}. Checkpoints that were written before are whole.")
+    except (tf.errors.OpError, RuntimeError, ValueError) as e:
+        if not says_worker_is_lost(e):
+            raise
+        return end(exit_codes.WORKER_LOST, f"another worker is gone: {str(e).splitlines()[0]}")
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code."""
+    if code == exit_codes.WORKER_LOST and keras.backend.backend() == "jax":
+        os._exit(code)  # at an ordinary exit JAX waits for the worker that is gone, and then aborts
+    sys.exit(code)
+
+
+def _help() -> str:
+    """Return the help: the flags that most people need first, then all of them by group."""
+    fields = {field.name: field for field in dataclasses.fields(flags.RunConfig)}
+    lines = ["Needed first", *_entry("--flagfile=FILE", "Read flags from this recipe; later flags replace its own.")]
+    for name in _FIRST:
+        lines += _flag_entry(fields[name])
+    for name, field in fields.items():
+        if name in _GROUPS:
+            lines += ["", _GROUPS[name]]
+        lines += _flag_entry(field)
+    return "\n".join(lines)
+
+
+def _flag_entry(field: dataclasses.Field) -> list[str]:
+    meta, default = field.metadata, field.default
+    text = meta["help"] + ("" if default is None or default is False else f" (default: {str(default).lower()})")
+    if meta["kind"] == "bool":
+        return _entry(f"--[no]{field.name}", text)
+    values = "|".join(meta["options"].get("enum_values", ())) or {"list": "A,B"}.get(meta["kind"], meta["kind"].upper())
+    return _entry(f"--{field.name}={values}", text)
+
+
+def _entry(flag: str, text: str) -> list[str]:
+    return [f"  {flag}", *textwrap.wrap(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)]

@@ -1,0 +1,47 @@
+"""Turn errors of the library, which name its arguments, into lines that name the flags of `train.py`."""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from flags.config import RunConfig
+from lars_keras.runtime.errors import UsageError
+
+# Arguments of the library whose flag has another name.
+_FLAG_OF_ARGUMENT = {
+    "end": "end_learning_rate",
+    "keep": "keep_checkpoints",
+    "keep_hours": "keep_checkpoint_hours",
+    "layer_ratios": "telemetry_every",
+    "max_unreadable_images": "max_bad_images",
+    "maximum": "max_bad_images",
+    "peak": "learning_rate",
+    "synchronized": "sync_batch_norm",
+}
+_NO_QUOTES = str.maketrans("", "", "\"'")
+_FLAG_OF_ARGUMENT |= {field.name: field.name for field in dataclasses.fields(RunConfig)}
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raise `UsageError` for a refused argument or file: while a run is set up, it is the user's to mend."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise UsageError(in_flags(str(e))) from e
+
+
+def in_flags(message: str) -> str:
+    """Return a message of the library with its arguments as flags.
+
+    "`replicas` must be ... Received: replicas=3" becomes "--replicas must be ... Received: --replicas=3".
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = _FLAG_OF_ARGUMENT.get(match["name"])
+        return f"--{name}{match['rest'].translate(_NO_QUOTES)}" if name else match[0]
+
+    message = re.sub(r"`(?P<name>\w+)(?P<rest>(=[^`\s]*)?)`", flag, message)
+    text, received, values = message.rpartition("Received: ")
+    return text + received + re.sub(r"(?<![-\w.=/])(?P<name>[a-z]\w*)(?P<rest>=)", flag, values)

@@ -1,0 +1,33 @@
+"""The examples of a data set as `Trainer` takes them."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from lars_keras.data import ImageData
+from lars_keras.training import Trainer
+
+Feed = Callable[..., tf.data.Dataset]
+
+
+def make_feeds(data: ImageData, trainer: Trainer, seed: int) -> tuple[Feed, Feed]:
+    """Make functions that return the training and test examples of one host, with one-hot labels.
+
+    An element of either has one ghost batch for each replica.
+    """
+    element = trainer.replicas * trainer.microbatch_size
+
+    def shard(host: tf.distribute.InputContext) -> tuple[int, int]:
+        return host.input_pipeline_id, host.num_input_pipelines
+
+    def one_hot(x: tf.Tensor, y: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return x, y if y.shape.rank == 2 else tf.one_hot(y, data.num_classes), mask
+
+    def train_feed(host: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
+        first = first_update * trainer.accumulation_steps
+        return data.train_batches(element, first=first, seed=seed, shard=shard(host)).map(one_hot)
+
+    def test_feed(host: tf.distribute.InputContext) -> tf.data.Dataset:
+        return data.test_batches(element, shard=shard(host)).map(one_hot)
+
+    return train_feed, test_feed

@@ -1,0 +1,59 @@
+"""The model of a run: made or loaded, and compiled."""
+
+from pathlib import Path
+
+import keras
+
+import models
+from flags.config import RunConfig
+from lars_keras.data import ImageData
+from lars_keras.metrics import MaskedExamples
+from lars_keras.runtime.errors import UsageError
+from running.optimizers import make_optimizer, make_schedule
+
+
+def make_model(config: RunConfig, data: ImageData) -> keras.Model:
+    """Make the network for the classes and images of the data."""
+    return models.get(
+        config.model,
+        num_classes=data.num_classes,
+        input_shape=data.image_shape,
+        mean=data.mean,
+        # The original AlexNet's initial values are made for pixels that are centred but not scaled.
+        std=None if config.model == "alexnet" else data.std,
+        sync_batch_norm=config.sync_batch_norm,
+        seed=config.seed,
+    )
+
+
+def compile_model(model: keras.Model, config: RunConfig, data: ImageData) -> None:
+    """Compile the model with optimizer, schedule, loss and metrics."""
+    schedule = make_schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        warmup_updates=config.warmup_updates(data.num_train),
+        total_updates=config.total_updates(data.num_train),
+        **config.schedule_options,
+    )
+    model.compile(
+        make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
+        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
+        weighted_metrics=[
+            keras.metrics.CategoricalAccuracy(name="top1"),
+            keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
+            MaskedExamples(),
+        ],
+    )
+
+
+def load_model(run_dir: Path) -> keras.Model:
+    """Load the model that a run has saved.
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
+    path = run_dir / "model.keras"
+    try:
+        return keras.models.load_model(path, compile=False)
+    except Exception as e:  # whatever the libraries make of a damaged archive
+        raise UsageError(f"{path} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e

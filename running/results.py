@@ -1,0 +1,45 @@
+"""What came of a run: its last scores, `results.json` and `report.html`."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from lars_keras.files import atomic_write_text
+from lars_keras.report.page import write_report
+from lars_keras.runtime.errors import Diverged, TooManyBadImages
+from running.folder import all_versions
+
+
+def final_scores(history: keras.callbacks.History) -> dict[str, float]:
+    """Return the scores of the last evaluation, which came after the last update."""
+    return {name: history.history[f"val_{name}"][-1] for name in ("top1", "top5", "loss", "n")}
+
+
+def write_results(run_dir: Path, scores: dict[str, float], **measured: Any) -> None:
+    """Write `results.json`: the last scores, what was measured on the way, and the versions of everything."""
+    results = {**scores, "n": round(scores["n"]), **measured, "versions": all_versions()}
+    atomic_write_text(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def scores_line(values: dict[str, float], num_test: int) -> str:
+    """Return an evaluation in one line."""
+    missing = num_test - round(values["n"])
+    return (
+        f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
+        f"n={values['n']:.0f}, each image once" + (f"; {missing:,} could not be read" if missing else "")
+    )
+
+
+@contextlib.contextmanager
+def report_of_failure(run_dir: Path, write: bool) -> Iterator[None]:
+    """Write the report also of a run that its own numbers or data end."""
+    try:
+        yield
+    except (Diverged, TooManyBadImages):
+        if write:
+            print(f"report: {write_report(run_dir)}", flush=True)
+        raise

@@ -1,0 +1,144 @@
+"""Resume an interrupted run, from the first look at its folder to the note in its report.
+
+1. The command line names a folder: `flags_of_run` returns the flags of the run in it, on top of which those of the
+   command line are parsed, so that `train.py --run_dir=RUN` is enough.
+2. `refuse_finished` refuses a run that has its results.
+3. `RunCheckpoints` finds the newest undamaged checkpoint, by today's names.
+4. `resume` checks that all hosts have found the same one, and that the run would go on exactly as it was started. It
+   restores the trainer, and reads which images were unreadable. Each later checkpoint saves what it returns as
+   `record`.
+5. `lars_keras.report.log.MetricsLog` drops what the log has beyond the checkpoint; `Resumed.notes` are logged, printed
+   with the plan and shown in the report.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+import flags
+from flags import RunConfig
+from lars_keras.data import ImageData
+from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager
+from lars_keras.runtime.errors import UsageError
+from lars_keras.runtime.recovery import check_all_found
+from lars_keras.training import Trainer
+from lars_keras.training.cluster import strategy_of
+from running import renamed
+
+BAD_IMAGES = "bad_images.json"
+
+
+def flags_of_run(run_dir: str) -> list[str]:
+    """Return the flags of the run in a folder, one a line; none if there is no run.
+
+    Raises:
+        OSError, UnicodeDecodeError: if they cannot be read.
+    """
+    path = Path(run_dir) / "flags.txt"
+    return renamed.flag_lines(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
+
+
+def config_of_flags(lines: Sequence[str]) -> RunConfig:
+    """Return the flags of a run, as any version has written them, as a `RunConfig`."""
+    values, _ = flags.parse(["train.py", "--run_dir=."], lambda _: renamed.flag_lines(lines))
+    return dataclasses.replace(flags.read(values), run_dir=None)
+
+
+def refuse_finished(run_dir: Path) -> None:
+    """Refuse a folder whose run is finished.
+
+    Raises:
+        UsageError: if it is.
+    """
+    if (run_dir / "results.json").exists():
+        raise UsageError(
+            f"--run_dir={run_dir} holds a finished run, and nothing is written over. Name another folder, or give "
+            "--eval_only to score its model."
+        )
+
+
+class RunCheckpoints(CheckpointManager):
+    """The checkpoints of a run folder, also of one that an earlier version has written."""
+
+    def __init__(self, run_dir: Path, config: RunConfig):
+        super().__init__(run_dir / "checkpoints", keep=config.keep_checkpoints, keep_hours=config.keep_checkpoint_hours)
+
+    def latest(self) -> Checkpoint | None:
+        found = super().latest()
+        return found and dataclasses.replace(found, info=renamed.checkpoint_info(found.info))
+
+
+@dataclasses.dataclass
+class Resumed:
+    """How a run begins, anew or from a checkpoint.
+
+    Attributes:
+        record: is saved with each checkpoint: flags, replicas, backend, and the rollbacks so far.
+        notes: sentences for the plan, the log and the report; none for a new run.
+    """
+
+    record: dict[str, Any]
+    notes: list[str]
+
+
+def resume(
+    config: RunConfig,
+    checkpoints: RunCheckpoints,
+    run_dir: Path,
+    trainer: Trainer,
+    data: ImageData,
+    train_feed: Any,
+) -> Resumed:
+    """Restore the trainer from the newest checkpoint, if there is one. A dry run begins at the start.
+
+    Raises:
+        UsageError: if the run would not go on exactly as it was started, and that is not allowed; if it is past its
+            end; if the hosts have found different checkpoints.
+    """
+    record = {
+        "flags": dataclasses.asdict(config),
+        "replicas": trainer.replicas,
+        "backend": keras.backend.backend(),
+        "rollbacks": [],
+    }
+    checkpoint = None if config.dry_run else checkpoints.latest()
+    check_all_found(strategy_of(trainer.model), checkpoint)
+    data.unreadable_images.load(run_dir / BAD_IMAGES)
+    if checkpoint is None:
+        return Resumed(record, [])
+    changes = _changes(config, trainer, checkpoint.info)
+    if changes and not config.allow_inexact_resume:
+        raise UsageError(
+            f"--run_dir={config.run_dir} was started with different flags: {'; '.join(changes)}. Give it the same "
+            "flags, or none, to go on exactly, another --run_dir to start anew, or --allow_inexact_resume."
+        )
+    total = config.total_updates(data.num_train)
+    if checkpoint.update > total:
+        raise UsageError(
+            f"--run_dir={config.run_dir} holds a run that has taken {checkpoint.update} updates, more than the "
+            f"{total} that the flags now ask for. Give more --epochs, or another --run_dir."
+        )
+    trainer.restore(checkpoint.arrays, checkpoint.info["position"], train_feed)
+    notes = [f"went on after update {checkpoint.update}, from {checkpoint.path.name}"]
+    if changes:
+        notes.append(f"went on inexactly: {'; '.join(changes)}")
+    return Resumed({**record, "rollbacks": checkpoint.info["rollbacks"]}, notes)
+
+
+def _changes(config: RunConfig, trainer: Trainer, before: dict[str, Any]) -> list[str]:
+    """Return what makes this run another than the one of a checkpoint, a phrase each."""
+    found = []
+    for field in dataclasses.fields(config):
+        now, then = getattr(config, field.name), before["flags"].get(field.name, field.default)
+        then = tuple(then) if isinstance(then, list) else then
+        if now != then and field.metadata["affects_result"] and config.applies(field.name):
+            found.append(f"--{field.name}={now} was {then}")
+    if before["replicas"] != trainer.replicas:
+        found.append(f"replicas: {trainer.replicas}, was {before['replicas']}")
+    backend = before.get("backend", "tensorflow")
+    if backend != keras.backend.backend():
+        found.append(f"KERAS_BACKEND={keras.backend.backend()}, was {backend}")
+    return found
