@@ -13,6 +13,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras._tensorflow_internals import optimization_barrier
+
 Tensor = Any
 # Of one variable: gradient, weights, slots, what is fixed about it, the scalars of the update, whether to measure it.
 Step = Callable[..., list[Tensor]]
@@ -41,9 +43,7 @@ def recomputed(*tensors: Tensor) -> Sequence[Tensor]:
     stores for both: on a CPU it would keep an expensive intermediate in memory, as large as the weights."""
     if not _tracing.get():
         return tensors
-    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
-
-    return gen_xla_ops.xla_optimization_barrier(tensors)
+    return optimization_barrier(tensors)
 
 
 def rounded(x: Tensor, dtype: str) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras._keras_internals import WholeUpdateOptimizer, variable_index
 from lars_keras.compiled import CompiledUpdate, distributed
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole, check_patterns, resolve_roles
 from lars_keras.trust_ratio import Tensor, l2_norm
@@ -30,7 +31,7 @@ def measuring() -> Iterator[list[Tensor]]:
         _measured.reset(token)
 
 
-class LayerwiseOptimizer(keras.optimizers.Optimizer):
+class LayerwiseOptimizer(WholeUpdateOptimizer):
     """Base of optimizers that scale the step in each variable by a ratio of norms over that variable.
 
     A subclass names its `slots` and states its `rule`; it is called for one variable, in float32 (float64 for float64
@@ -125,7 +126,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
             If measured, of each variable a float32 vector: norms of the weights before the update and of the gradient,
             trust ratio, and effective rate, which is the ratio times the rate of that variable. Else an empty list.
         """
-        indices = [self._get_variable_index(v) for v in variables]
+        indices = [variable_index(self, v) for v in variables]
         return self._program(
             gradients,
             variables,
@@ -137,7 +138,7 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
         """Applies the rule to one variable and its slots, operation by operation."""
-        i = self._get_variable_index(variable)
+        i = variable_index(self, variable)
         self._step(gradient, variable, self._slots[i], self._roles[i], [learning_rate, self.iterations + 1], False)
 
     def _step(
@@ -163,21 +164,14 @@ class LayerwiseOptimizer(keras.optimizers.Optimizer):
 
     # One program takes the place of a call of `update_step` for each variable. Under `tf.distribute`, Keras reduces the
     # gradients and comes back through `update_step`; `lars_keras.training` reduces them itself and calls `update`.
-    def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+    def update_variables(self, gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Tensor) -> None:
         if distributed():
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
+            super().update_variables(gradients, variables, learning_rate)
         else:
             measures = _measured.get()
-            found = self.update(grads, trainable_variables, learning_rate, measure=measures is not None)
+            found = self.update(gradients, variables, learning_rate, measure=measures is not None)
             if measures is not None:
                 measures.extend(found)
-
-    # The base class would subtract `lr * b * w` outside the ratio.
-    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        pass
-
-    def _use_weight_decay(self, variable: Any) -> bool:
-        return False
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
         """Refused, because the base class's list is lost when the optimizer is saved.

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from flags.config import RunConfig
+from lars_keras._keras_internals import learning_rate_of
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
 from lars_keras.layerwise import LayerwiseOptimizer
@@ -46,7 +47,7 @@ def make_plan(config: RunConfig, data: ImageData, trainer: Trainer, run_dir: Pat
 
 
 def _rates(optimizer: keras.optimizers.Optimizer, updates: int) -> np.ndarray:
-    schedule = getattr(optimizer, "inner_optimizer", optimizer)._learning_rate
+    schedule = learning_rate_of(getattr(optimizer, "inner_optimizer", optimizer))
     return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))), np.float64)
 
 

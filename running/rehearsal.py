@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from flags.config import RunConfig
+from lars_keras._keras_internals import layers_of, output_tensors
 from lars_keras.data import ImageData
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
@@ -69,10 +70,9 @@ def _checkpoint_bytes(trainer: Trainer) -> int:
 def _activation_bytes(model: keras.Model) -> int:
     """Return the size of one example's outputs of all layers, which the backward pass needs again."""
     total = 0
-    for layer in model._flatten_layers(include_self=False, recursive=True):
-        for node in layer._inbound_nodes:
-            for tensor in node.output_tensors:
-                total += math.prod(d or 1 for d in tensor.shape[1:]) * tf.as_dtype(tensor.dtype).size
+    for layer in layers_of(model, include_self=False):
+        for tensor in output_tensors(layer):
+            total += math.prod(d or 1 for d in tensor.shape[1:]) * tf.as_dtype(tensor.dtype).size
     return total
 
 

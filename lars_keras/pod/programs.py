@@ -27,6 +27,7 @@ from jax.experimental import topologies
 import flags
 import models
 import train
+from lars_keras._jax_internals import compile_stablehlo
 from lars_keras.pod.measure import Program, program
 from lars_keras.runtime.errors import UsageError
 from lars_keras.training.forward import build_model
@@ -167,29 +168,7 @@ def _tensorflow_program(
 ) -> Program:
     compiled = tf.function(function, jit_compile=True, autograph=False)
     text = compiled.experimental_get_compiler_ir(*arguments)(stage="stablehlo")
-    return program(name, times, _compile_stablehlo(text, devices[0]))
-
-
-def _compile_stablehlo(text: str, device: jax.Device) -> Any:
-    """Compiles the program of one replica for a chip. JAX has no public function for a program that is not its own."""
-    from jax._src import compiler
-    from jax._src.interpreters import mlir
-    from jax._src.lib import xla_client
-    from jax._src.lib.mlir import ir
-
-    # TensorFlow's own marks against the reuse of a buffer are none that the compiler for TPUs takes.
-    text = _without_copies(text)
-    options = compiler.get_compile_options(
-        num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]), backend=device.client
-    )
-    with mlir.make_ir_context():
-        module = ir.Module.parse(text)
-        executable = device.client.compile(module, xla_client.DeviceList((device,)), options)
-    memory = executable.get_compiled_memory_stats()
-    hlo = executable.hlo_modules()[0]
-    return types.SimpleNamespace(
-        cost_analysis=executable.cost_analysis, memory_analysis=lambda: memory, as_text=hlo.to_string
-    )
+    return program(name, times, compile_stablehlo(_without_copies(text), devices[0]))
 
 
 def _without_copies(text: str) -> str:

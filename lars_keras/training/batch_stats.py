@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras import _keras_internals as keras_internals
+
 Tensor = Any
 
 
@@ -31,14 +33,13 @@ def one_pass_moments(
     """
     layers = [
         layer
-        for layer in model._flatten_layers()
-        if getattr(type(layer), "_moments", None) is keras.layers.BatchNormalization._moments
-        and (over_replicas or not layer.synchronized)
+        for layer in keras_internals.layers_of(model)
+        if keras_internals.has_keras_moments(layer) and (over_replicas or not layer.synchronized)
     ]
 
     def moments_of(layer: keras.layers.BatchNormalization) -> Any:
         def moments(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-            axes = layer._reduction_axes
+            axes = keras_internals.reduction_axes(layer)
             near = ops.stop_gradient(ops.cast(layer.moving_mean, inputs.dtype))
             shape = [1 if axis in axes else size for axis, size in enumerate(inputs.shape)]
             x = inputs - ops.reshape(near, shape)
@@ -55,9 +56,9 @@ def one_pass_moments(
         return moments
 
     for layer in layers:
-        layer._moments = moments_of(layer)
+        keras_internals.replace_moments(layer, moments_of(layer))
     try:
         yield
     finally:
         for layer in layers:
-            del layer._moments
+            keras_internals.restore_moments(layer)

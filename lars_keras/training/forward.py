@@ -21,6 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from lars_keras._keras_internals import is_seed_state
 from lars_keras.training.batch_stats import one_pass_moments
 
 Tensor = Any
@@ -56,7 +57,7 @@ class StatelessForward:
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
         self.rng_state = [v for v in state if not keras.backend.is_float_dtype(v.dtype)]
-        self._is_seed = [v.path.endswith("seed_generator_state") for v in self.rng_state]
+        self._is_seed = [is_seed_state(v) for v in self.rng_state]
 
     def loss(
         self,

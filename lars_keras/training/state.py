@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from lars_keras import _keras_internals as keras_internals
+
 
 def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
@@ -63,9 +65,9 @@ def ema_weights(optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.
     if not optimizer.use_ema or optimizer.ema_overwrite_frequency:
         yield
         return
-    variables = optimizer._trainable_variables
+    variables = keras_internals.optimized_variables(optimizer)
     current = [copy_of(v) for v in variables]
-    for variable, average in zip(variables, optimizer._model_variables_moving_average, strict=True):
+    for variable, average in zip(variables, keras_internals.ema_variables(optimizer), strict=True):
         variable.assign(average)
     try:
         yield

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from lars_keras._keras_internals import layers_of
 from lars_keras.compiled import has_accelerator
 from lars_keras.training.cluster import replicas_in, strategy_of
 from lars_keras.training.inputs import element_spec
@@ -315,7 +316,7 @@ def _check_engine(
                 "On TensorFlow gradients are reduced in float32; --reduce_dtype is for KERAS_BACKEND=jax. Received: "
                 f"reduce_dtype={reduce_dtype}"
             )
-        synchronized = any(getattr(layer, "synchronized", False) for layer in model._flatten_layers())
+        synchronized = any(getattr(layer, "synchronized", False) for layer in layers_of(model))
         if jit_compile is True and synchronized and replicas > 1 and not has_accelerator():
             raise ValueError(
                 "XLA compiles no traffic between CPU replicas, as --sync_batch_norm asks for. Use --jit_compile=off. "

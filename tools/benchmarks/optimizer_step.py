@@ -36,6 +36,7 @@ from matplotlib.ticker import NullLocator
 
 import models
 from lars_keras import LAMB, LARS
+from lars_keras._keras_internals import variable_index
 from lars_keras.report.charts import svg_style
 from lars_keras.versions import versions
 from tools.committed import save_svg, write_json
@@ -64,7 +65,7 @@ class StraightforwardLARS(keras.optimizers.SGD):
     """Apply the equations of LARS in Keras operations, variable by variable, as most people write them."""
 
     def update_step(self, gradient, variable, learning_rate):
-        w, v = ops.convert_to_tensor(variable), self.momentums[self._get_variable_index(variable)]
+        w, v = ops.convert_to_tensor(variable), self.momentums[variable_index(self, variable)]
         learning_rate = ops.cast(learning_rate, w.dtype)
         if len(variable.shape) > 1:
             w_norm, g_norm = ops.sqrt(ops.sum(ops.square(w))), ops.sqrt(ops.sum(ops.square(gradient)))

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lars_keras._keras_internals import set_backend_value
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Feed, ghost_batches, scoring_examples
@@ -183,7 +184,7 @@ class JaxEngine:
         """Writes a `.keras` file, where `write`. It is for the end of a run: what lay in shares is whole after it."""
         for variable in shared_state(self.model).values():
             if not variable.value.is_fully_addressable:
-                variable._value = self._numpy(variable)
+                set_backend_value(variable, self._numpy(variable))
         distribution = keras.distribution.distribution()
         # Or Keras, which makes a variable while it saves, would wait for all processes to agree on its value.
         keras.distribution.set_distribution(None)

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax import lax
-from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lars_keras import _keras_internals as keras_internals
+from lars_keras._jax_internals import used_inputs
 from lars_keras.layerwise import measuring
 from lars_keras.training.forward import StatelessForward
 from lars_keras.training.jax.mesh import ghost_numbers, shard_dims, shard_sharding
@@ -126,10 +127,7 @@ class JaxStep:
             return self.forward.loss(trainable, batch_stats, rng_state, x, y, sample_weight, jnp.int32(0))[0]
 
         arguments = (shapes["trainable"], shapes["batch_stats"], shapes["rng_state"], data)
-        jaxpr = jax.make_jaxpr(loss, axis_env=list(zip(self.axes, self.mesh.devices.shape, strict=True)))(
-            *arguments
-        ).jaxpr
-        _, used = partial_eval.dce_jaxpr(jaxpr, [True])
+        used = used_inputs(loss, list(zip(self.axes, self.mesh.devices.shape, strict=True)), *arguments)
         unused = [v.path for v, u in zip(self.forward.trainable, used, strict=False) if not u]
         if unused:
             raise ValueError(
@@ -346,8 +344,8 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 def _computed_in_low_precision(model: keras.Model) -> dict[int, str]:
     """The dtype of weights, by `id`, that every layer which has them rounds before it uses them."""
     dtypes: dict[int, set[str]] = {}
-    for layer in model._flatten_layers():
-        for v in layer._trainable_variables:
-            rounded = getattr(v, "_autocast", False) and getattr(v, "regularizer", None) is None
+    for layer in keras_internals.layers_of(model):
+        for v in keras_internals.own_trainable_variables(layer):
+            rounded = keras_internals.has_autocast(v) and getattr(v, "regularizer", None) is None
             dtypes.setdefault(id(v), set()).add(layer.compute_dtype if rounded else v.dtype)
     return {key: next(iter(found)) for key, found in dtypes.items() if len(found) == 1}

@@ -5,12 +5,11 @@ in ways that tf.distribute forbids. Here the gradients come in already summed, s
 the same on any number of replicas.
 """
 
-from typing import Any
-
 import keras
 import tensorflow as tf
 from keras import ops
 
+from lars_keras import _keras_internals as keras_internals
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.state import inner_optimizer
 
@@ -36,8 +35,7 @@ def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
         ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`.
     """
     own, base = type(inner_optimizer(optimizer)), keras.optimizers.Optimizer
-    parts = ("apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
-    replaced = [name for name in parts if getattr(own, name) is not getattr(base, name)]
+    replaced = [name for name in keras_internals.APPLY_PARTS if getattr(own, name) is not getattr(base, name)]
     if replaced and not issubclass(own, LayerwiseOptimizer):
         raise ValueError(
             f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it has a "
@@ -98,9 +96,9 @@ def _step(
 ) -> list[tf.Tensor]:
     """Clipping, decoupled decay, the rule, averaging and constraints: the order of Keras's `Optimizer.apply`."""
     rate = optimizer.learning_rate
-    gradients = optimizer._clip_gradients(gradients)
+    gradients = keras_internals.clip_gradients(optimizer, gradients)
     for variable in variables:
-        if optimizer.weight_decay and optimizer._use_weight_decay(variable):
+        if optimizer.weight_decay and keras_internals.uses_weight_decay(optimizer, variable):
             factor = tf.cast(rate * optimizer.weight_decay, variable.dtype)
             variable.assign(variable - variable * factor)
     measures = []
@@ -119,10 +117,10 @@ def _step(
 
 def _average(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
     """Exponential moving average of the weights, and its periodic write-back."""
-    optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+    keras_internals.update_ema(optimizer)
     if not optimizer.ema_overwrite_frequency:
         return
     due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
-    averages: list[Any] = optimizer._model_variables_moving_average
-    for variable, average in zip(optimizer._trainable_variables, averages, strict=True):
+    averages = keras_internals.ema_variables(optimizer)
+    for variable, average in zip(keras_internals.optimized_variables(optimizer), averages, strict=True):
         variable.assign(ops.where(due, average, variable))

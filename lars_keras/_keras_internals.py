@@ -1,0 +1,118 @@
+"""Private names of Keras, each behind one function.
+
+`tests/optimizers/test_internals.py` names the one that a new version of Keras has renamed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+Tensor = Any
+Moments = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+# The parts of `Optimizer.apply` that an optimizer may replace, in the order in which it calls them.
+APPLY_PARTS = ("apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
+
+
+class WholeUpdateOptimizer(keras.optimizers.Optimizer):
+    """Base of optimizers that update all variables at once and decay the weights within their own rule."""
+
+    def update_variables(self, gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Tensor) -> None:
+        """Update all `variables` with reduced and clipped `gradients`, one by one unless a subclass knows better."""
+        super()._backend_update_step(gradients, variables, learning_rate)
+
+    def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+        self.update_variables(grads, trainable_variables, learning_rate)
+
+    # The base class would subtract `lr * b * w` outside the rule.
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        pass
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        return False
+
+
+def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:
+    """Return the position of a variable, Keras's or the backend's own, among the optimizer's."""
+    return optimizer._get_variable_index(variable)
+
+
+def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Return the variables that a built optimizer updates."""
+    return optimizer._trainable_variables
+
+
+def clip_gradients(optimizer: keras.optimizers.Optimizer, gradients: list[Tensor]) -> list[Tensor]:
+    """Return the gradients clipped as `clipnorm`, `global_clipnorm` or `clipvalue` ask."""
+    return optimizer._clip_gradients(gradients)
+
+
+def uses_weight_decay(optimizer: keras.optimizers.Optimizer, variable: Any) -> bool:
+    """Return whether the optimizer's decoupled weight decay acts on a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
+def update_ema(optimizer: keras.optimizers.Optimizer) -> None:
+    """Update the EMA of the optimizer's variables."""
+    optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+
+
+def ema_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Return the EMA of each of the optimizer's variables, in their order."""
+    return optimizer._model_variables_moving_average
+
+
+def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Return the optimizer's `LearningRateSchedule`, its callable, or the variable that holds its rate."""
+    return optimizer._learning_rate
+
+
+def layers_of(model: keras.Model, include_self: bool = True) -> list[keras.layers.Layer]:
+    """Return all layers of a model, those inside of layers included."""
+    return list(model._flatten_layers(include_self=include_self, recursive=True))
+
+
+def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Return the trainable variables that a layer has itself, without those of its sublayers."""
+    return layer._trainable_variables
+
+
+def has_autocast(variable: keras.Variable) -> bool:
+    """Return whether a layer casts the variable to its compute dtype."""
+    return variable._autocast
+
+
+def set_backend_value(variable: keras.Variable, value: Any) -> None:
+    """Put an array in the place of a variable's value, without a look at its layout."""
+    variable._value = value
+
+
+def output_tensors(layer: keras.layers.Layer) -> list[Any]:
+    """Return the symbolic outputs of a layer, for each of its calls in functional models."""
+    return [tensor for node in layer._inbound_nodes for tensor in node.output_tensors]
+
+
+def has_keras_moments(layer: keras.layers.Layer) -> bool:
+    """Return whether a layer computes the batch statistics that `keras.layers.BatchNormalization` computes."""
+    return getattr(type(layer), "_moments", None) is keras.layers.BatchNormalization._moments
+
+
+def replace_moments(layer: keras.layers.BatchNormalization, moments: Moments) -> None:
+    """Let a layer compute its batch statistics by `moments(inputs, mask)`, until `restore_moments`."""
+    layer._moments = moments
+
+
+def restore_moments(layer: keras.layers.BatchNormalization) -> None:
+    """Undo `replace_moments`."""
+    del layer._moments
+
+
+def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:
+    """Return the axes over which a built layer takes its batch statistics."""
+    return layer._reduction_axes
+
+
+def is_seed_state(variable: keras.Variable) -> bool:
+    """Return whether a variable is the state of a `keras.random.SeedGenerator`."""
+    return variable.path.endswith("seed_generator_state")

@@ -1,0 +1,14 @@
+"""Private names of TensorFlow, each behind one function.
+
+`tests/optimizers/test_internals.py` names the one that a new version of TensorFlow has renamed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def optimization_barrier(tensors: Sequence[Any]) -> Sequence[Any]:
+    """Return the same tensors, across which XLA neither merges nor moves operations."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return gen_xla_ops.xla_optimization_barrier(tensors)
