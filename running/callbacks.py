@@ -10,8 +10,10 @@ import keras
 from flags.config import RunConfig
 from lars_keras.data import ImageData
 from lars_keras.report.layers import LayerTelemetry
-from lars_keras.report.log import MetricsLog, Progress
-from lars_keras.runtime.divergence import CorruptImageLimit, DivergenceGuard
+from lars_keras.report.log import MetricsLog
+from lars_keras.report.progress import Progress
+from lars_keras.runtime.corrupt_images import CorruptImageLimit
+from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.training import Trainer
 from running.resume import BAD_IMAGES

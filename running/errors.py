@@ -11,11 +11,10 @@ from lars_keras.runtime.errors import UsageError
 # Arguments of the library whose flag has another name.
 _FLAG_OF_ARGUMENT = {
     "end": "end_learning_rate",
-    "keep": "keep_checkpoints",
-    "keep_hours": "keep_checkpoint_hours",
+    "keep_every_n_hours": "keep_checkpoint_hours",
     "layer_ratios": "telemetry_every",
+    "max_to_keep": "keep_checkpoints",
     "max_unreadable_images": "max_bad_images",
-    "maximum": "max_bad_images",
     "peak": "learning_rate",
     "synchronized": "sync_batch_norm",
 }

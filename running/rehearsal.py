@@ -154,7 +154,7 @@ def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[st
         checkpoints.wait()
         found = checkpoints.latest()
         assert found
-        trainer.restore(found.arrays, found.info["position"], train_feed)
+        trainer.restore(found.arrays, found.metadata["position"], train_feed)
         return trainer.snapshot()[0]
 
     again, saving = timed(save_and_restore)

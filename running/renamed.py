@@ -29,7 +29,7 @@ def flag_lines(lines: Iterable[str]) -> list[str]:
     return renamed
 
 
-def checkpoint_info(info: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_metadata(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint holds beside its arrays, by today's names."""
     flags = _renamed(info["flags"], FLAGS)
     flags |= {name: new for (name, old), new in VALUES.items() if flags.get(name) == old}

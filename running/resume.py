@@ -23,7 +23,7 @@ from flags import RunConfig
 from lars_keras.data import ImageData
 from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager
 from lars_keras.runtime.errors import UsageError
-from lars_keras.runtime.recovery import check_all_found
+from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training import Trainer
 from lars_keras.training.cluster import strategy_of
 from running import renamed
@@ -64,11 +64,15 @@ class RunCheckpoints(CheckpointManager):
     """The checkpoints of a run folder, also of one that an earlier version has written."""
 
     def __init__(self, run_dir: Path, config: RunConfig):
-        super().__init__(run_dir / "checkpoints", keep=config.keep_checkpoints, keep_hours=config.keep_checkpoint_hours)
+        super().__init__(
+            run_dir / "checkpoints",
+            max_to_keep=config.keep_checkpoints,
+            keep_every_n_hours=config.keep_checkpoint_hours,
+        )
 
     def latest(self) -> Checkpoint | None:
         found = super().latest()
-        return found and dataclasses.replace(found, info=renamed.checkpoint_info(found.info))
+        return found and dataclasses.replace(found, metadata=renamed.checkpoint_metadata(found.metadata))
 
 
 @dataclasses.dataclass
@@ -105,11 +109,11 @@ def resume(
         "rollbacks": [],
     }
     checkpoint = None if config.dry_run else checkpoints.latest()
-    check_all_found(strategy_of(trainer.model), checkpoint)
+    require_same_checkpoint(strategy_of(trainer.model), checkpoint)
     data.unreadable_images.load(run_dir / BAD_IMAGES)
     if checkpoint is None:
         return Resumed(record, [])
-    changes = _changes(config, trainer, checkpoint.info)
+    changes = _changes(config, trainer, checkpoint.metadata)
     if changes and not config.allow_inexact_resume:
         raise UsageError(
             f"--run_dir={config.run_dir} was started with different flags: {'; '.join(changes)}. Give it the same "
@@ -121,11 +125,11 @@ def resume(
             f"--run_dir={config.run_dir} holds a run that has taken {checkpoint.update} updates, more than the "
             f"{total} that the flags now ask for. Give more --epochs, or another --run_dir."
         )
-    trainer.restore(checkpoint.arrays, checkpoint.info["position"], train_feed)
+    trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
     notes = [f"went on after update {checkpoint.update}, from {checkpoint.path.name}"]
     if changes:
         notes.append(f"went on inexactly: {'; '.join(changes)}")
-    return Resumed({**record, "rollbacks": checkpoint.info["rollbacks"]}, notes)
+    return Resumed({**record, "rollbacks": checkpoint.metadata["rollbacks"]}, notes)
 
 
 def _changes(config: RunConfig, trainer: Trainer, before: dict[str, Any]) -> list[str]:

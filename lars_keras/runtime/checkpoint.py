@@ -1,8 +1,8 @@
-"""Checkpoints on disk: whole or absent, verified when they are read, written while training goes on.
+"""Checkpoints on disk: written in the background, complete or absent, verified on reading.
 
-A checkpoint is one NumPy `.npz` file, `update-00000042-<first 16 digits of its SHA-256>.npz`. It gets that name only
-when all of it is on the disk, so a kill leaves either the file or nothing, and a bit that flips later no longer fits
-the name.
+A checkpoint is one NumPy `.npz` file, `update-00000042-<first 16 digits of its SHA-256>.npz`. The file gets this name
+after all of it is on the disk. A kill therefore leaves the whole file or none, and a bit that flips later contradicts
+the checksum in the name.
 """
 
 import concurrent.futures
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -23,63 +24,72 @@ from absl import logging
 from lars_keras.runtime.errors import Preempted
 
 _NAME = re.compile(r"update-(\d+)-([0-9a-f]{16})\.npz")
-_INFO = "info"
+_METADATA = "info"  # its entry in the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after some update.
+    """The state of a run between two updates.
 
     Attributes:
-        update: how many updates had been finished.
-        arrays: name to array.
-        info: whatever else was saved with it, as JSON can hold it.
-        path: its file.
+        update: number of finished updates.
+        arrays: saved arrays by name.
+        metadata: JSON-serializable values saved with the arrays.
+        path: file of the checkpoint.
     """
 
     update: int
     arrays: dict[str, np.ndarray]
-    info: dict[str, Any]
+    metadata: dict[str, Any]
     path: Path
 
 
 class CheckpointManager:
-    """The checkpoints of one run.
+    """Writes, reads and deletes the checkpoints of one run.
 
     Args:
-        folder: created with the first checkpoint.
-        keep: how many of the newest to keep.
-        keep_hours: of the older ones, keep one for every so many hours; None for none of them.
+        directory: folder of the checkpoints, created with the first one.
+        max_to_keep: number of newest checkpoints to keep.
+        keep_every_n_hours: also keep one older checkpoint per this many hours. None keeps no older one.
+
+    Raises:
+        ValueError: if `max_to_keep` is below 1.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 3, keep_hours: float | None = None):
-        if keep < 1:
-            raise ValueError(f"`keep` must be at least 1. Received: keep={keep}")
-        self._folder, self._keep, self._keep_hours = Path(folder), keep, keep_hours
+    def __init__(
+        self, directory: str | os.PathLike[str], *, max_to_keep: int = 3, keep_every_n_hours: float | None = None
+    ):
+        if max_to_keep < 1:
+            raise ValueError(f"`max_to_keep` must be at least 1. Received: max_to_keep={max_to_keep}")
+        self.directory = Path(directory)
+        self._max_to_keep, self._keep_every_n_hours = max_to_keep, keep_every_n_hours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
 
-    def save(self, update: int, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint, when the one before is written; `arrays` must not change any more."""
+    def save(self, update: int, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+        """Start to write a checkpoint in the background.
+
+        Waits first until the checkpoint before is written. The caller must not change `arrays` afterwards.
+        """
         with contextlib.suppress(OSError):  # logged by the thread
             self.wait()
-        self._writing = self._writer.submit(self._write, update, dict(arrays), dict(info))
+        self._writing = self._writer.submit(self._write, update, dict(arrays), dict(metadata))
 
     def wait(self) -> None:
-        """Returns when nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
-            OSError: if the last checkpoint could not be written. Those before it are still there.
+            OSError: if the last checkpoint could not be written. The older ones are unchanged.
         """
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is undamaged, or None. Each damaged one is named in the log.
+        """Return the newest undamaged checkpoint, or None. Log the name of each damaged one.
 
         Raises:
-            OSError: if one cannot be read. It may be whole, and a run that began without it would throw it away.
+            OSError: if a file cannot be read. It may be undamaged, and a run that started without it would delete it.
         """
         with contextlib.suppress(OSError):
             self.wait()
@@ -87,49 +97,50 @@ class CheckpointManager:
             try:
                 return _read(path)
             except ValueError as e:
-                logging.error("checkpoint %s is left out: %s", path, e)
+                logging.error("Skipped checkpoint %s: %s", path, e)
         return None
 
     def _paths(self) -> list[Path]:
-        """All checkpoints, the newest first."""
-        found = [path for path in self._folder.glob("update-*.npz") if _NAME.fullmatch(path.name)]
+        """Return the files of all checkpoints, newest first."""
+        found = [path for path in self.directory.glob("update-*.npz") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_update(path), path.stat().st_mtime), reverse=True)
 
-    def _write(self, update: int, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> None:
-        contents: dict[str, Any] = {**arrays, _INFO: np.frombuffer(json.dumps(info).encode(), np.uint8)}
-        temporary = self._folder / f".writing-{os.getpid()}"
+    def _write(self, update: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+        contents: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(json.dumps(metadata).encode(), np.uint8)}
+        temporary = self.directory / f".writing-{os.getpid()}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             with open(temporary, "w+b") as file:
                 np.savez(file, **contents)
                 file.flush()
                 os.fsync(file.fileno())
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            os.replace(temporary, self._folder / f"update-{update:08d}-{digest}.npz")
-            directory = os.open(self._folder, os.O_RDONLY)  # the new name must be on the disk, too
+            os.replace(temporary, self.directory / f"update-{update:08d}-{digest}.npz")
+            descriptor = os.open(self.directory, os.O_RDONLY)  # the new name must be on the disk, too
             try:
-                os.fsync(directory)
+                os.fsync(descriptor)
             finally:
-                os.close(directory)
+                os.close(descriptor)
             self._prune(update)
         except OSError as e:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            logging.error("the checkpoint of update %d could not be written, the one before stands: %s", update, e)
+            logging.error(
+                "The checkpoint of update %d could not be written; the previous one is unchanged: %s", update, e
+            )
             raise
 
     def _prune(self, newest: int) -> None:
-        for leftover in self._folder.glob(".writing-*"):  # of a process that was killed
+        for leftover in self.directory.glob(".writing-*"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
         for path in self._paths():
-            if _update(path) > newest:  # damaged, or the run would have gone on from there
+            if _update(path) > newest:  # damaged, or the run would have continued from it
                 path.unlink()
-        kept_at: float | None = None
-        for path in reversed(self._paths()[self._keep :]):  # the oldest first
+        hours, kept_at = self._keep_every_n_hours, -math.inf
+        for path in reversed(self._paths()[self._max_to_keep :]):  # the oldest first
             written = path.stat().st_mtime
-            due = kept_at is None or written - kept_at >= (self._keep_hours or 0) * 3600
-            if self._keep_hours is not None and due:
+            if hours is not None and written - kept_at >= hours * 3600:
                 kept_at = written
             else:
                 path.unlink()
@@ -142,35 +153,36 @@ def _update(path: Path) -> int:
 
 
 def _read(path: Path) -> Checkpoint:
-    """Reads and verifies a checkpoint.
+    """Read and verify a checkpoint.
 
     Raises:
-        ValueError: if the file is damaged, or none of ours.
+        ValueError: if the file is damaged or is not a checkpoint.
         OSError: if it cannot be read.
     """
     match = _NAME.fullmatch(path.name)
     assert match
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest()[:16] != match[2]:
-            raise ValueError("it is damaged, its content does not fit the checksum in its name")
+            raise ValueError("it is damaged, because its content contradicts the checksum in its name")
         file.seek(0)
         try:
             with np.load(file) as archive:
                 arrays = dict(archive)
-            info = json.loads(arrays.pop(_INFO).tobytes())
+            metadata = json.loads(arrays.pop(_METADATA).tobytes())
         except (MemoryError, Preempted):
             raise
-        except Exception as e:  # whatever the libraries make of a file that is none of ours
-            raise ValueError(f"it is no checkpoint: {e}") from e
-    return Checkpoint(int(match[1]), arrays, info, path)
+        except Exception as e:  # the libraries raise many kinds for a foreign file
+            raise ValueError(f"it is not a checkpoint: {e}") from e
+    return Checkpoint(int(match[1]), arrays, metadata, path)
 
 
 class SavePolicy:
-    """Says when something is due: every so many updates, every so many minutes, or both.
+    """Decides when to save: after a number of updates, a number of minutes, or whichever comes first.
 
     Args:
-        updates, minutes: None for never.
-        clock: returns seconds.
+        updates: updates between two saves, or None.
+        minutes: minutes between two saves, or None.
+        clock: function that returns seconds.
     """
 
     def __init__(self, updates: int | None = None, minutes: float | None = None, clock: Any = time.monotonic):
@@ -178,11 +190,11 @@ class SavePolicy:
         self.reset(0)
 
     def reset(self, update: int) -> None:
-        """It was done after `update` updates."""
+        """Note that a save was made after `update` updates."""
         self._last_update, self._last_time = update, self._clock()
 
     def due(self, update: int) -> bool:
-        """Whether it should be done now."""
+        """Return whether a save is due after `update` updates."""
         by_updates = self._updates is not None and update - self._last_update >= self._updates
         by_time = self._minutes is not None and self._clock() - self._last_time >= 60 * self._minutes
         return by_updates or by_time

@@ -1,15 +1,15 @@
-"""What ends a run."""
+"""Exceptions that end a run."""
 
 
 class UsageError(ValueError):
-    """The user asked for something that cannot be done; the message says what would do."""
+    """The user asked for something impossible. The message names what is possible."""
 
 
 class Diverged(RuntimeError):
-    """The numbers of a run are not finite, or exploding.
+    """The loss, a gradient or a weight is not finite or explodes.
 
     Attributes:
-        update: the first bad update, from 1.
+        update: the first bad update, counted from 1.
     """
 
     def __init__(self, message: str, update: int):
@@ -22,4 +22,4 @@ class Preempted(RuntimeError):
 
 
 class TooManyBadImages(RuntimeError):
-    """More images could not be read than are allowed."""
+    """More images are unreadable than the limit tolerates."""

@@ -1,4 +1,4 @@
-"""Stopping in an orderly way when the machine is about to be taken away."""
+"""Stops a run in an orderly way before its machine is taken away."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(keras.callbacks.Callback):
-    """Raises `Preempted` after the update, or the batch of an evaluation, in which SIGTERM or SIGINT arrives.
+    """Raises `Preempted` after the training or evaluation batch in which SIGTERM or SIGINT arrives.
 
-    A second signal ends the process at once. On several workers all stop after the same update.
+    All hosts stop after the same update. A second signal ends the process at once.
 
     ```python
     with StopOnSignal() as stop:
@@ -29,8 +29,8 @@ class StopOnSignal(keras.callbacks.Callback):
         self._received = threading.Event()
 
     def __enter__(self) -> "StopOnSignal":
-        # Python runs its handlers between two of its own instructions, and an update is one instruction. The
-        # bytes that Python's C handler writes to this pipe come at once, even then.
+        # Python runs its signal handlers between bytecode instructions, and an update is one instruction. Python's C
+        # handler writes to this pipe immediately.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}

@@ -1,4 +1,4 @@
-"""A run that goes on: it saves itself, comes back after a kill, and rolls back when it diverges."""
+"""Training that saves itself, continues after a kill, and rolls back after a divergence."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -13,30 +13,39 @@ from lars_keras.training.trainer import Trainer
 
 
 class CheckpointCallback(keras.callbacks.Callback):
-    """Saves the whole state of a `Trainer` when it is due, and before the first update.
+    """Saves the state of a `Trainer` before the first update and whenever the policy asks for it.
 
     ```python
-    folder = CheckpointManager("run/checkpoints")
-    if checkpoint := folder.latest():
-        trainer.restore(checkpoint.arrays, checkpoint.info["position"], data)
-    trainer.fit(data, ..., callbacks=[CheckpointCallback(trainer, folder, SavePolicy(minutes=10))])
+    manager = CheckpointManager("run/checkpoints")
+    if checkpoint := manager.latest():
+        trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], data)
+    trainer.fit(data, ..., callbacks=[CheckpointCallback(trainer, manager, SavePolicy(minutes=10))])
     ```
 
-    The run then ends as it would have ended without the kill, bit for bit on one device. All workers read the
-    folder, the chief writes it.
+    A run that is killed and continued this way ends as if it had not been killed, bit for bit on one device. All hosts
+    read the checkpoints, and the chief writes them.
 
     Args:
-        trainer: whose state to save.
-        folder: where to.
-        every: when.
-        about: what else to keep with each checkpoint, as JSON can hold it.
+        trainer: the trainer whose state is saved.
+        manager: writes the checkpoints.
+        policy: decides when to save.
+        metadata: JSON-serializable values to save with each checkpoint.
+
+    Attributes:
+        trainer: as passed.
+        manager: as passed.
+        metadata: as passed; changes enter the next checkpoint.
     """
 
     def __init__(
-        self, trainer: Trainer, folder: CheckpointManager, policy: SavePolicy, about: dict[str, Any] | None = None
+        self,
+        trainer: Trainer,
+        manager: CheckpointManager,
+        policy: SavePolicy,
+        metadata: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.trainer, self.folder, self.about = trainer, folder, about or {}
+        self.trainer, self.manager, self.metadata = trainer, manager, metadata if metadata is not None else {}
         self._policy = policy
         self._chief = is_chief(strategy_of(trainer.model))
 
@@ -46,88 +55,97 @@ class CheckpointCallback(keras.callbacks.Callback):
             self.save()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if any_across_hosts(strategy_of(self.model), self._policy.due(batch + 1)):
+        if any_across_hosts(strategy_of(self.trainer.model), self._policy.due(batch + 1)):
             self.save()
 
     def save(self) -> None:
-        """Saves the state now, in the background."""
+        """Save the state now, in the background. Collective: call it on every host."""
         arrays, position = self.trainer.snapshot()
         if self._chief:
-            self.folder.save(position["update"], arrays, {**self.about, "position": position})
+            self.manager.save(position["update"], arrays, {**self.metadata, "position": position})
         self._policy.reset(position["update"])
 
 
 def fit_with_recovery(
     data: Any,
-    save: CheckpointCallback,
+    checkpoints: CheckpointCallback,
     *,
     max_rollbacks: int = 3,
     on_rollback: Callable[[dict[str, Any]], None] = lambda rollback: None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     **options: Any,
 ) -> keras.callbacks.History:
-    """`Trainer.fit` that saves itself, also when it is preempted, and rolls back when it diverges.
+    """Run `Trainer.fit` with checkpoints, save on preemption, and roll back after a divergence.
 
-    After a divergence the state of the last undamaged checkpoint is restored, and the data of all updates since then,
-    up to the one that diverged, are skipped.
+    A rollback restores the last undamaged checkpoint. It skips the data of all updates since that checkpoint, up to and
+    including the update that diverged.
 
     Args:
         data: as for `Trainer.fit`.
-        save: saves the trainer's state.
-        max_rollbacks: how often, over all of the run, whatever its restarts.
-        on_rollback: is told of each: `{"update": restored, "failed": diverged, "reason": ...}`.
-        callbacks: with a `DivergenceGuard` and a `StopOnSignal` among them for divergence and preemption to be noticed.
-        **options: for `Trainer.fit`.
+        checkpoints: saves the state of its trainer, which is trained.
+        max_rollbacks: number of rollbacks in the whole run, restarts included.
+        on_rollback: function of each rollback, `{"update": restored, "failed": diverged, "reason": ...}`.
+        callbacks: Keras callbacks. `DivergenceGuard` detects divergence, and `StopOnSignal` detects preemption.
+        **options: further arguments of `Trainer.fit`.
+
+    Returns:
+        The history of the last `Trainer.fit`.
 
     Raises:
-        Diverged: if the run diverges once more; the checkpoints are from before.
+        Diverged: if the run diverges after `max_rollbacks` rollbacks. All checkpoints precede the divergence.
         Preempted: after the state is saved.
-        OSError: if it could not be saved.
+        OSError: if the last state cannot be saved.
+        UsageError: if hosts find different checkpoints for a rollback.
     """
-    trainer, folder = save.trainer, save.folder
+    trainer, manager = checkpoints.trainer, checkpoints.manager
     strategy = strategy_of(trainer.model)
-    rollbacks: list[dict[str, Any]] = save.about.setdefault("rollbacks", [])
+    rollbacks: list[dict[str, Any]] = checkpoints.metadata.setdefault("rollbacks", [])
     while True:
         try:
-            history = trainer.fit(data, callbacks=[*callbacks, save], **options)
-            folder.wait()
+            history = trainer.fit(data, callbacks=[*callbacks, checkpoints], **options)
+            manager.wait()
             return history
         except Preempted:
-            save.save()
-            folder.wait()
-            any_across_hosts(strategy, True)  # no worker leaves before the chief has written
+            checkpoints.save()
+            manager.wait()
+            any_across_hosts(strategy, True)  # no host leaves before the chief has written
             raise
         except Diverged as e:
             position = trainer.position
-            next_data = position.batches_consumed - (position.update - e.update)
+            next_batch = position.batches_consumed - (position.update - e.update)
             with contextlib.suppress(OSError):  # logged when it happened
-                folder.wait()
-            any_across_hosts(strategy, True)  # no worker looks before the chief has written
-            checkpoint = folder.latest()
-            check_all_found(strategy, checkpoint)
+                manager.wait()
+            any_across_hosts(strategy, True)  # no host reads before the chief has written
+            checkpoint = manager.latest()
+            require_same_checkpoint(strategy, checkpoint)
             if len(rollbacks) >= max_rollbacks or checkpoint is None:
                 raise
-            trainer.restore(checkpoint.arrays, checkpoint.info["position"], data)
+            trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], data)
             rollbacks.append({"update": checkpoint.update, "failed": e.update, "reason": str(e)})
-            trainer.position.batches_consumed = next_data
-            save.save()  # so that a kill from here on does not forget what to skip
+            trainer.position.batches_consumed = next_batch
+            checkpoints.save()  # a kill from here on must not forget what to skip
             on_rollback(rollbacks[-1])
         except Exception:
             with contextlib.suppress(OSError):
-                folder.wait()  # what is being written may be all that is left
+                manager.wait()  # the checkpoint being written may be the newest that survives
             raise
 
 
-def check_all_found(strategy: Any, checkpoint: Checkpoint | None) -> None:
-    """All workers must go on from the same update, or they would average the gradients of different weights.
+def require_same_checkpoint(strategy: Any, checkpoint: Checkpoint | None) -> None:
+    """Refuse to continue from different checkpoints. Collective: call it on every host.
+
+    Hosts at different updates would average the gradients of different weights.
+
+    Args:
+        strategy: of the trainer's model.
+        checkpoint: the checkpoint that this host has found, or None.
 
     Raises:
-        UsageError: if they have not found the same checkpoint.
+        UsageError: if the hosts have found checkpoints of different updates.
     """
     update = checkpoint.update if checkpoint else 0
     if not same_on_all_hosts(strategy, update):
-        found = f"that of update {update}" if checkpoint else "none"
         raise UsageError(
-            "--run_dir must be a folder that all workers share: they have found different checkpoints. "
-            f"Found by this one: {found}"
+            "The hosts found different checkpoints. Keep the checkpoints in a directory that all hosts share. "
+            f"Found by this host: {f'update {update}' if checkpoint else 'none'}"
         )

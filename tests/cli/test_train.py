@@ -189,8 +189,8 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             with unittest.mock.patch("lars_keras.runtime.recovery.same_on_all_hosts", lambda strategy, mine: mine != 5):
                 code, _, err = self.train(f"--run_dir={run_dir}")
             self.assertEqual(code, 2)
-            self.assertIn("--run_dir must be a folder that all workers share", err)
-            self.assertIn("that of update 5", err)
+            self.assertIn("The hosts found different checkpoints", err)
+            self.assertIn("Found by this host: update 5", err)
 
         with self.subTest("other flags are refused"):
             code, _, err = self.train(f"--run_dir={run_dir}", "--batch_size=32", "--seed=3")
@@ -206,7 +206,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         with self.subTest("other replicas are refused"):
             folder = CheckpointManager(run_dir / "checkpoints")
             saved = folder.latest()
-            folder.save(6, saved.arrays, {**saved.info, "replicas": 2})
+            folder.save(6, saved.arrays, {**saved.metadata, "replicas": 2})
             folder.wait()
             code, _, err = self.train(f"--run_dir={run_dir}")
             self.assertEqual(code, 2)
@@ -269,7 +269,9 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             del data.unreadable_images.found["record 9 of a"]
             code, _, err = self.train(*SMALL, f"--run_dir={self.dir}/s", "--max_bad_images=2", data=data)
             self.assertEqual(code, 5, err)
-            self.assertIn("3 images cannot be read, more than --max_bad_images=2. The last: record 9 of a: trunc", err)
+            self.assertIn(
+                "3 images are unreadable, more than --max_bad_images=2. The last one: record 9 of a: trunc", err
+            )
 
     def test_dry_run(self):
         run_dir = self.dir / "r"

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import lars_keras.data
 import train
-from lars_keras.runtime.divergence import CorruptImageLimit
+from lars_keras.runtime.corrupt_images import CorruptImageLimit
 from lars_keras.runtime.errors import TooManyBadImages
 from tests import prepared
 from tests.data import test_image_files
@@ -142,7 +142,7 @@ class UnreadableImagesTest(tf.test.TestCase):
         ):
             self.assertEqual(train.run(["train.py", *arguments]), code, err.getvalue())
         if code:
-            self.assertIn("1 image cannot be read, more than --max_bad_images=0. The logs of the", err.getvalue())
+            self.assertIn("1 image is unreadable, more than --max_bad_images=0. The logs of the", err.getvalue())
         else:  # two, each in one of an epoch's permutations or the next: one at least
             self.assertEqual(json.loads((run_dir / "results.json").read_text())["bad_images"], 1)
 
@@ -152,7 +152,7 @@ class UnreadableImagesTest(tf.test.TestCase):
         bound.set_model(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
         bound.on_epoch_end(0, {"val_n": 1.0})
         self.assertEqual(bound.count, data.num_test - 1)
-        with self.assertRaisesRegex(TooManyBadImages, f"^{data.num_test} images cannot be read"):
+        with self.assertRaisesRegex(TooManyBadImages, f"^{data.num_test} images are unreadable"):
             bound.on_epoch_end(1, {"val_n": 0.0})
 
     def test_another_host_makes_the_same_batches(self):

@@ -361,7 +361,7 @@ class EngineTest(parameterized.TestCase):
                 trainer = Trainer(model, batch_size=64, microbatch_size=4)
                 folder = CheckpointManager(folder)
                 if checkpoint := folder.latest():
-                    trainer.restore(checkpoint.arrays, checkpoint.info["position"], data)
+                    trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], data)
                 seen = {}
 
                 def note(batch, logs):

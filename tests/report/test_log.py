@@ -12,6 +12,8 @@ import keras
 import tensorflow as tf
 
 from lars_keras.report import log as log_module
+from lars_keras.report.progress import Progress
+from lars_keras.report.throughput import Throughput
 
 STEPS, PER_EPOCH, BATCH = 6, 3.0, 100
 
@@ -61,7 +63,7 @@ def drive(callbacks, clock, *, first=0, stop=STEPS, compiling=30.0, seconds=2.0,
 class ThroughputTest(tf.test.TestCase):
     def test_leaves_out_compilation_and_evaluation(self):
         clock = FakeClock()
-        speed = log_module.Throughput(batch_size=100, first_update=10, clock=clock)
+        speed = Throughput(batch_size=100, first_update=10, clock=clock)
         clock.now += 60
         speed.record(11)  # compiled
         self.assertTrue(math.isnan(speed.images_per_second))
@@ -76,7 +78,7 @@ class ThroughputTest(tf.test.TestCase):
 
     def test_share_of_waiting_for_data(self):
         clock = FakeClock()
-        speed = log_module.Throughput(batch_size=100, clock=clock)
+        speed = Throughput(batch_size=100, clock=clock)
         for seconds, finished, waited in ((60, 1, 50.0), (2, 2, 1.0), (6, 3, 1.0)):
             clock.now += seconds
             speed.record(finished, waited)
@@ -84,7 +86,7 @@ class ThroughputTest(tf.test.TestCase):
 
     def test_time_left_counts_evaluations_but_not_compilation(self):
         clock = FakeClock()
-        speed = log_module.Throughput(batch_size=100, clock=clock)
+        speed = Throughput(batch_size=100, clock=clock)
         self.assertTrue(math.isnan(speed.seconds_left(9)))
         for seconds, finished in ((60, 1), (2, 2), (2, 3)):
             clock.now += seconds
@@ -97,7 +99,7 @@ class ThroughputTest(tf.test.TestCase):
 class ProgressTest(tf.test.TestCase):
     def lines(self, **kwargs) -> list[str]:
         clock, file = FakeClock(), io.StringIO()
-        drive([log_module.Progress(file, clock=clock)], clock, **kwargs)
+        drive([Progress(file, clock=clock)], clock, **kwargs)
         self.assertNotIn("\r", file.getvalue())
         return file.getvalue().splitlines()
 
@@ -120,7 +122,7 @@ class ProgressTest(tf.test.TestCase):
                 return True
 
         clock, file = FakeClock(), Terminal()
-        bar = log_module.Progress(file, clock=clock)
+        bar = Progress(file, clock=clock)
         drive([bar], clock, first=3)
         self.assertEqual(bar.images_per_second, 50.0)
         shown = file.getvalue()
@@ -267,8 +269,8 @@ class MetricsLogTest(tf.test.TestCase):
             drive(callbacks, self.clock)
             log.note(6, "after")
         self.assertLen(logged.output, 2)
-        self.assertIn("goes on without its log", logged.output[0])
-        self.assertIn("goes on without TensorBoard", logged.output[1])
+        self.assertIn("The metrics log could not be written", logged.output[0])
+        self.assertIn("TensorBoard events could not be written", logged.output[1])
         events = log_module.read_metrics(self.path)
         self.assertEqual([(e["event"], e["update"]) for e in events[-2:]], [("eval", 3), ("note", 6)])
 

@@ -39,17 +39,17 @@ class CheckpointTest(tf.test.TestCase):
         self.path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "checkpoints")
 
     def saved(self, updates, **options):
-        folder = CheckpointManager(self.path, **options)
+        manager = CheckpointManager(self.path, **options)
         for update in updates:
-            folder.save(update, arrays(update), {"position": {"update": update, "logs": {"loss": 0.1}}})
-        folder.wait()
-        return folder
+            manager.save(update, arrays(update), {"position": {"update": update, "logs": {"loss": 0.1}}})
+        manager.wait()
+        return manager
 
     def test_what_is_read_is_what_was_saved(self):
         self.assertIsNone(CheckpointManager(self.path).latest())
         checkpoint = self.saved([3, 12]).latest()
         self.assertEqual(checkpoint.update, 12)
-        self.assertEqual(checkpoint.info, {"position": {"update": 12, "logs": {"loss": 0.1}}})
+        self.assertEqual(checkpoint.metadata, {"position": {"update": 12, "logs": {"loss": 0.1}}})
         expected = arrays(12)
         self.assertEqual(list(checkpoint.arrays), list(expected))
         for name, array in expected.items():
@@ -58,8 +58,8 @@ class CheckpointTest(tf.test.TestCase):
 
     def test_damage_is_told_anywhere(self):
         """A bit flipped, or the end cut off, at 50 random places: the one before is used, with a warning."""
-        folder = self.saved([1, 2])
-        newest = folder.latest().path
+        manager = self.saved([1, 2])
+        newest = manager.latest().path
         whole = newest.read_bytes()
         rng = np.random.default_rng(0)
         for i in range(50):
@@ -71,40 +71,40 @@ class CheckpointTest(tf.test.TestCase):
                 del damaged[place:]
             newest.write_bytes(damaged)
             with self.assertLogs(level="ERROR") as logs:
-                checkpoint = folder.latest()
+                checkpoint = manager.latest()
             self.assertEqual(checkpoint.update, 1)
             self.assertAllEqual(checkpoint.arrays["0/model/a"], arrays(1)["0/model/a"])
             self.assertIn(newest.name, logs.output[0])
         newest.write_bytes(whole)
-        self.assertEqual(folder.latest().update, 2)
+        self.assertEqual(manager.latest().update, 2)
 
     def test_one_that_cannot_be_read_is_not_taken_for_damaged(self):
         """As on a shared disk that is away for a moment: a run that began anew would throw it away."""
-        folder = self.saved([1, 2])
+        manager = self.saved([1, 2])
         for function, error in (
             ("hashlib.file_digest", OSError(errno.ESTALE, "Stale file handle")),
             ("numpy.load", MemoryError()),
             ("numpy.load", Preempted("stopped")),
         ):
             with unittest.mock.patch(function, side_effect=error), self.assertRaises(type(error)):
-                folder.latest()
-        self.assertEqual(folder.latest().update, 2)
+                manager.latest()
+        self.assertEqual(manager.latest().update, 2)
 
     def test_how_many_are_kept(self):
-        self.saved(range(1, 8), keep=2)
+        self.saved(range(1, 8), max_to_keep=2)
         self.assertEqual([p.name[:15] for p in sorted(self.path.iterdir())], ["update-00000006", "update-00000007"])
 
     def test_the_newest_is_kept_whatever_lies_beyond_it(self):
         """A run whose last checkpoints are damaged goes back, and what it writes then is not what is thrown away."""
         for keep in (1, 2):
-            folder = self.saved([100, 140], keep=keep)
+            manager = self.saved([100, 140], max_to_keep=keep)
             for path in self.path.iterdir():
                 path.write_bytes(b"damaged")
             with self.assertLogs(level="ERROR"):
-                self.assertIsNone(folder.latest())
-            self.saved([7], keep=keep)
+                self.assertIsNone(manager.latest())
+            self.saved([7], max_to_keep=keep)
             self.assertEqual([p.name[:15] for p in self.path.iterdir()], ["update-00000007"])
-            self.assertEqual(folder.latest().update, 7)
+            self.assertEqual(manager.latest().update, 7)
 
     def test_bfloat16(self):
         keras.config.set_dtype_policy("bfloat16")
@@ -112,46 +112,46 @@ class CheckpointTest(tf.test.TestCase):
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
         model.compile("sgd", "mse")
         weights = [w.astype("float32") for w in model.get_weights()]
-        folder = CheckpointManager(self.path)
-        folder.save(1, {name: np.array(v.numpy()) for name, v in shared_state(model).items()}, {})
+        manager = CheckpointManager(self.path)
+        manager.save(1, {name: np.array(v.numpy()) for name, v in shared_state(model).items()}, {})
         model.set_weights([w + 1 for w in weights])
-        restore_shared(model, folder.latest().arrays)
+        restore_shared(model, manager.latest().arrays)
         for own, expected in zip(model.get_weights(), weights, strict=True):
             self.assertAllEqual(own.astype("float32"), expected)
 
     def test_one_of_the_older_ones_for_every_hour(self):
-        folder = CheckpointManager(self.path, keep=2, keep_hours=1)
+        manager = CheckpointManager(self.path, max_to_keep=2, keep_every_n_hours=1)
         now = time.time()
         for update in range(1, 11):  # one every 20 minutes
-            folder.save(update, arrays(update), {})
-            folder.wait()
-            newest = folder.latest().path
+            manager.save(update, arrays(update), {})
+            manager.wait()
+            newest = manager.latest().path
             os.utime(newest, (now + 1200 * update,) * 2)
         self.assertEqual(sorted(int(p.name[7:15]) for p in self.path.iterdir()), [1, 4, 7, 9, 10])
 
     def test_the_last_saved_counts_among_equal_updates(self):
-        folder = self.saved([4])
-        folder.save(4, arrays(99), {})
-        self.assertAllEqual(folder.latest().arrays["0/model/a"], arrays(99)["0/model/a"])
+        manager = self.saved([4])
+        manager.save(4, arrays(99), {})
+        self.assertAllEqual(manager.latest().arrays["0/model/a"], arrays(99)["0/model/a"])
 
     def test_a_full_disk_leaves_the_one_before(self):
         """The limit on file size stands for the disk: the operating system refuses to write."""
-        folder = self.saved([1])
+        manager = self.saved([1])
         self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
             with self.assertLogs(level="ERROR") as logs, self.assertRaises(OSError):
-                folder.save(2, arrays(2), {})
-                folder.wait()
+                manager.save(2, arrays(2), {})
+                manager.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        self.assertIn("the checkpoint of update 2 could not be written", logs.output[0])
+        self.assertIn("The checkpoint of update 2 could not be written", logs.output[0])
         self.assertLen(list(self.path.iterdir()), 1)
-        self.assertEqual(folder.latest().update, 1)
-        folder.save(3, arrays(3), {})
-        folder.wait()
-        self.assertEqual(folder.latest().update, 3)
+        self.assertEqual(manager.latest().update, 1)
+        manager.save(3, arrays(3), {})
+        manager.wait()
+        self.assertEqual(manager.latest().update, 3)
 
     def test_what_a_killed_writer_leaves_is_removed(self):
         self.saved([1])
@@ -177,10 +177,10 @@ class CheckpointTest(tf.test.TestCase):
         data = lars_keras.data.ArrayData("d", *2 * [(np.zeros((37, 2, 2, 1), np.uint8), np.arange(37))], 37)
         stream = data.train_batches(8, count=40, seed=5).as_numpy_iterator()
         used = np.concatenate([labels for _, labels, _ in stream])
-        folder = CheckpointManager(self.path, keep=30)
+        manager = CheckpointManager(self.path, max_to_keep=30)
         for update in range(30):
-            folder.save(update, {}, {"position": {"batches_consumed": update}})
-        folder.wait()
+            manager.save(update, {}, {"position": {"batches_consumed": update}})
+        manager.wait()
         program = """
 import json, sys
 import numpy as np
@@ -190,7 +190,7 @@ from pathlib import Path
 data = ArrayData("d", *2 * [(np.zeros((37, 2, 2, 1), np.uint8), np.arange(37))], 37)
 rest = {}
 for path in Path(sys.argv[1]).iterdir():
-    first = _read(path).info["position"]["batches_consumed"]
+    first = _read(path).metadata["position"]["batches_consumed"]
     rest[first] = data.train_ids(8, first=first, count=40 - first, seed=5).reshape(-1).tolist()
 print(json.dumps(rest))
 """

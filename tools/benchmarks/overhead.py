@@ -24,7 +24,8 @@ from lars_keras import LARS
 from lars_keras.data import ImageData, load
 from lars_keras.report.log import MetricsLog
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
-from lars_keras.runtime.divergence import CorruptImageLimit, DivergenceGuard
+from lars_keras.runtime.corrupt_images import CorruptImageLimit
+from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
