@@ -1,0 +1,60 @@
+"""Runs of `train.py` in the process of a test, on data that load at once."""
+
+import functools
+import io
+import unittest.mock
+from contextlib import redirect_stderr, redirect_stdout
+
+import numpy as np
+
+import train
+from lars_keras import data as datasets
+from lars_keras.data import ArrayData
+
+SMALL = (
+    "--model=lenet1989",
+    "--batch_size=64",
+    "--microbatch_size=16",
+    "--epochs=12",
+    "--eval_every=6",
+    "--learning_rate=15",
+    "--warmup=0",
+)
+
+
+@functools.cache
+def _digits():
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        labels = np.arange(n, dtype="int32") % 2
+        images = rng.integers(0, 60, (n, 16, 16, 1), dtype="uint8")
+        images[labels == 1, 4:12, 4:12] += 150
+        return images, labels
+
+    return split(160), split(37)
+
+
+def few_digits():
+    """Returns 160 training and 37 test images in two easy classes."""
+    return ArrayData("digits", *_digits(), 10, description="two easy classes")
+
+
+def run(*arguments, data=None):
+    """Runs train.py on `data`; returns exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        unittest.mock.patch.object(datasets, "load", lambda *_, **__: data or few_digits()),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        code = train.run(["train.py", *arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def parse_only(*arguments):
+    """Runs train.py up to its main path; returns exit code, the `RunConfig` or None, stdout and stderr."""
+    seen = []
+    with unittest.mock.patch.object(train, "main", seen.append):
+        code, out, err = run(*arguments)
+    return code, (seen or [None])[0], out, err

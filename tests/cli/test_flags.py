@@ -1,0 +1,266 @@
+"""Flags: each means something or is refused, recipes parse, and messages of the library name flags."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import keras
+import tensorflow as tf
+from absl.testing import parameterized
+
+import compare
+import flags
+import train
+from lars_keras.runtime.errors import UsageError
+from running import renamed
+from running.errors import in_flags, usage_errors
+from running.optimizers import OPTIMIZER_FLAGS, OPTIMIZERS, SCHEDULE_FLAGS, SCHEDULES, make_optimizer, make_schedule
+from running.resume import config_of_flags
+from tests.cli.runs import parse_only
+from tests.published_recipes import RECIPES
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Another value than the default for each flag that not all optimizers and schedules have.
+VALUES = {
+    "momentum": 0.8,
+    "nesterov": True,
+    "beta_2": 0.98,
+    "adam_epsilon": 1e-3,
+    "bias_correction": False,
+    "trust_coefficient": 0.002,
+    "trust_epsilon": 1e-4,
+    "variant": "norm_of_sum",
+    "trust_clip": True,
+    "excluded_lr_scale": 0.5,
+    "power": 1.0,
+    "end_learning_rate": 0.25,
+}
+PAIRS = [(o, s) for o in OPTIMIZERS for s in SCHEDULES]
+
+
+def as_flag(name, value):
+    return f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def config_of(*arguments):
+    """Returns the `RunConfig` of flags that are accepted."""
+    values, rest = flags.parse(["train.py", *arguments])
+    assert not rest, rest
+    return flags.read(values)
+
+
+def made(config):
+    """Returns the configs of the optimizer and of the schedule of a run."""
+    schedule = make_schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        warmup_updates=config.warmup_updates(200_000),
+        total_updates=config.total_updates(200_000),
+        **config.schedule_options,
+    )
+    with keras.name_scope("model"):
+        variables = [keras.Variable([[1.0]], name="kernel"), keras.Variable([1.0], name="bias")]
+    options = config.optimizer_options | ({"exclude": ()} if config.exclude else {})
+    return make_optimizer(config.optimizer, schedule, variables, **options).get_config(), schedule.get_config()
+
+
+class MeaningTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(*VALUES)
+    def test_a_flag_reaches_the_optimizer_or_is_refused(self, name):
+        owners = OPTIMIZER_FLAGS.get(name) or SCHEDULE_FLAGS[name]
+        default = next(field.default for field in dataclasses.fields(flags.RunConfig) if field.name == name)
+        for optimizer, schedule in PAIRS:
+            kind, owner = ("optimizer", optimizer) if name in OPTIMIZER_FLAGS else ("schedule", schedule)
+            if schedule == "exponential" and name != "end_learning_rate":
+                end = ["--end_learning_rate=0.1"]
+            else:
+                end = []
+            chosen = [f"--optimizer={optimizer}", f"--schedule={schedule}", *end]
+            for value in (VALUES[name], default):
+                if value is None or (schedule == "exponential" and name == "end_learning_rate" and not value):
+                    continue  # no value can be given, or it is refused for what it is
+                with self.subTest(optimizer=optimizer, schedule=schedule, value=value):
+                    if owner in owners:
+                        config = config_of(*chosen, as_flag(name, value))
+                        got = made(config)[kind == "schedule"][owners[owner]]
+                        self.assertEqual(got, value)
+                        self.assertIn(as_flag(name, value), config.as_flags().splitlines())
+                        continue
+                    code, _, _, err = parse_only(*chosen, as_flag(name, value))
+                    self.assertEqual(code, 2)
+                    self.assertIn(f"--{name}={value} --{kind}={owner}", err)
+                    self.assertIn(f"--{name} goes with --{kind}={' or '.join(owners)}", err)
+
+    def test_the_table_is_complete(self):
+        """Each argument of an optimizer that a flag sets for another optimizer is set, or not there."""
+        self.assertCountEqual(VALUES, [*OPTIMIZER_FLAGS, *SCHEDULE_FLAGS])
+        for optimizer in OPTIMIZERS:
+            config, _ = made(config_of(f"--optimizer={optimizer}", "--learning_rate=1"))
+            settable = {arguments[optimizer] for arguments in OPTIMIZER_FLAGS.values() if optimizer in arguments}
+            known = {a for arguments in OPTIMIZER_FLAGS.values() for a in arguments.values()}
+            # Momentum is what tells `momentum` from `sgd`; AMSGrad is not offered; see OPTIMIZER_FLAGS for LAMB.
+            left = {"sgd": {"momentum", "nesterov"}, "lamb": {"excluded_lr_scale"}}.get(optimizer, set())
+            self.assertEqual(known & set(config) - settable, left, optimizer)
+
+    def test_defaults(self):
+        self.assertEqual(made(config_of("--optimizer=lamb"))[0]["epsilon"], 1e-6)
+        self.assertEqual(made(config_of("--optimizer=adam"))[0]["epsilon"], 1e-7)
+        self.assertEqual(made(config_of("--optimizer=sgd"))[0]["momentum"], 0.0)
+        self.assertEqual(made(config_of("--optimizer=momentum"))[0]["momentum"], 0.9)
+
+    def test_exclude_needs_something_to_exclude_from(self):
+        for optimizer in ("sgd", "momentum", "adam"):
+            code, _, _, err = parse_only(f"--optimizer={optimizer}", "--weight_decay=0", "--exclude=bias")
+            self.assertEqual(code, 2)
+            self.assertIn("--exclude needs --weight_decay above 0", err)
+        self.assertEqual(config_of("--weight_decay=0", "--exclude=bias").exclude, ("bias",))
+
+    def test_zero_is_a_value(self):
+        variables = [keras.Variable([1.0], name="kernel")]
+        for name in OPTIMIZERS:
+            optimizer = make_optimizer(name, 0.1, variables, use_ema=True, ema_momentum=0.0, weight_decay=0.0)
+            self.assertEqual(optimizer.ema_momentum, 0.0, name)
+            self.assertFalse(optimizer.weight_decay, name)
+            config = config_of(f"--optimizer={name}", "--ema_momentum=0", "--weight_decay=0")
+            self.assertEqual(config.optimizer_options["ema_momentum"], 0.0)
+            self.assertEqual(config.optimizer_options["weight_decay"], 0.0)
+
+
+class UsageTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(
+        (["--dataset=mnist"], "dataset"),
+        (["--no_such_flag=1"], "no_such_flag"),
+        (["--batch_size=0"], "batch_size"),
+        (["--batch_size=64", "--microbatch_size=24"], "--microbatch_size must divide --batch_size"),
+        (["--batch_size=63", "--strategy=single", "--replicas=2"], "--replicas goes with"),
+        (["--batch_size=64", "--tpu=name", "--replicas=2"], "--replicas does not go with --tpu"),
+        (["--optimizer=rmsprop"], "optimizer"),
+        (["--learning_rate=-1"], "learning_rate"),
+        (["--epochs=0"], "--epochs must be above 0"),
+        (["--warmup=soon"], "--warmup"),
+        (["--momentum=1"], "--momentum must be below 1"),
+        (["--optimizer=adam", "--beta_2=1"], "--beta_2 must be below 1"),
+        (["--tpu=name", "--strategy=single"], "--tpu goes with"),
+        (["--strategy=one"], "single"),
+        (["--eval_only"], "--run_dir"),
+        (["--variant=ratio_on_momentum", "--nesterov"], "Nesterov"),
+        (["stray"], "stray"),
+        (["--flagfile=no_such_file.flags"], "no_such_file"),
+    )
+    def test_refused(self, arguments, message):
+        code, config, out, err = parse_only(*arguments)
+        self.assertEqual(code, 2, out + err)
+        self.assertIsNone(config)
+        self.assertRegex(err, "^train.py: error: ")
+        self.assertIn(message, err)
+
+    @parameterized.parameters(*renamed.FLAGS.items())
+    def test_an_earlier_name_is_refused_with_todays(self, before, now):
+        code, _, _, err = parse_only(f"--{before}=0")
+        self.assertEqual((code, err), (2, f"train.py: error: --{before} was renamed to --{now}.\n"))
+
+    def test_help(self):
+        code, config, out, _ = parse_only("--help")
+        self.assertEqual((code, config), (0, None))
+        for field in dataclasses.fields(flags.RunConfig):
+            self.assertRegex(out, rf"\n  --(\[no\])?{field.name}\b")
+        first, rest = out.split("\n\nModel and data\n")
+        self.assertEqual(first.count("\n  --"), 5)
+        self.assertIn("--flagfile=FILE", first)
+        self.assertIn("--run_dir=", first)
+        self.assertIn("--run_dir=", rest)
+        self.assertLessEqual(max(map(len, out.splitlines())), 120)
+
+    @parameterized.parameters(
+        (
+            "`replicas` must be at most 2. Received: replicas=3, batch_size=8",
+            "--replicas must be at most 2. Received: --replicas=3, --batch_size=8",
+        ),
+        ("Use `strategy=\"single\"`. Received: strategy='x'", "Use --strategy=single. Received: --strategy='x'"),
+        ("`model.fit` and `no_flag` stay. Received: no_flag=1", "`model.fit` and `no_flag` stay. Received: no_flag=1"),
+        ("`peak` must be above 0. Received: peak=-1", "--learning_rate must be above 0. Received: --learning_rate=-1"),
+        ("Received: KERAS_BACKEND=jax", "Received: KERAS_BACKEND=jax"),
+        ("Received: --run_dir=a/seed=3", "Received: --run_dir=a/seed=3"),
+    )
+    def test_arguments_of_the_library_become_flags(self, message, expected):
+        self.assertEqual(in_flags(message), expected)
+        self.assertEqual(in_flags(expected), expected)
+        with self.assertRaises(UsageError) as raised, usage_errors():
+            raise ValueError(message)
+        self.assertEqual(str(raised.exception), expected)
+
+
+class RecipesTest(parameterized.TestCase, tf.test.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.enterContext(contextlib.chdir(ROOT))  # recipes name other recipes from here
+
+    @parameterized.parameters(*sorted(path.name for path in (ROOT / "flags/recipes").iterdir()))
+    def test_recipe(self, name):
+        code, config, _, err = parse_only(f"--flagfile=flags/recipes/{name}")
+        self.assertEqual(code, 0, err)
+        made(config)
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "flags.txt")
+        path.write_text(config.as_flags())
+        self.assertEqual(config_of(f"--flagfile={path}"), config)
+        self.assertEqual(config_of_flags(path.read_text().splitlines()), config)
+
+    @parameterized.parameters(*sorted(path.name for path in (ROOT / "flags/comparisons").iterdir()))
+    def test_comparison(self, name):
+        """Each candidate makes its optimizer, with what applies to it, and its flags are accepted again."""
+        own = compare.define()
+        self.assertEqual(own(["compare.py", f"--flagfile=flags/comparisons/{name}"]), ["compare.py"])
+        for candidate in compare.candidates_of(own):
+            config = candidate.config
+            optimizer, _ = made(config)
+            for flag, arguments in OPTIMIZER_FLAGS.items():
+                if config.optimizer in arguments and getattr(config, flag) is not None:
+                    self.assertEqual(optimizer[arguments[config.optimizer]], getattr(config, flag), (config, flag))
+            path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "flags.txt")
+            path.write_text(config.as_flags())
+            self.assertEqual(config_of(f"--flagfile={path}").as_flags(), config.as_flags())
+
+    @parameterized.parameters("cifar10", "digits", "pytorch_lars_short", "questions")
+    def test_committed_comparisons_can_be_gone_on_with(self, name):
+        """Their flags, as earlier versions wrote them, are those that this version writes of the same recipes."""
+        before = json.loads(pathlib.Path(f"results/compare_{name}.json").read_text())["settings"]["candidates"]
+        own = compare.define()
+        more = ["--epochs=0.16"] if name.endswith("short") else []
+        own(["compare.py", f"--flagfile=flags/comparisons/{name.removesuffix('_short')}.flags", *more])
+        now = {c.name: c.config for c in compare.candidates_of(own)}
+        self.assertEqual({name: config_of_flags(text.splitlines()) for name, text in before.items()}, now)
+
+    def test_patterns_with_a_comma_are_read_again(self):
+        patterns = ("conv[0-9]{1,2}/bias", "gamma", 'a"b')
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "flags.txt")
+        path.write_text(
+            dataclasses.replace(config_of("--flagfile=flags/recipes/demo.flags"), exclude=patterns).as_flags()
+        )
+        self.assertEqual(config_of(f"--flagfile={path}").exclude, patterns)
+
+    def test_flagfiles_hold_the_published_values(self):
+        published = {(r.model, r.batch_size): r for r in RECIPES}
+        models = {r.model for r in RECIPES}
+        paths = [path for model in models for path in (ROOT / "flags/recipes").glob(f"{model}_[0-9]*.flags")]
+        configs = [config_of(f"--flagfile={path}") for path in paths]
+        self.assertCountEqual([(c.model, c.batch_size) for c in configs], list(published))
+        for config in configs:
+            recipe = published[config.model, config.batch_size]
+            for name in ("learning_rate", "epochs", "momentum", "weight_decay", "end_learning_rate"):
+                self.assertEqual(getattr(config, name), getattr(recipe, name), (config.model, config.batch_size, name))
+            self.assertEqual(config.warmup_duration, f"{recipe.warmup:g} epochs")
+            self.assertEqual(config.exclude is None, recipe.exclude_bias_and_norm)
+            self.assertEqual(config.microbatch_size, recipe.ghost_batch or config.microbatch_size)
+            self.assertEqual((config.schedule, config.power, config.variant), ("polynomial", 2.0, "paper"))
+
+    def test_the_main_path_is_short(self):
+        lines = pathlib.Path(train.__file__).read_text().splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("def main("))
+        last = next(i for i, line in enumerate(lines) if line.startswith("def run("))
+        self.assertLessEqual(last - first, 110)
+
+
+if __name__ == "__main__":
+    tf.test.main()
