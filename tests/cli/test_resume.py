@@ -1,0 +1,256 @@
+"""A run that was interrupted goes on exactly, or says why it does not."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import time
+import unittest.mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from flags import RunConfig
+from lars_keras.runtime.checkpoint import CheckpointManager
+from lars_keras.runtime.errors import UsageError
+from lars_keras.training import Trainer
+from running import callbacks, renamed
+from running.resume import RunCheckpoints, config_of_flags, flags_of_run, refuse_finished, resume
+from tests.cli.runs import SMALL, few_digits, run
+
+RUN = (*SMALL, "--epochs=6", "--eval_every=3", "--ema_momentum=0.5", "--trust_epsilon=1e-6", "--strategy=single")
+# A flags.txt as it was written before flags were renamed, with flags that mean nothing to the optimizer.
+EARLIER_FLAGS = """\
+--model=lenet1989
+--dataset=digits
+--validation_share=0.25
+--cache=none
+--batch_size=64
+--epochs=8.0
+--optimizer=adam
+--learning_rate=0.01
+--schedule=cosine
+--power=2.0
+--end_learning_rate=0.0
+--warmup_epochs=100 steps
+--momentum=0.9
+--nesterov=false
+--weight_decay=0.0005
+--trust_coefficient=0.001
+--epsilon=0.0
+--variant=paper
+--trust_clip=false
+--excluded_lr_scale=0.05
+--ema=0.9
+--label_smoothing=0.0
+--strategy=one
+--shard_update=false
+--reduce_dtype=float32
+--updates_per_call=2
+--seed=0
+"""
+
+
+class Stop(keras.callbacks.Callback):
+    """Takes the place of the progress bar, and sends SIGTERM after update 5."""
+
+    images_per_second = data_wait = 1.0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch + 1 == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+
+def metrics(run_dir):
+    """Returns the log without its times and notes."""
+    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "images_per_second", "data_wait")
+    return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] != "note"]
+
+
+def by_earlier_names(values, names):
+    before = {now: then for then, now in names.items()}
+    return {before.get(name, name): value for name, value in values.items()}
+
+
+def make_earlier(run_dir):
+    """Writes a run folder again with the names of before the renames."""
+    path = run_dir / "flags.txt"
+    flags = dict(line.removeprefix("--").split("=", 1) for line in path.read_text().splitlines())
+    flags = by_earlier_names(flags | {"strategy": "one", "nesterov": "false"}, renamed.FLAGS)
+    path.write_text("".join(f"--{name}={value}\n" for name, value in flags.items()))
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(by_earlier_names(config | {"strategy": "one"}, renamed.FLAGS)))
+    checkpoints = CheckpointManager(run_dir / "checkpoints")
+    saved = checkpoints.latest()
+    metadata = dict(saved.metadata)
+    metadata["flags"] = by_earlier_names(metadata["flags"] | {"strategy": "one"}, renamed.FLAGS)
+    for new in ("beta_2", "adam_epsilon", "bias_correction"):
+        metadata["flags"].pop(new)
+    position = by_earlier_names(metadata["position"], renamed.POSITION)
+    metadata["position"] = position | {"logs": by_earlier_names(position["logs"], renamed.METRICS)}
+    shutil.rmtree(run_dir / "checkpoints")
+    checkpoints.save(saved.update, saved.arrays, metadata)
+    checkpoints.wait()
+
+
+class RunTest(tf.test.TestCase):
+    """Real runs: one whole, and one that was preempted after update 5."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.dir = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        with unittest.mock.patch.object(callbacks, "Progress", Stop):
+            cls.stopped = run(*RUN, f"--run_dir={cls.dir}/stopped")
+        cls.whole = run(*RUN, f"--run_dir={cls.dir}/whole")
+
+    def test_it_was_saved(self):
+        code, out, err = self.stopped
+        self.assertEqual(code, 75, out + err)
+        self.assertIn("stopped after update 5, saved", err)
+        self.assertLen(list((self.dir / "stopped/checkpoints").glob("update-00000005-*.npz")), 1)
+
+    def test_it_goes_on_exactly(self):
+        shutil.copytree(self.dir / "stopped", self.dir / "resumed")
+        self.check_resumed(self.dir / "resumed")
+
+    def test_a_folder_of_an_earlier_version_goes_on_exactly(self):
+        shutil.copytree(self.dir / "stopped", self.dir / "earlier")
+        make_earlier(self.dir / "earlier")
+        self.assertIn("--warmup_epochs=0\n", (self.dir / "earlier/flags.txt").read_text())
+        self.check_resumed(self.dir / "earlier")
+        self.assertEqual(*((self.dir / name / "flags.txt").read_text() for name in ("earlier", "whole")))
+
+    def check_resumed(self, run_dir):
+        code, out, err = run(f"--run_dir={run_dir}")
+        self.assertEqual(code, 0, err)
+        self.assertRegex(out, "went on after update 5, from update-00000005-.*npz")
+        report = (run_dir / "report.html").read_text()
+        self.assertIn("went on after update 5", report)
+        self.assertNotIn("inexactly", report)
+        self.assertEqual(self.whole[0], 0, self.whole)
+        self.assertEqual(metrics(run_dir), metrics(self.dir / "whole"))
+        results = [json.loads((path / "results.json").read_text()) for path in (run_dir, self.dir / "whole")]
+        self.assertEqual(*({k: r[k] for k in ("top1", "top5", "loss", "n", "updates")} for r in results))
+
+
+class RefusalTest(parameterized.TestCase, tf.test.TestCase):
+    """What is said before any training, of a folder with a checkpoint of update 5."""
+
+    def setUp(self):
+        super().setUp()
+        self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.config = RunConfig(run_dir=str(self.dir), batch_size=64)
+        model = keras.Sequential([keras.layers.Input([1]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        self.trainer = Trainer(model, batch_size=64)
+        self.trainer.restore = unittest.mock.Mock()
+        self.data = few_digits()
+
+    def save(self, **changes):
+        flags = {"flags": vars(self.config) | {"exclude": ["a", "b"]}, "replicas": 1, "rollbacks": ["one"]}
+        position = {"update": 5, "batches_consumed": 6, "logs": {}}
+        checkpoints = CheckpointManager(self.dir / "checkpoints")
+        checkpoints.save(5, {"a": np.zeros(3)}, flags | {"position": position} | changes)
+        checkpoints.wait()
+
+    def resume(self, **flags):
+        config = RunConfig(**vars(self.config) | {"exclude": ("a", "b")} | flags)
+        return resume(config, RunCheckpoints(self.dir, config), self.dir, self.trainer, self.data, "feed")
+
+    def refuse(self, *messages, **flags):
+        with self.assertRaises(UsageError) as raised:
+            self.resume(**flags)
+        self.trainer.restore.assert_not_called()
+        for message in (f"--run_dir={self.dir} ", *messages):
+            self.assertIn(message, str(raised.exception))
+
+    def test_the_same_flags_go_on(self):
+        self.save()
+        # Not for the result: where the data are. Without a meaning: Adam's second moment.
+        resumed = self.resume(data_dir="elsewhere", beta_2=0.5)
+        self.assertLen(resumed.notes, 1)
+        self.assertRegex(resumed.notes[0], "^went on after update 5, from update-00000005-.*npz$")
+        self.assertEqual(resumed.record["rollbacks"], ["one"])
+        arrays, position, feed = self.trainer.restore.call_args.args
+        self.assertEqual((list(arrays), position["batches_consumed"], feed), (["a"], 6, "feed"))
+
+    def test_an_empty_folder_begins(self):
+        self.assertEqual(self.resume().notes, [])
+
+    def test_a_dry_run_begins_at_the_start(self):
+        self.save()
+        self.assertEqual(self.resume(dry_run=True, seed=3).notes, [])
+        self.trainer.restore.assert_not_called()
+
+    def test_other_flags(self):
+        self.save()
+        self.refuse(
+            "--batch_size=32 was 64; --seed=3 was 0.",
+            "--allow_inexact_resume",
+            batch_size=32,
+            seed=3,
+            allow_inexact_resume=False,
+        )
+        self.refuse("--optimizer=adam was lars", optimizer="adam")
+        resumed = self.resume(weight_decay=0.01, allow_inexact_resume=True)
+        self.assertEqual(resumed.notes[1:], ["went on inexactly: --weight_decay=0.01 was 0.0005"])
+
+    def test_other_replicas_and_backend(self):
+        self.save(replicas=2)
+        self.refuse("replicas: 1, was 2")
+        self.save(backend="jax")
+        self.refuse("KERAS_BACKEND=tensorflow, was jax")
+
+    def test_an_end_that_is_past(self):
+        self.save()
+        self.refuse("has taken 5 updates, more than the 4 ", steps=4, allow_inexact_resume=True)
+
+    def test_a_damaged_checkpoint_is_passed_over(self):
+        self.save()
+        for path in (self.dir / "checkpoints").iterdir():
+            path.write_bytes(path.read_bytes()[:-9])
+        self.assertEqual(self.resume().notes, [])
+
+    def test_unreadable_images_are_known_again(self):
+        self.save()
+        (self.dir / "bad_images.json").write_text('{"record 3": "no JPEG"}')
+        self.resume()
+        self.assertEqual(self.data.unreadable_images.found, {"record 3": "no JPEG"})
+
+    def test_a_finished_run(self):
+        refuse_finished(self.dir)
+        (self.dir / "results.json").touch()
+        with self.assertRaisesRegex(UsageError, f"--run_dir={self.dir} holds a finished run"):
+            refuse_finished(self.dir)
+
+
+class EarlierVersionTest(tf.test.TestCase):
+    def test_flags_by_todays_names(self):
+        config = config_of_flags(EARLIER_FLAGS.splitlines())
+        self.assertEqual(
+            (config.validation_split, config.warmup, config.ema_momentum, config.strategy, config.steps_per_execution),
+            (0.25, "100 steps", 0.9, "single", 2),
+        )
+        self.assertEqual((config.optimizer, config.trust_epsilon, config.beta_2), ("adam", 0.0, 0.999))
+        for name in (*renamed.FLAGS, "nesterov", "trust_epsilon", "power"):
+            self.assertNotIn(f"--{name}=", config.as_flags())
+
+    def test_flags_of_run(self):
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.assertEqual(flags_of_run(str(folder)), [])
+        (folder / "flags.txt").write_text(EARLIER_FLAGS)
+        self.assertIn("--warmup=100 steps", flags_of_run(str(folder)))
+        code, _, err = run(f"--run_dir={folder}", "--nesterov")  # what the user gives is refused as ever
+        self.assertEqual(code, 2)
+        self.assertIn("--nesterov goes with --optimizer=lars or momentum", err)
+
+
+if __name__ == "__main__":
+    tf.test.main()
