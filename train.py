@@ -37,6 +37,7 @@ from running.plan import make_plan
 from running.rehearsal import rehearse
 from running.results import final_scores, report_of_failure, scores_line, write_results
 from running.resume import RunCheckpoints, resume
+from running.views import score_views
 
 
 def main(config: flags.RunConfig) -> None:
@@ -89,7 +90,8 @@ def main(config: flags.RunConfig) -> None:
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
     if config.eval_only:
-        print(scores_line(trainer.evaluate(test_feed), data.num_test))
+        scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, strategy, test_feed)
+        print(scores_line(scores, data.num_test))
         return
 
     # ---- Resume, if the folder holds a run that was interrupted
@@ -127,9 +129,9 @@ def main(config: flags.RunConfig) -> None:
 
     # ---- Results
     trainer.save_model(run_dir / "model.keras", write=chief)  # collective: hosts may hold shards of the weights
+    scores = final_scores(history) | score_views(config, data, trainer, strategy, test_feed)
     if not chief:
         return
-    scores = final_scores(history)
     write_results(
         run_dir,
         scores,

@@ -68,7 +68,8 @@ class RunConfig:
     augment: str | None = _choice(
         None,
         data.AUGMENTS,
-        "Augment training images; the last three come after crop_flip. Default: crop_flip; none for digits.",
+        "Augment training images; alternating_flip shifts by 2 pixels and flips in every second epoch, for cifar10; "
+        "the last three come after crop_flip. Default: crop_flip; none for digits.",
     )
     validation_split: float = _real(
         0.0, "Hold out this fraction of the training images, and score it instead of the test split.", high=0.5
@@ -105,6 +106,10 @@ class RunConfig:
     )
     power: float = _real(2.0, "Set the exponent of the polynomial decay.")
     end_learning_rate: float = _real(0.0, "End a polynomial, cosine or exponential decay at this rate.")
+    end_lr_scale: float | None = _real(
+        None, "End the decay at this times the peak, in place of --end_learning_rate.", high=1.0
+    )
+    initial_lr_scale: float = _real(0.0, "Begin the warm-up at this times the peak.", high=1.0)
     warmup: str | None = _text(
         None,
         "Warm up linearly for these epochs, or for a duration such as '100 steps' or '1e6 examples'. Default: an "
@@ -132,6 +137,15 @@ class RunConfig:
     global_clipnorm: float | None = _real(None, "Clip the norm of all gradients together, of the whole batch.")
     ema_momentum: float | None = _real(
         None, "Keep an EMA of the weights with this momentum, and evaluate and save that.", high=1.0
+    )
+    test_views: int = _flag(
+        1,
+        "integer",
+        "Score the trained model also on 2 views of each image, flipped and not, or on 6, these shifted as well; the "
+        "plain score is reported either way.",
+        affects_result=False,
+        lower_bound=1,
+        upper_bound=6,
     )
     label_smoothing: float = _real(0.0, "Spread this fraction of the label over all classes.", high=1.0)
     strategy: str = _choice(
@@ -214,10 +228,18 @@ class RunConfig:
                 raise ValueError(f"--{name} must be below 1. Received: --{name}={getattr(self, name)}")
         if self.schedule == "polynomial" and self.power == 0.0:
             raise ValueError("--power must be above 0. Received: --power=0")
-        if self.schedule == "exponential" and not (self.end_learning_rate and self.learning_rate):
+        if self.test_views not in models.VIEWS:
+            accepted = ", ".join(map(str, models.VIEWS))
+            raise ValueError(f"--test_views must be one of {accepted}. Received: --test_views={self.test_views}")
+        if self.end_lr_scale is not None and self.end_learning_rate:
+            raise ValueError(
+                "--end_lr_scale takes the place of --end_learning_rate: give one. Received: "
+                f"--end_lr_scale={self.end_lr_scale:g} --end_learning_rate={self.end_learning_rate:g}"
+            )
+        if self.schedule == "exponential" and not (self.schedule_options["end"] and self.learning_rate):
             raise ValueError(
                 "--schedule=exponential needs --learning_rate and --end_learning_rate above 0. Received: "
-                f"--learning_rate={self.learning_rate:g} --end_learning_rate={self.end_learning_rate:g}"
+                f"--learning_rate={self.learning_rate:g} --end_learning_rate={self.schedule_options['end']:g}"
             )
         try:
             schedules.duration_in_updates(self.warmup_duration, batch_size=1, num_examples=1)
@@ -253,7 +275,11 @@ class RunConfig:
     @property
     def schedule_options(self) -> dict[str, Any]:
         """Arguments of `running.optimizers.make_schedule` beside name, peak and durations."""
-        return self._arguments(SCHEDULE_FLAGS, self.schedule)
+        options = self._arguments(SCHEDULE_FLAGS, self.schedule)
+        end_scale = options.pop("end_scale", None)
+        if end_scale is not None:
+            options["end"] = end_scale * self.learning_rate
+        return {**options, "start": self.initial_lr_scale * self.learning_rate}
 
     def _arguments(self, table: dict[str, dict[str, str]], owner: str) -> dict[str, Any]:
         return {arguments[owner]: getattr(self, flag) for flag, arguments in table.items() if owner in arguments}

@@ -9,7 +9,10 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from models import alexnet, lenet, resnet
+from models import alexnet, fast_cifar, lenet, resnet
+from models.views import VIEWS, with_views
+
+__all__ = ["VIEWS", "adapt", "default_image_size", "get", "names", "with_views"]
 
 
 class _Spec(NamedTuple):
@@ -17,6 +20,7 @@ class _Spec(NamedTuple):
     image_size: int
     min_size: int
     std: float = 127.5  # Default; with the default mean, pixels become [-1, 1].
+    adapt: Callable[[keras.Model, np.ndarray], None] | None = None  # Takes training images.
 
 
 _SPECS = {
@@ -25,6 +29,13 @@ _SPECS = {
     "alexnet_bn": _Spec(functools.partial(alexnet.alexnet, batch_norm=True), 227, 67),
     "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
     "alexnet_small_lrn": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=False), 32, 16),
+    "fast_cifar": _Spec(fast_cifar.fast_cifar, 32, 9, adapt=fast_cifar.whiten),
+    "fast_cifar_medium": _Spec(
+        functools.partial(fast_cifar.fast_cifar, widths=(64, 128, 128)), 32, 9, adapt=fast_cifar.whiten
+    ),
+    "fast_cifar_small": _Spec(
+        functools.partial(fast_cifar.fast_cifar, widths=(32, 64, 128)), 32, 9, adapt=fast_cifar.whiten
+    ),
     "lenet1989": _Spec(lenet.lenet1989, 16, 8),
     "resnet18": _Spec(resnet.resnet18, 32, 8),
     "resnet50": _Spec(resnet.resnet50, 224, 32),
@@ -108,6 +119,20 @@ def get(
     x = keras.layers.Normalization(mean=means, variance=[s**2 for s in stds], dtype="float32", name="normalize")(images)
     logits = spec.build(x, num_classes, _seeds(seed), synchronized=sync_batch_norm)
     return keras.Model(images, logits, name=name)
+
+
+def adapt(model: keras.Model, images: Callable[[int], np.ndarray]) -> None:
+    """Set the weights that follow from training images, in the models that have some.
+
+    These are the whitening kernels of the `fast_cifar` models. Other models are left as they are.
+
+    Args:
+        model: from `get`.
+        images: returns so many training images, not augmented: uint8 `(n, height, width, channels)`.
+    """
+    change = _spec(model.name).adapt
+    if change:
+        change(model, images(fast_cifar.WHITENING_IMAGES))
 
 
 def _spec(name: str) -> _Spec:

@@ -1,6 +1,7 @@
 """The model of a run: made or loaded, and compiled."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -14,7 +15,7 @@ from running.optimizers import make_optimizer, make_schedule
 
 def make_model(config: RunConfig, data: ImageData) -> keras.Model:
     """Make the network for the classes and images of the data."""
-    return models.get(
+    model = models.get(
         config.model,
         num_classes=data.num_classes,
         input_shape=data.image_shape,
@@ -24,6 +25,8 @@ def make_model(config: RunConfig, data: ImageData) -> keras.Model:
         sync_batch_norm=config.sync_batch_norm,
         seed=config.seed,
     )
+    models.adapt(model, lambda count: next(data.train_numpy(min(count, data.num_train), count=1, augment=False))[0])
+    return model
 
 
 def compile_model(model: keras.Model, config: RunConfig, data: ImageData) -> None:
@@ -37,13 +40,20 @@ def compile_model(model: keras.Model, config: RunConfig, data: ImageData) -> Non
     )
     model.compile(
         make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
-        loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
-        weighted_metrics=[
+        **scoring(config, data),
+    )
+
+
+def scoring(config: RunConfig, data: ImageData) -> dict[str, Any]:
+    """Make the loss and metrics that `compile` takes."""
+    return {
+        "loss": keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=config.label_smoothing),
+        "weighted_metrics": [
             keras.metrics.CategoricalAccuracy(name="top1"),
             keras.metrics.TopKCategoricalAccuracy(k=min(5, data.num_classes), name="top5"),
             MaskedExamples(),
         ],
-    )
+    }
 
 
 def load_model(run_dir: Path) -> keras.Model:

@@ -39,6 +39,7 @@ OPTIMIZER_FLAGS: dict[str, dict[str, str]] = {
 SCHEDULE_FLAGS: dict[str, dict[str, str]] = {
     "power": {"polynomial": "power"},
     "end_learning_rate": {"polynomial": "end", "cosine": "end", "exponential": "end"},
+    "end_lr_scale": {"polynomial": "end_scale", "cosine": "end_scale", "exponential": "end_scale"},
 }
 
 
@@ -50,7 +51,7 @@ def applies(flag: str, optimizer: str, schedule: str) -> bool:
 def make_schedule(
     name: str, *, peak: float, warmup_updates: int, total_updates: int, **options: float
 ) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Make a warm-up from 0 followed by the decay called `name`.
+    """Make a warm-up followed by the decay called `name`.
 
     Args:
         name: one of `SCHEDULES`. `"step"` multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run: epochs 30, 60 and 80 of the
@@ -58,7 +59,8 @@ def make_schedule(
         peak: highest rate.
         warmup_updates: length of the warm-up.
         total_updates: length of the run.
-        **options: `end`, the last rate, for all but `"step"`; `power`, the exponent, for `"polynomial"`.
+        **options: `start`, the rate from which the warm-up rises; `end`, the last rate, for all but `"step"`; `power`,
+            the exponent, for `"polynomial"`.
 
     Raises:
         ValueError: if the name is unknown, or the warm-up is as long as the run.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lars_keras.data.augment import shift_flip
 from lars_keras.data.base import ImageData, check_arguments, positions
 from lars_keras.data.keyed import Array
 from lars_keras.data.unreadable import UnreadableImages
@@ -59,8 +60,10 @@ class ArrayData(ImageData):
         self._test = test[0], test[1].astype(np.int32)
         self._crop_flip = crop_flip
         self.augment = augment or ("crop_flip" if crop_flip else "none")
-        if self.augment == "crop_flip" and not crop_flip:
+        if self.augment in ("crop_flip", "alternating_flip") and not crop_flip:
             raise ValueError(f"{name} has no random crop and flip. Received: augment={augment!r}")
+        if self.augment == "alternating_flip":
+            self._crop_flip = shift_flip
         if self.augment == "randaugment" and train[0].shape[3] != 3:
             raise ValueError(
                 f"--augment=randaugment needs images of 3 channels, those of {name} have {train[0].shape[3]}."
@@ -85,7 +88,7 @@ class ArrayData(ImageData):
     ) -> Iterator[tuple[np.ndarray, ...]]:
         check_arguments(batch_size, shard, seed, first)
         kind = self.augment if augment else "none"
-        if kind not in ("none", "crop_flip"):  # those are TensorFlow's
+        if kind not in ("none", "crop_flip", "alternating_flip"):  # those are TensorFlow's
             return super().train_numpy(batch_size, first=first, count=count, seed=seed, shard=shard)
         indices = itertools.count(first) if count is None else range(first, first + count)
         return (self._train_arrays(np.uint64(i), batch_size, seed, shard, kind) for i in indices)

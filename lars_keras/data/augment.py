@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lars_keras.data.keyed import Array
+from lars_keras.data.keyed import Array, to_float32
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -16,8 +16,10 @@ _ALPHA = {"mixup": 0.2, "cutmix": 1.0}  # of the Beta distribution of the share;
 _QUANTILES = 4096
 
 
-def pad_crop_flip(images: Array, draws: Array, pad: int = 4) -> Array:
-    """Pads with black, crops at random back to the same size, and flips half of the images.
+def pad_crop_flip(
+    images: Array, draws: Array, pad: int = 4, mode: Literal["constant", "reflect"] = "constant"
+) -> Array:
+    """Pads, crops at random back to the same size, and flips half of the images.
 
     Source: He, Zhang, Ren and Sun 2015 (arXiv 1512.03385), section 4.2.
 
@@ -25,6 +27,7 @@ def pad_crop_flip(images: Array, draws: Array, pad: int = 4) -> Array:
         images: uint8 of shape `(n, height, width, channels)`, a NumPy array or a tensor.
         draws: float32 of shape `(n, 3)`, uniform in [0, 1): row, column, flip.
         pad: pixels of border on each side.
+        mode: `"constant"` for a black border, `"reflect"` for a reflection of the image.
 
     Returns:
         uint8, of the kind and shape of `images`.
@@ -36,14 +39,43 @@ def pad_crop_flip(images: Array, draws: Array, pad: int = 4) -> Array:
         start = (draws[:, :2] * np.float32(2 * pad + 1)).astype(np.int64)
         rows = start[:, :1] + up
         columns = start[:, 1:] + np.where(draws[:, 2:] < 0.5, left[::-1], left)
-        return np.pad(images, border)[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return np.pad(images, border, mode)[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
     import tensorflow as tf
 
     start = tf.cast(draws[:, :2] * np.float32(2 * pad + 1), tf.int64)
     rows = start[:, :1] + up
     columns = start[:, 1:] + tf.where(draws[:, 2:] < 0.5, left[::-1], left)
-    return tf.gather(tf.gather(tf.pad(images, border), rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+    return tf.gather(tf.gather(tf.pad(images, border, mode), rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
+
+
+def shift_flip(images: Array, draws: Array) -> Array:
+    """Shift images by up to 2 pixels each way, with reflected borders, and flips half of them.
+
+    Source: airbench (Jordan 2024, arXiv 2404.00498). Arguments and result are those of `pad_crop_flip`.
+    """
+    return pad_crop_flip(images, draws, pad=2, mode="reflect")
+
+
+def alternating(draws: Array, first: Array, epochs: Array) -> Array:
+    """Return draws for a decision that is random in epoch 0 and the other way in every second epoch.
+
+    So each example is decided one way in the even epochs, the other way in the odd ones.
+    Source: airbench (Jordan 2024, arXiv 2404.00498), section 3.6.
+
+    Args:
+        draws: float32 `(n, k)`, uniform in [0, 1); the last column is replaced.
+        first: draws of the same shape, of epoch 0.
+        epochs: uint64 `(n,)`.
+    """
+    odd = to_float32(epochs % np.uint64(2))[:, None]
+    # Exact: draws are multiples of 2^-24, and one below 1/2 changes places with one that is not.
+    last = first[:, -1:] + odd * (np.float32(1 - 2.0**-24) - 2 * first[:, -1:])
+    if isinstance(draws, np.ndarray):
+        return np.concatenate([draws[:, :-1], last], 1)
+    import tensorflow as tf
+
+    return tf.concat([draws[:, :-1], last], 1)
 
 
 def mix_pairs(

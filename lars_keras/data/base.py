@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lars_keras.data.augment import MIXES, mix_pairs
+from lars_keras.data.augment import MIXES, alternating, mix_pairs
 from lars_keras.data.keyed import Array, keys, uniforms
 from lars_keras.data.parallel_map import cores, each_row
 from lars_keras.data.shuffle import example_ids
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-AUGMENTS = ("none", "crop_flip", "randaugment", *MIXES)
+AUGMENTS = ("none", "crop_flip", "alternating_flip", "randaugment", *MIXES)
 _EXTRA_DRAWS = 3  # beside those of crop and flip
 
 
@@ -40,8 +40,9 @@ class ImageData(abc.ABC):
         image_shape: `(height, width, channels)` of every image delivered.
         num_train, num_test: number of examples of each split.
         mean, std: per channel, over the training split, of pixel values 0 to 255.
-        augment: what happens to training images, one of `AUGMENTS`: nothing; the data set's random crop and flip; or,
-            after these if the data set has them, RandAugment, mixup or cutmix.
+        augment: what happens to training images, one of `AUGMENTS`: nothing; the data set's random crop and flip;
+            reflected shifts by up to 2 pixels and a flip in every second epoch, of images in memory; or, after crop and
+            flip if the data set has them, RandAugment, mixup or cutmix.
         description: one line for people.
         reading: how images are made, one line for people.
         unreadable_images: the images that could not be read so far.
@@ -172,8 +173,12 @@ class ImageData(abc.ABC):
     ) -> tuple[Array, Array]:
         """The example ids of batch `index`, and the random numbers of each."""
         ids, epochs = example_ids(positions(index, batch_size, shard), self.num_train, seed)
-        count = {"none": 0, "crop_flip": self._num_draws}.get(kind, self._num_draws + _EXTRA_DRAWS)
-        return ids, uniforms(keys(seed, epochs, ids), count)
+        usual = {"none": 0, "crop_flip": self._num_draws, "alternating_flip": self._num_draws}
+        draws = uniforms(keys(seed, epochs, ids), usual.get(kind, self._num_draws + _EXTRA_DRAWS))
+        if kind == "alternating_flip":
+            first = uniforms(keys(seed, np.uint64(0) * epochs, ids), self._num_draws)
+            draws = alternating(draws, first, epochs)
+        return ids, draws
 
     threads: int | None = cores()  # that make images; None: tf.data decides
     _num_draws: int  # how many random numbers the crop and flip of one example takes

@@ -42,10 +42,11 @@ def uniforms(key: Array, count: int) -> Array:
     """
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     bits = splitmix64(key[:, None] + steps) // np.uint64(2**40)
-    return _float32(bits) * np.float32(2.0**-24)
+    return to_float32(bits) * np.float32(2.0**-24)
 
 
-def _float32(x: Array) -> Array:
+def to_float32(x: Array) -> Array:
+    """Cast an array or tensor to float32."""
     if isinstance(x, np.ndarray):
         return x.astype(np.float32)
     import tensorflow as tf

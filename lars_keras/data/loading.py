@@ -76,6 +76,10 @@ def load(
         )
     if name == "folder" and data_dir is None:
         raise ValueError("--dataset=folder needs --data_dir, the folder of train/ and val/. Received: no --data_dir")
+    if augment == "alternating_flip" and name in ANY_SIZE:
+        raise ValueError(
+            f"alternating_flip is for images in memory, as of cifar10. Received: augment={augment!r}, {name=}"
+        )
     if augment == "randaugment":
         try:
             import lars_keras.data.randaugment  # noqa: F401
