@@ -1,4 +1,4 @@
-"""A metric of `train.py`, here so that `import lars_keras` is enough to load the models that it saves."""
+"""A metric that saved models refer to. `import lars_keras` registers it, so that they load."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("lars_keras")
 class MaskedExamples(keras.metrics.Sum):
-    """How many examples had weight 0, on all replicas: in training those that could not be read."""
+    """Counts the examples of weight 0 on all replicas. In training these are the unreadable images."""
 
     def __init__(self, name: str = "masked_examples", **kwargs: Any):
         super().__init__(name=name, **kwargs)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of those of `packages` that are installed."""
+    """Return the versions of Python and of each of `packages` that is installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,1 +1,1 @@
-"""What a run shows: log, progress, layers, report."""
+"""Log, progress bar, layer telemetry and report of a run."""

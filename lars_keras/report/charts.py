@@ -1,29 +1,48 @@
-"""SVG pictures of the report, and its heat maps of the layers."""
+"""Charts of a page as inline SVG: curves over updates, heat maps over layers and updates."""
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lars_keras.report.layers import as_array, health
+from lars_keras.report.html import number
+from lars_keras.report.layers import as_array
 
-# Colours in the SVG are stand-ins for the page's own, which follow the reader's light or dark setting.
+# Colours in the SVG stand for CSS variables of the page, which follow the system's light or dark setting.
 INK, GRID, TRAIN, VALIDATION = "#000001", "#000002", "#000003", "#000004"
-CSS_COLOURS = {INK: "--muted", GRID: "--line", TRAIN: "--train", VALIDATION: "--validation"}
-COLUMNS = 240  # of a heat map; more updates are put together
+CSS_VARIABLES = {INK: "muted", GRID: "line", TRAIN: "train", VALIDATION: "validation"}
+COLUMNS = 240  # most columns of a heat map
+
+Events = Sequence[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart of a page.
+
+    Attributes:
+        title: unique on the page.
+        svg: the picture; empty if there is nothing to draw.
+        note: what is missing.
+    """
+
+    title: str
+    svg: Markup = Markup()
+    note: str = ""
 
 
 def svg_style() -> contextlib.AbstractContextManager:
-    """matplotlib's settings for a figure that goes into the page."""
+    """Return a context with matplotlib's settings for a page."""
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lars_keras",  # ids, too, are the same each time
@@ -34,56 +53,137 @@ def svg_style() -> contextlib.AbstractContextManager:
     return matplotlib.rc_context(style)
 
 
-def inline_svg(figure: Figure, title: str, label: str) -> str:
-    """A figure as an element of the page: named, without fixed size, ids its own, colours the page's.
+def inline_svg(figure: Figure, title: str, label: str) -> Markup:
+    """Return a figure as an SVG element in the colours of the page.
 
     Args:
         figure: drawn under `svg_style`.
-        title: of the picture, which no other on the page has.
-        label: what it shows, for those who cannot see it.
+        title: unique on the page; it makes the element's ids unique.
+        label: text for readers who cannot see the picture.
     """
     out = io.StringIO()
     with svg_style():
         FigureCanvasSVG(figure).print_svg(out, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
-    name = title.lower().replace(" ", "-")
+    name = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for stand_in, variable in CSS_COLOURS.items():
-        svg = svg.replace(stand_in, f"var({variable})")
+    for stand_in, variable in CSS_VARIABLES.items():
+        svg = svg.replace(stand_in, f"var(--{variable})")
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box, "matplotlib writes a viewBox"
-    return f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + svg[svg.index(">") + 1 :]
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" {box[0]}>' + svg[svg.index(">") + 1 :])
 
 
-def layer_charts(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> str:
-    """The health of the layers in words, and heat maps over layers and updates.
+def heat_maps(events: Events, layers: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Draw the telemetry of the layers.
 
     Args:
         events: `layers` events of a log, at least one.
         layers: rows of the layer plan.
     """
-    words = "".join(f"<li>{escape(sentence)}</li>" for sentence in health(events, layers))
     updates = np.array([e["update"] for e in events])
     paths = [layer["path"] for layer in layers]
     adapted = [i for i, layer in enumerate(layers) if layer["adapt"]]
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = as_array(events, "gradient_norm") / as_array(events, "weight_norm")
-    maps = [
-        ("Trust ratio", as_array(events, "ratio")[:, adapted], [paths[i] for i in adapted]),
-        ("Effective rate", as_array(events, "rate"), paths),
-        ("Gradient norm over weight norm", share, paths),
+        gradient_over_weight = as_array(events, "gradient_norm") / as_array(events, "weight_norm")
+    return [
+        _heat_map("Trust ratio", updates, as_array(events, "ratio")[:, adapted], [paths[i] for i in adapted]),
+        _heat_map("Effective rate", updates, as_array(events, "rate"), paths),
+        _heat_map("Gradient norm over weight norm", updates, gradient_over_weight, paths),
     ]
-    figures = [_heat_map(title, updates, values, rows) for title, values, rows in maps]
-    return f"<ul>{words}</ul>\n" + "\n".join(figures)
 
 
-def _heat_map(title: str, updates: np.ndarray, values: np.ndarray, rows: Sequence[str]) -> str:
-    """`values` of shape `(updates, rows)` as colours on a logarithmic scale; what is not above 0 stays empty."""
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """A line of a chart. `x` are updates; `y` is NaN where a value is missing."""
+
+    label: str
+    colour: str
+    x: np.ndarray
+    y: np.ndarray
+    faint: bool = False
+
+    @classmethod
+    def of(cls, label: str, colour: str, events: Events, name: str, **kwargs: Any) -> "_Curve":
+        x = np.array([e["update"] for e in events], dtype=float)
+        y = np.array([e.get(name) for e in events], dtype=float)  # null becomes NaN
+        return cls(label, colour, x, y, **kwargs)
+
+    @property
+    def points(self) -> int:
+        return int(np.isfinite(self.y).sum())
+
+
+def curves(updates: Events, evals: Events) -> list[Chart]:
+    """Draw loss, top-1, top-5 and learning rate over updates.
+
+    Args:
+        updates: `update` events of a log.
+        evals: `eval` events of a log.
+    """
+    window = len(updates) // 50
+    loss = [_Curve.of("training, each update", TRAIN, updates, "step_loss", faint=window > 1)]
+    if window > 1:
+        x, y = (np.convolve(v, np.full(window, 1 / window), "valid") for v in (loss[0].x, loss[0].y))
+        loss.append(_Curve(f"training, mean of {window} updates", TRAIN, x, y))
+    charts = [_chart("Loss", [*loss, _Curve.of("validation", VALIDATION, evals, "loss")])]
+    for title, name in (("Top-1", "top1"), ("Top-5", "top5")):
+        training = _Curve.of("training, since the epoch began", TRAIN, updates, name)
+        validation = _Curve.of("validation", VALIDATION, evals, name)
+        charts.append(_chart(title, [training, validation], percent=True))
+    return [*charts, _chart("Learning rate", [_Curve.of("of each update", TRAIN, updates, "learning_rate")])]
+
+
+def _chart(title: str, lines: list[_Curve], percent: bool = False) -> Chart:
+    missing = sorted({line.label.split(",")[0] for line in lines if not line.points})
+    shown = [line for line in lines if line.points]
+    note = f"Nothing to draw yet for: {', '.join(missing)}." if missing else ""
+    return Chart(title, _svg(title, shown, percent) if shown else Markup(), note)
+
+
+def _svg(title: str, lines: list[_Curve], percent: bool) -> Markup:
+    with svg_style():
+        figure = Figure(figsize=(4.3, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        for line in lines:
+            marked = line.colour == VALIDATION or line.points == 1
+            axes.plot(
+                line.x,
+                line.y,
+                color=line.colour,
+                label=line.label,
+                marker="o" if marked else None,
+                markersize=3.5 if len(line.x) <= 40 else 0,
+                linewidth=0.8 if line.faint else 1.6,
+                alpha=0.55 if line.faint else 1.0,
+                clip_on=False,  # a line on the axis keeps its width
+            )
+        axes.set_xlabel("optimizer updates")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        if percent:
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        axes.grid(axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, pad=6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        if len(lines) > 1:
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
+    last = (f"{c.label} {number(c.y[np.isfinite(c.y)][-1], '.2%' if percent else '.4g')}" for c in lines)
+    return inline_svg(figure, title, f"{title} over optimizer updates. Last values: {'; '.join(last)}.")
+
+
+def _heat_map(title: str, updates: np.ndarray, values: np.ndarray, rows: Sequence[str]) -> Chart:
+    """Draw `values` of shape `(updates, rows)` on a logarithmic scale. Cells without a positive value stay empty."""
     positive = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     if not rows or not np.isfinite(positive).any():
-        return f'<figure>\n<figcaption>{title}</figcaption>\n<p class="note">Nothing to draw yet.</p>\n</figure>'
-    # The last of the updates that share a column: a mean would hide an outlier no less, and need more words.
+        return Chart(title, note="Nothing to draw yet.")
+    # Each column shows one update.
     kept = np.unique(np.linspace(0, len(updates) - 1, COLUMNS).round().astype(int))
     updates, image = updates[kept], np.ma.masked_invalid(positive[kept].T)
     low, high = float(image.min()), float(image.max())
@@ -106,4 +206,4 @@ def _heat_map(title: str, updates: np.ndarray, values: np.ndarray, rows: Sequenc
         bar = figure.colorbar(picture, ax=axes, pad=0.01, fraction=0.03)
         bar.outline.set_visible(False)
     label = f"{title} of each layer over optimizer updates, a heat map from {low:.2g} to {high:.2g}."
-    return f"<figure>\n<figcaption>{title}</figcaption>\n{inline_svg(figure, title, label)}\n</figure>"
+    return Chart(title, inline_svg(figure, title, label))

@@ -1,68 +1,74 @@
-"""What LARS and LAMB do to each layer while a run trains, kept in its log and summed up in words."""
+"""Telemetry of the layers: what LARS and LAMB do to each variable, logged and summarized in words."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from lars_keras.layerwise import MEASURES
 from lars_keras.report.log import MetricsLog
-from lars_keras.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lars_keras.training.trainer import Trainer
 
 RECENT = 10  # lines of the log that a median is taken over
 CHANGE = 100.0  # factor of a weight norm since the first line that counts as collapse or explosion
 
 
 class LayerTelemetry(keras.callbacks.Callback):
-    """Logs every few updates the norms, trust ratio and effective rate of every trainable variable.
+    """Logs the norms, trust ratio and effective rate of every trainable variable, every few updates.
 
-    A line of `metrics.jsonl` has a list for each of `lars_keras.layerwise.MEASURES`, in the order of the layer plan,
-    to six digits; null where a number is not finite:
+    A line of `metrics.jsonl` has one list for each of `lars_keras.layerwise.MEASURES`. The lists follow the order of
+    the layer plan and have six significant digits. A number that is not finite is null:
 
         {"event": "layers", "update": 20, "weight_norm": [...], "gradient_norm": [...], "ratio": [...], "rate": [...]}
 
-    TensorBoard gets the same as scalars `layers/ratio/<path>` and so on.
+    TensorBoard gets the same numbers as scalars `layers/ratio/<path>` and so on.
 
     Args:
-        trainer: made with `layer_ratios=True`; its model's optimizer is `LARS` or `LAMB`.
-        log: of the run.
-        every: updates between two lines.
+        trainer: a `Trainer(layer_ratios=True)` whose model has the optimizer `LARS` or `LAMB`.
+        log: the run's metrics log.
+        update_freq: updates between two lines.
+
+    Raises:
+        ValueError: if `update_freq` is below 1.
     """
 
-    def __init__(self, trainer: Trainer, log: MetricsLog, every: int):
+    def __init__(self, trainer: "Trainer", log: MetricsLog, update_freq: int):
         super().__init__()
-        if every < 1:
-            raise ValueError(f"`every` must be at least 1. Received: every={every}")
-        self._trainer, self._log, self._every = trainer, log, every
+        if update_freq < 1:
+            raise ValueError(f"`update_freq` must be at least 1. Received: update_freq={update_freq}")
+        self._trainer, self._log, self._update_freq = trainer, log, update_freq
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         measured = [self._trainer.layer_norms[name] for name in MEASURES]
         paths = [v.path for v in self._trainer.model.trainable_variables]
         first = batch + 2 - len(measured[0])
         for update, values in enumerate(np.stack(measured, axis=1), first):
-            skipped = not values[0].any()  # by dynamic loss scaling, which then measures nothing
-            if update % self._every == 0 and not skipped:
+            skipped = not values[0].any()  # by dynamic loss scaling
+            if update % self._update_freq == 0 and not skipped:
                 self._log.layers(update, paths, dict(zip(MEASURES, values, strict=True)))
 
 
 def as_array(events: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    """One measure of the logged `layers` events, float64 of shape `(events, variables)`; NaN where there is null."""
+    """Return one measure of `layers` events, float64 of shape `(events, variables)`, with NaN for null."""
     return np.array([e[name] for e in events], dtype=float)
 
 
 def health(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[str]:
-    """The state of the layers in plain words, a sentence each.
+    """Describe the state of the layers in sentences.
 
     Args:
-        events: `layers` events of a log, in their order.
+        events: `layers` events of a log, in order.
         layers: rows of the layer plan.
 
     Returns:
-        Which layer limits the learning rate; which have collapsed, exploded or get no gradient, or that none has.
+        One sentence for the layer that limits the learning rate, and one for each layer that has collapsed, has
+        exploded or gets no gradient. The list is empty without events or layers.
     """
-    if not events:
+    if not events or not layers:
         return []
     paths, adapted = [layer["path"] for layer in layers], np.array([layer["adapt"] for layer in layers])
     weight, gradient, ratio = (as_array(events, name) for name in MEASURES[:3])

@@ -1,1 +1,1 @@
-"""Callbacks that keep a run alive: checkpoints, recovery, divergence, preemption."""
+"""Callbacks that keep a run alive: checkpoints, recovery, divergence, preemption, unreadable images."""

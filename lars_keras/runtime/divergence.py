@@ -3,12 +3,15 @@
 import collections
 import math
 import statistics
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 
 from lars_keras.runtime.errors import Diverged
-from lars_keras.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lars_keras.training.trainer import Trainer
 
 HARMLESS_LOSS = 10.0  # that of a uniform guess over 22,000 classes
 
@@ -34,7 +37,7 @@ class DivergenceGuard(keras.callbacks.Callback):
         ValueError: if `explosion_factor` is not above 1.
     """
 
-    def __init__(self, trainer: Trainer | None = None, *, explosion_factor: float = 100.0, window: int = 20):
+    def __init__(self, trainer: "Trainer | None" = None, *, explosion_factor: float = 100.0, window: int = 20):
         super().__init__()
         if explosion_factor <= 1:
             raise ValueError(f"`explosion_factor` must be above 1. Received: explosion_factor={explosion_factor}")

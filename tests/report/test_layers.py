@@ -56,7 +56,7 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
             verbose=0,
             callbacks=[
                 keras.callbacks.LambdaCallback(on_train_batch_begin=note_truth),
-                LayerTelemetry(trainer, log, every=2),
+                LayerTelemetry(trainer, log, update_freq=2),
                 log,
             ],
         )
@@ -81,7 +81,7 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
     def test_a_skipped_update_is_no_collapse(self):
         log, model = MetricsLog(self.dir), keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
         trainer = types.SimpleNamespace(model=model)
-        telemetry = LayerTelemetry(trainer, log, every=1)
+        telemetry = LayerTelemetry(trainer, log, update_freq=1)
         for update, scale in ((0, 1.0), (1, 0.0), (2, 2.0)):
             trainer.layer_norms = {name: np.full((1, 2), scale, "f4") for name in MEASURES}
             telemetry.on_train_batch_end(update)

@@ -3,14 +3,23 @@
 import html.parser
 import json
 import pathlib
+import shutil
+import subprocess
+import sys
 import tempfile
+import zipfile
 
+import jinja2
 import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.report import log as log_module
-from lars_keras.report import page as page_module
+from lars_keras.report.__main__ import main
+from lars_keras.report.html import TEMPLATES, render
+from lars_keras.report.page import write_report
 from tests.report.test_log import FakeClock, drive
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class PageParser(html.parser.HTMLParser):
@@ -54,10 +63,9 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
             "dataset": "digits",
             "optimizer": "lars",
             "batch_size": 8192,
-            "exclude": ["<b>bias</b>"],
             "warnings": ["The rate is 100 times off & so on."],
             "layer_plan": [
-                {"path": "conv1/kernel", "shape": [3, 3, 1, 32], "adapt": True, "decay": False, "lr_scale": 0.5}
+                {"path": "<b>conv1</b>/kernel", "shape": [3, 3, 1, 32], "adapt": True, "decay": False, "lr_scale": 0.5}
             ],
         }
         self.write("config.json", json.dumps(config))
@@ -70,7 +78,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         clock = FakeClock()
         drive([log_module.MetricsLog(self.run_dir, clock)], clock)
         self.write("flags.txt", "--run_dir=<script>alert(1)</script>\n--seed=7\n")
-        self.write("plan.txt", "batch 8192 = 16 micro-batches of 512\n")
+        self.write("plan.txt", "  batch      8192 = 16 x <i>512</i>\n\n  variable\n  conv1/kernel  3 x 3\nWARNING: w\n")
         results = {
             "top1": 0.9876,
             "top5": 0.9991,
@@ -84,7 +92,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         self.write("results.json", json.dumps(results))
 
     def page(self) -> PageParser:
-        path = page_module.write_report(self.run_dir)
+        path = write_report(self.run_dir)
         self.assertEqual(path, self.run_dir / "report.html")
         return PageParser(path.read_text())
 
@@ -92,20 +100,22 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         self.write_run()
         page = self.page()
         start = page.texts.index("Top-1")
-        tiles = dict(zip(page.texts[start : start + 12 : 2], page.texts[start + 1 : start + 12 : 2], strict=True))
+        tiles = dict(zip(page.texts[start : start + 14 : 2], page.texts[start + 1 : start + 14 : 2], strict=True))
         self.assertEqual(tiles["Top-1"], "98.76 %")
         self.assertEqual(tiles["Top-5"], "99.91 %")
         self.assertEqual(tiles["Loss"], "0.0432")
         self.assertEqual(tiles["Updates"], "1,234")
         self.assertEqual(tiles["Training time"], "1 h 02 min")
         self.assertEqual(tiles["Images/s"], "5,203")
+        self.assertEqual(tiles["Data wait"], "–")
         for text in (
             "alexnet_small on digits: lars, batch 8192",
             "Finished.",
-            "Top-1, top-5 and loss: held-out images, 450 scored, each exactly once.",
+            "Top-1, top-5 and loss: held-out images,\n450 scored, each exactly once.",
             "The rate is 100 times off & so on.",
-            "batch 8192 = 16 micro-batches of 512",
-            '["<b>bias</b>"]',
+            "8192 = 16 x <i>512</i>",
+            "<b>conv1</b>/kernel",
+            "Adapted: 1 of 1 variables, 100.00 % of the weights.",
             "3×3×1×32",
             "288",
             "3.15.1",
@@ -134,6 +144,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         text = (self.run_dir / "report.html").read_text()
         self.assertNotIn("<script", text)
         self.assertNotIn("<b>", text)
+        self.assertNotIn("<i>", text)
         self.assertIn("--run_dir=<script>alert(1)</script>\n--seed=7", page.texts)
         for tag, attrs in page.starts:
             self.assertNotIn(tag, ("script", "link", "img", "iframe"))
@@ -142,8 +153,8 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_same_bytes_each_time(self):
         self.write_run()
-        first = page_module.write_report(self.run_dir).read_bytes()
-        self.assertEqual(page_module.write_report(self.run_dir).read_bytes(), first)
+        first = write_report(self.run_dir).read_bytes()
+        self.assertEqual(write_report(self.run_dir).read_bytes(), first)
 
     def test_unfinished_run(self):
         self.write_run()
@@ -154,7 +165,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
             page.texts,
         )
         self.assertIn(
-            "Top-1, top-5 and loss: held-out images after update 6, 450 scored, each exactly once.",
+            "Top-1, top-5 and loss: held-out images after update 6,\n450 scored, each exactly once.",
             page.texts,
         )
 
@@ -199,17 +210,51 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("training, mean of 100 updates", texts)
         self.assertLess((self.run_dir / "report.html").stat().st_size, 300_000)
 
+    def test_the_layer_plan_is_shown_once(self):
+        self.write_run()
+        texts = " ".join(self.page().texts)
+        self.assertEqual(texts.count("conv1"), 1)
+        self.assertNotIn("WARNING", texts)
+
+    def test_a_long_table_is_folded(self):
+        self.write_run()
+        self.assertNotIn("details", [tag for tag, _ in self.page().starts])
+        line = {"event": "eval", "epoch": 1.0, "loss": 1.0, "top1": 0.1, "top5": 0.5, "n": 450}
+        lines = (json.dumps({**line, "update": u}) for u in range(41))
+        self.write("metrics.jsonl", "\n".join(lines) + "\n")
+        self.assertIn("41 rows", self.page().texts)
+
+    def test_a_template_escapes_and_knows_its_names(self):
+        template = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "own.html")
+        template.write_text('{% extends "base.html" %}{% block content %}{{ rate | number(".1%") }}{% endblock %}')
+        page = render(template, title="<a> & b", status="", rate=0.5)
+        self.assertIn("<h1>&lt;a&gt; &amp; b</h1>", page)
+        self.assertIn("50.0 %", page)
+        with self.assertRaisesRegex(jinja2.UndefinedError, "status"):
+            render(template, title="", rate=None)
+
+    def test_the_wheel_has_the_templates(self):
+        tree = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, tree)
+        shutil.copytree(ROOT / "lars_keras", tree / "lars_keras", ignore=shutil.ignore_patterns("__pycache__"))
+        build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+        subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, check=True)
+        with zipfile.ZipFile(next(tree.glob("*.whl"))) as wheel:
+            names = {name for name in wheel.namelist() if name.endswith(".html")}
+        self.assertEqual(names, {f"lars_keras/report/templates/{path.name}" for path in TEMPLATES.iterdir()})
+
     def test_command(self):
-        self.assertEqual(page_module.main([str(self.run_dir)]), 0)
-        self.assertEqual(page_module.main([]), 2)
-        self.assertEqual(page_module.main([str(self.run_dir / "absent")]), 2)
+        self.assertEqual(main([str(self.run_dir)]), 0)
+        self.assertEqual(main([]), 2)
+        self.assertEqual(main([str(self.run_dir / "absent")]), 2)
         self.write("config.json", "{")
-        self.assertEqual(page_module.main([str(self.run_dir)]), 2)
+        self.assertEqual(main([str(self.run_dir)]), 2)
 
     def test_no_run_folder(self):
         empty = self.enterContext(tempfile.TemporaryDirectory())
         with self.assertRaisesRegex(FileNotFoundError, "`run_dir` must be a run folder.*Received"):
-            page_module.write_report(empty)
+            write_report(empty)
 
 
 if __name__ == "__main__":

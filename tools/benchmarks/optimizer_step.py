@@ -300,7 +300,7 @@ def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
         model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
         trainer = Trainer(model, batch_size=batch_size, layer_norms=True, layer_ratios=telemetry)
         log = MetricsLog(tempfile.mkdtemp())
-        callbacks = [log, LayerTelemetry(trainer, log, every=1)] if telemetry else [log]
+        callbacks = [log, LayerTelemetry(trainer, log, update_freq=1)] if telemetry else [log]
         return Candidate(
             name, "trainer", "", lambda: trainer.fit(data, steps_per_epoch=1, verbose=0, callbacks=callbacks)
         )
