@@ -24,8 +24,6 @@ ABOVE = {"compare", "flags", "models", "running", "tests", "tools", "train"}  # 
 PENDING = (
     "lars_keras.data.",
     "lars_keras.pod.",
-    "lars_keras.report.page",
-    "lars_keras.runtime.",
     "lars_keras.training",
 )
 
@@ -118,11 +116,10 @@ def flags_in(text):
     """Returns what looks like a flag in a text of the library.
 
     Allowed are flags in a command of the library's own programs (`python -m lars_keras...`, to the end of its line) and
-    in fenced examples, and the custom properties of style sheets (`--ink: ...`, `var(--ink)`, `"--ink"` alone).
+    in fenced examples.
     """
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     text = re.sub(r"python -m lars_keras\.(?:.*\\\n)*.*", "", text)
-    text = re.sub(r"var\(--[\w-]+\)|--[\w-]+: |^--(ink|muted|line|train|validation)$", "", text)
     return re.findall(r"--[a-z][\w-]*", text)
 
 
