@@ -29,6 +29,7 @@ _GROUPS = {
     "eval_every": "Evaluation, seed and telemetry",
     "checkpoint_minutes": "Checkpoints and recovery",
 }
+_KINDS = {"string": "TEXT", "integer": "N", "float": "X", "list": "A,B,..."}
 _FIRST = ("data_dir", "run_dir", "strategy", "dry_run")
 
 
@@ -99,8 +100,10 @@ def _flag_entry(field: dataclasses.Field) -> list[str]:
     text = meta["help"] + ("" if default is None or default is False else f" (default: {str(default).lower()})")
     if meta["kind"] == "bool":
         return _entry(f"--[no]{field.name}", text)
-    values = "|".join(meta["options"].get("enum_values", ())) or {"list": "A,B"}.get(meta["kind"], meta["kind"].upper())
-    return _entry(f"--{field.name}={values}", text)
+    choices = meta["options"].get("enum_values", ())
+    if len(choices) > 5:
+        return _entry(f"--{field.name}=NAME", f"{text} Names: {', '.join(choices)}.")
+    return _entry(f"--{field.name}={'|'.join(choices) or _KINDS[meta['kind']]}", text)
 
 
 def _entry(flag: str, text: str) -> list[str]:

@@ -36,6 +36,7 @@ VALUES = {
     "excluded_lr_scale": 0.5,
     "power": 1.0,
     "end_learning_rate": 0.25,
+    "end_lr_scale": 0.5,
 }
 PAIRS = [(o, s) for o in OPTIMIZERS for s in SCHEDULES]
 
@@ -73,10 +74,7 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
         default = next(field.default for field in dataclasses.fields(flags.RunConfig) if field.name == name)
         for optimizer, schedule in PAIRS:
             kind, owner = ("optimizer", optimizer) if name in OPTIMIZER_FLAGS else ("schedule", schedule)
-            if schedule == "exponential" and name != "end_learning_rate":
-                end = ["--end_learning_rate=0.1"]
-            else:
-                end = []
+            end = [] if name.startswith("end_") or schedule != "exponential" else ["--end_learning_rate=0.1"]
             chosen = [f"--optimizer={optimizer}", f"--schedule={schedule}", *end]
             for value in (VALUES[name], default):
                 if value is None or (schedule == "exponential" and name == "end_learning_rate" and not value):
@@ -84,8 +82,10 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
                 with self.subTest(optimizer=optimizer, schedule=schedule, value=value):
                     if owner in owners:
                         config = config_of(*chosen, as_flag(name, value))
-                        got = made(config)[kind == "schedule"][owners[owner]]
-                        self.assertEqual(got, value)
+                        argument, expected = owners[owner], value
+                        if argument == "end_scale":  # a factor on the peak
+                            argument, expected = "end", value * config.learning_rate
+                        self.assertEqual(made(config)[kind == "schedule"][argument], expected)
                         self.assertIn(as_flag(name, value), config.as_flags().splitlines())
                         continue
                     code, _, _, err = parse_only(*chosen, as_flag(name, value))
