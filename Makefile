@@ -62,13 +62,13 @@ test-tpu-wheel: setup
 	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .; \
 	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope
 
-# FLAGS are those of train.py and of `python -m lars_keras.pod --help`.
+# FLAGS are those of train.py and of `python -m tools.pod_check --help`.
 FLAGS = --flagfile=flags/recipes/alexnet_bn_32k.flags --topology=v5e:16x16
 pod-check: setup
-	$(BIN)/python -m lars_keras.pod $(FLAGS)
+	$(BIN)/python -m tools.pod_check $(FLAGS)
 
 pod-scaling: setup
-	KERAS_BACKEND=jax $(BIN)/python -m lars_keras.pod.scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
+	KERAS_BACKEND=jax $(BIN)/python -m tools.benchmarks.pod_scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
 
 prove-resume: setup
 	$(BIN)/python -m tools.kill_and_resume --kills=20 --steps=200 --out=results/resume.json

@@ -23,7 +23,6 @@ ABOVE = {"compare", "flags", "models", "running", "tests", "tools", "train"}  # 
 # Modules that are known to offend one of the rules below; the list only shrinks.
 PENDING = (
     "lars_keras.data.",
-    "lars_keras.pod.",
     "lars_keras.training",
 )
 

@@ -1,7 +1,14 @@
-"""What a training step costs on a TPU pod, by compiling it with the real TPU compiler, without a TPU.
+"""What a model's training step costs on a TPU slice, by the real TPU compiler, without a TPU.
 
-    python -m lars_keras.pod --flagfile=flags/recipes/alexnet_bn_32k.flags --topology=v5e:16x16
+```python
+report = lars_keras.pod.check(make_model, ("uint8:224,224,3", "int32"), topology="v5e:8x8", batch_size=8192)
+print(report)
+```
 
-`chips` has the public figures, `programs` lowers and compiles the step of either engine (each in a process of its own),
-`measure` reads the compiled program, `roofline` makes a verdict of it, `__main__` is the command.
+`python -m lars_keras.pod` is the same as a command. The compiler comes with the extra `pod`.
 """
+
+from lars_keras.pod.driver import check
+from lars_keras.pod.report import PodReport
+
+__all__ = ["PodReport", "check"]

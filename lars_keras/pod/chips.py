@@ -2,20 +2,18 @@
 
 import dataclasses
 
-from lars_keras.runtime.errors import UsageError
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One chip, which may have several cores.
 
     Attributes:
-        flops: peak, bfloat16, per second.
+        flops: peak in bfloat16, per second.
         hbm_bytes: capacity.
         hbm_bandwidth: bytes per second.
         ici_bandwidth: bytes per second that the chip sends over all its links to its neighbours.
         pod: chips of a full pod.
-        source: where these figures are published.
+        source: the publication of these figures.
     """
 
     flops: float
@@ -41,15 +39,15 @@ CHIPS = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as `"v5e:16x16"`.
+    """Return the chip of a topology such as `"v5e:16x16"`.
 
     Raises:
-        UsageError: for a chip that is not in the table.
+        ValueError: for a chip that is not in the table.
     """
     name = topology.partition(":")[0]
     if name not in CHIPS:
-        raise UsageError(
-            f"--topology must be CHIP:SHAPE with a chip of {', '.join(CHIPS)}, such as v5e:16x16. "
-            f"Received: --topology={topology}"
+        raise ValueError(
+            f"`topology` must be CHIP:SHAPE with a chip of {', '.join(CHIPS)}, such as v5e:16x16. "
+            f"Received: topology={topology}"
         )
     return CHIPS[name]

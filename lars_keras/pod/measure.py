@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: memory, operations, bytes, collectives."""
+"""Reads a compiled program: memory, operations, bytes, collectives."""
 
 import dataclasses
 import math
@@ -19,9 +19,9 @@ class Collective:
 
     Attributes:
         kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"` or `"collective-permute"`.
-        size: bytes of the whole on one chip: before a reduction, after a gathering.
-        group: chips that take part together.
-        dtypes: of what is sent.
+        size: bytes of the full tensors on one chip: before a reduction, after a gathering.
+        group: number of chips in it.
+        dtypes: of the tensors.
     """
 
     kind: str
@@ -31,24 +31,24 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a chip sends, at least, in a ring."""
+        """The least bytes that a chip sends, in a ring."""
         part = (self.group - 1) / self.group
         return self.size * part * (2 if self.kind == "all-reduce" else 1)
 
 
 @dataclasses.dataclass
 class Program:
-    """A compiled program, on one chip. Sizes in bytes.
+    """A compiled program, on one device. Sizes in bytes.
 
     Attributes:
         name: of the part of the update.
-        times: how often it runs in an update.
-        arguments, outputs, aliased, temporaries, code: its memory; outputs that lie in arguments' place are aliased.
+        times: runs in an update.
+        arguments, outputs, aliased, temporaries, code: its memory; an output in the place of an argument is aliased.
         flops: floating-point operations.
         hbm_bytes: read from and written to HBM, each transfer once; see `hbm_bytes`.
-        bytes_accessed: XLA's own count, in which what is fetched into on-chip memory counts several times.
+        bytes_accessed: XLA's own count, in which a fetch into on-chip memory counts several times.
         collectives: in the order of the program.
-        beside: memory that is none of its arguments, but is held meanwhile: what other parts of the update need.
+        resident: memory of other parts of the update that the device holds while this one runs.
     """
 
     name: str
@@ -62,16 +62,16 @@ class Program:
     hbm_bytes: float
     bytes_accessed: float
     collectives: list[Collective]
-    beside: int = 0
+    resident: int = 0
 
     @property
     def memory(self) -> int:
-        """All that is held at once while it runs."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.beside
+        """Bytes that the device holds while it runs."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code + self.resident
 
 
 def program(name: str, times: int, compiled: Any) -> Program:
-    """The figures of a `jax.stages.Compiled`, or of an executable with the same methods."""
+    """Return the figures of a `jax.stages.Compiled`, or of an executable with the same methods."""
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     text = compiled.as_text()
@@ -83,7 +83,7 @@ def program(name: str, times: int, compiled: Any) -> Program:
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        flops=float(cost.get("flops", 0.0)),
+        flops=max(0.0, float(cost.get("flops", 0.0))),  # negative where XLA does not know
         hbm_bytes=float(hbm_bytes(text)),
         bytes_accessed=float(cost.get("bytes accessed", 0.0)),
         collectives=collectives(text),
@@ -91,10 +91,10 @@ def program(name: str, times: int, compiled: Any) -> Program:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives in the text of a compiled program, each once.
+    """Return the collectives in the text of a compiled program, each once.
 
-    A TPU's reduce-scatter is a fusion called all-reduce-scatter, in whose body stands an all-reduce; and a collective
-    that goes on beside other work stands in each of the fusions that it overlaps, with one channel and chain.
+    A TPU's reduce-scatter is a fusion called all-reduce-scatter, with an all-reduce in its body. A collective that
+    overlaps other work stands in each of the fusions that it overlaps, with one channel and chain.
     """
     found: dict[Any, Collective] = {}
     computation = ""
@@ -123,12 +123,12 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def hbm_bytes(hlo: str) -> int:
-    """Bytes that the entry computation of a scheduled TPU program reads from and writes to HBM.
+    """Return the bytes that the entry computation of a scheduled TPU program reads from and writes to HBM.
 
-    An instruction reads its operands and writes its results, less what lies in on-chip memory (memory space 1). A copy
-    or slice between the two that goes on beside other work is counted at its start: what it moves, once on each side
-    that is HBM. XLA's own "bytes accessed" is of both memories: a tensor that is fetched by a copy counts four times,
-    in slices that are then joined three times, and once more where it is used.
+    An instruction reads its operands and writes its results; tensors in on-chip memory (memory space 1) do not count.
+    An asynchronous copy or slice between the two memories counts at its start, once for each side in HBM. XLA's own
+    "bytes accessed" is of both memories: a tensor counts four times if a copy fetches it, three times if it is fetched
+    in slices that are then joined, and once more where it is used.
     """
     total, results = 0, {}
     for line in hlo.partition("\nENTRY")[2].splitlines():
@@ -150,7 +150,7 @@ def hbm_bytes(hlo: str) -> int:
 
 
 def _tensors(text: str) -> list[tuple[int, bool]]:
-    """Size of each tensor in the text of a type, and whether it lies in on-chip memory."""
+    """Return the size of each tensor in the text of a type, and True where it lies in on-chip memory."""
     found = re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", text)
     return [(_size(dtype, dims), "S(1)" in layout) for dtype, dims, layout in found if dtype in _BYTES]
 
@@ -160,7 +160,7 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def _group(line: str) -> int:
-    """Size of the groups of devices of a collective."""
+    """Return the number of devices in a group of a collective."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if short := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):

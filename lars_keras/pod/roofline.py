@@ -1,22 +1,38 @@
-"""From the programs of an update to its time, at best, and a verdict."""
+"""From the programs of an update to its least time, and to the largest micro-batch."""
 
-from typing import Any
+import dataclasses
 
 from lars_keras.pod.chips import Chip
 from lars_keras.pod.measure import Program
 
 
-def roofline(programs: list[Program], chip: Chip, cores: int, batch_size: int, updates: int) -> dict[str, Any]:
-    """The bounds of an update, in seconds, and what they come to.
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """The bounds of an update. Compute, HBM and links overlap at best, so the longest of them bounds it.
 
-    The three kinds of work overlap at best, so the longest of them bounds the update. No overhead is in it.
+    Attributes:
+        seconds: of an update, for `"compute"`, `"memory"` and `"interconnect"`.
+        bound: the longest of them.
+        seconds_per_update: its time.
+        images_per_second: examples of the global batch per second, at best.
+        compute_utilization: fraction of the chip's peak compute that is reached then.
+    """
+
+    seconds: dict[str, float]
+    bound: str
+    seconds_per_update: float
+    images_per_second: float
+    compute_utilization: float
+
+
+def roofline(programs: list[Program], chip: Chip, cores: int, batch_size: int) -> Roofline:
+    """Return the bounds of an update, without any overhead.
 
     Args:
-        programs: of an update.
+        programs: of an update, on one device.
         chip: its figures.
-        cores: devices that share a chip.
+        cores: devices of a chip.
         batch_size: global.
-        updates: of the whole recipe.
     """
     work = {
         "compute": sum(p.times * p.flops for p in programs) * cores / chip.flops,
@@ -24,24 +40,23 @@ def roofline(programs: list[Program], chip: Chip, cores: int, batch_size: int, u
         "interconnect": sum(p.times * c.sent for p in programs for c in p.collectives) * cores / chip.ici_bandwidth,
     }
     seconds = max(work.values())
-    return {
-        "seconds": work,
-        "bound": max(work, key=lambda kind: work[kind]),
-        "seconds_per_update": seconds,
-        "images_per_second": batch_size / seconds,
-        "hours": updates * seconds / 3600,
-        "share_of_peak_compute": work["compute"] / seconds,
-    }
+    return Roofline(
+        seconds=work,
+        bound=max(work, key=lambda kind: work[kind]),
+        seconds_per_update=seconds,
+        images_per_second=batch_size / seconds,
+        compute_utilization=work["compute"] / seconds,
+    )
 
 
-def largest_microbatch(fixed_and_per_example: tuple[float, float], room: float, share: int) -> int | None:
-    """The largest divisor of a device's share of the batch whose memory fits into `room`; None if none does."""
+def largest_microbatch(fixed_and_per_example: tuple[float, float], capacity: float, local_batch: int) -> int | None:
+    """Return the largest divisor of a device's part of the batch whose memory fits, or None."""
     fixed, per_example = fixed_and_per_example
-    fits = [m for m in range(1, share + 1) if share % m == 0 and fixed + per_example * m <= room]
+    fits = [m for m in range(1, local_batch + 1) if local_batch % m == 0 and fixed + per_example * m <= capacity]
     return max(fits, default=None)
 
 
 def line_through(small: tuple[int, float], large: tuple[int, float]) -> tuple[float, float]:
-    """`(fixed, per example)` of memory that grows with the micro-batch, from two sizes."""
+    """Return `(fixed, per example)` of memory that grows with the micro-batch, from two sizes."""
     slope = max(0.0, (large[1] - small[1]) / (large[0] - small[0]))
     return large[1] - slope * large[0], slope

@@ -1,6 +1,6 @@
 """Compiles the JAX update of two networks for slices of growing size: the figures of docs/pod.md.
 
-    KERAS_BACKEND=jax python -m lars_keras.pod.scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
+    KERAS_BACKEND=jax python -m tools.benchmarks.pod_scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
 
 Takes about an hour on two idle cores. Each point is written as soon as it is compiled, and a file that is there is
 completed: remove it when the update has changed. Prints the table of docs/pod.md.
@@ -15,7 +15,9 @@ from typing import Any
 
 from lars_keras.pod.chips import chip_of
 from lars_keras.pod.roofline import roofline
+from lars_keras.report.charts import svg_style
 from lars_keras.versions import versions
+from tools.committed import save_svg, write_json
 
 TOPOLOGIES = {1: "v5e:1x1", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 RECIPES = {"alexnet_bn": ("8k", "16k", "32k"), "resnet50": ("32k", "32k", "32k")}  # of one micro-batch at all sizes
@@ -23,7 +25,7 @@ BATCHES = (8192, 16384, 32768)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="results/pod_scaling.json", help="JSON file to complete")
     parser.add_argument("--plot", help="SVG file to draw it into")
@@ -40,36 +42,45 @@ def main(arguments: list[str]) -> int:
 
 
 def _complete(found: dict[str, Any], out: Path) -> None:
-    from lars_keras.pod.programs import PACKAGES
+    from lars_keras.pod.worker import PACKAGES
 
-    passes: dict[Any, Any] = {}  # of a model and micro-batch: the same on slices of any size
+    known: dict[Any, Any] = {}  # program of a model's micro-batch: the same on slices of any size
     done = {(p["model"], p["batch"], p["chips"]) for p in found["points"]}
     for model in RECIPES:
         for chips in (256, 1, 16, 64):
             for batch in reversed(BATCHES):
                 if (model, batch, chips) not in done:
-                    found["points"].append(_point(model, batch, chips, passes))
+                    found["points"].append(_point(model, batch, chips, known))
                     found["versions"] = versions(PACKAGES)
                     found["points"].sort(key=lambda p: (p["model"], p["batch"], p["chips"]))
-                    out.write_text(json.dumps(found, indent=1) + "\n")
+                    write_json(out, found)
 
 
-def _point(model: str, batch: int, chips: int, passes: dict[Any, Any]) -> dict[str, Any]:
-    import flags
-    from lars_keras.pod.programs import devices_of, jax_programs, model_of
+def _point(model: str, batch: int, chips: int, known: dict[Any, Any]) -> dict[str, Any]:
+    from lars_keras.pod.batch import parse_batch
+    from lars_keras.pod.jax_programs import jax_programs
+    from lars_keras.pod.worker import devices_of
     from lars_keras.training.trainer import split_batch
+    from tools import pod_recipe
 
-    recipe = f"--flagfile=flags/{model}_{RECIPES[model][BATCHES.index(batch)]}.flags"
-    values, _ = flags.parse(
-        ["", recipe, f"--batch_size={batch}", "--precision=mixed_bfloat16", "--shard_optimizer_state"]
-    )
-    config = flags.read(values)
+    recipe = f"--flagfile=flags/recipes/{model}_{RECIPES[model][BATCHES.index(batch)]}.flags"
+    config = pod_recipe.read_config([recipe, f"--batch_size={batch}", "--shard_optimizer_state"])
     devices = devices_of(TOPOLOGIES[chips])
     size, k = split_batch(batch, len(devices), config.microbatch_size)
-    programs = jax_programs(config, devices, size, k, passes.get((model, size)))
+    programs = jax_programs(
+        pod_recipe.recipe_model(config),
+        parse_batch(pod_recipe.batch_spec(config)),
+        devices,
+        size,
+        k,
+        shard_optimizer_state=True,
+        layer_norms=True,
+        known_accumulate=known.get((model, size)),
+    )
     if k > 1:
-        passes[model, size] = programs[1]
-    updates = config.total_updates(model_of(config)[1].num_train)
+        known[model, size] = programs[1]
+    bounds = roofline(programs, chip_of(TOPOLOGIES[chips]), 1, batch)
+    hours = bounds.seconds_per_update * pod_recipe.updates_of(config) / 3600
     return {
         "model": model,
         "batch": batch,
@@ -78,13 +89,13 @@ def _point(model: str, batch: int, chips: int, passes: dict[Any, Any]) -> dict[s
         "microbatch_size": size,
         "accumulation_steps": k,
         "memory": max(p.memory for p in programs),
-        "roofline": roofline(programs, chip_of(TOPOLOGIES[chips]), 1, batch, updates),
+        "roofline": {**dataclasses.asdict(bounds), "hours": hours},
         "programs": [dataclasses.asdict(p) for p in programs],
     }
 
 
 def table(points: list[dict[str, Any]]) -> str:
-    """The points in Markdown. Efficiency: images/s of a chip, relative to one chip alone at the same batch."""
+    """Return the points in Markdown. Efficiency is images/s of a chip, relative to one chip at the same batch."""
     alone = {(p["model"], p["batch"]): p["roofline"]["images_per_second"] for p in points if p["chips"] == 1}
     lines = [
         "| network | batch | chips | on a chip | memory, MiB | compute, ms | HBM, ms | links, ms | bound by | images/s "
@@ -111,12 +122,10 @@ def table(points: list[dict[str, Any]]) -> str:
 
 
 def draw(points: list[dict[str, Any]], path: str) -> None:
-    """The time of an update, and the speed and memory of a chip, over the number of chips."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    """Draw the time of an update, and the speed and memory of a chip, over the number of chips."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lars_keras", "font.size": 9}):
+    with svg_style():
         figure = Figure(figsize=(8, 6.5), layout="constrained")
         axes = figure.subplots(3, len(RECIPES), sharex=True, squeeze=False)
         for column, model in enumerate(RECIPES):
@@ -148,7 +157,7 @@ def draw(points: list[dict[str, Any]], path: str) -> None:
             axes[:, 0], ("ms an update, at best", "images/s a chip, at best", "MiB a chip"), strict=True
         ):
             row.set_ylabel(label)
-        FigureCanvasSVG(figure).print_svg(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    save_svg(figure, Path(path))
 
 
 if __name__ == "__main__":

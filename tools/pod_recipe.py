@@ -1,0 +1,84 @@
+"""Makes of train.py's flags what `lars_keras.pod.check` takes: a function that returns the model, and a batch."""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from absl import flags as absl_flags
+
+import flags
+import models
+from running.model import compile_model, make_model
+
+# Classes, training examples, and shape, as `lars_keras.data.load` gives them: no data are needed here.
+_DATA = {"digits": (10, 49152, (16, 16, 1)), "cifar10": (10, 50000, (32, 32, 3)), "imagenet2012": (1000, 1281167, None)}
+
+
+def read_config(arguments: list[str]) -> flags.RunConfig:
+    """Read the flags of train.py; the default precision is that of a TPU, mixed_bfloat16.
+
+    Raises:
+        ValueError: if a flag is wrong, or the data set has no known shape.
+    """
+    try:
+        values, rest = flags.parse(["pod_check", *arguments])
+        if rest:
+            raise ValueError(f"Every argument must be a flag, --name=value. Received: {' '.join(rest)}")
+        config = flags.read(values)
+    except absl_flags.Error as e:
+        raise ValueError(str(e)) from e
+    if config.dataset not in _DATA:
+        raise ValueError(f"--dataset must be one of {', '.join(_DATA)} here. Received: --dataset={config.dataset}")
+    return config if values["precision"].present else dataclasses.replace(config, precision="mixed_bfloat16")
+
+
+def updates_of(config: flags.RunConfig) -> int:
+    """Return the updates of the whole recipe."""
+    return config.total_updates(_DATA[config.dataset][1])
+
+
+def model_function(config: flags.RunConfig) -> Callable[[], keras.Model]:
+    """Return a function that another process can import, which makes train.py's model."""
+    return functools.partial(recipe_model, config)
+
+
+def recipe_model(config: flags.RunConfig) -> keras.Model:
+    """Make train.py's model, compiled."""
+    zeros, ones = ([value] * _image_shape(config)[2] for value in (0.0, 1.0))
+    classes, examples, _ = _DATA[config.dataset]
+    data: Any = types.SimpleNamespace(
+        num_classes=classes, num_train=examples, image_shape=_image_shape(config), mean=zeros, std=ones
+    )
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.precision)
+    model = make_model(config, data)
+    compile_model(model, config, data)
+    return model
+
+
+def batch_spec(config: flags.RunConfig) -> tuple[str, str, str]:
+    """Return the arrays of train.py's batches: images, one-hot labels, weights."""
+    images = ",".join(map(str, _image_shape(config)))
+    return f"uint8:{images}", f"float32:{_DATA[config.dataset][0]}", "float32"
+
+
+def check_options(config: flags.RunConfig) -> dict[str, Any]:
+    """Return the arguments of `lars_keras.pod.check` that the flags decide; train.py always measures the norms."""
+    return {
+        "make_model": model_function(config),
+        "batch_spec": batch_spec(config),
+        "batch_size": config.batch_size,
+        "microbatch_size": config.microbatch_size,
+        "shard_optimizer_state": config.shard_optimizer_state,
+        "reduce_dtype": config.reduce_dtype,
+        "layer_norms": True,
+    }
+
+
+def _image_shape(config: flags.RunConfig) -> tuple[int, int, int]:
+    shape = _DATA[config.dataset][2]
+    size = config.image_size or models.default_image_size(config.model)
+    return shape or (size, size, 3)
