@@ -1,4 +1,4 @@
-"""Image classifiers by name: raw pixels in, logits out."""
+"""Image classifiers by name. They take raw pixels and return logits."""
 
 import functools
 import itertools
@@ -44,12 +44,12 @@ _DEFAULT_MEAN = 127.5
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names that `get` accepts."""
+    """Return the names that `get` accepts."""
     return tuple(_SPECS)
 
 
 def default_image_size(name: str) -> int:
-    """Returns the height and width, in pixels, of the images that a model was designed for.
+    """Return the image size that a model was designed for: height and width in pixels.
 
     Raises:
         ValueError: if `name` is not one of `names()`.
@@ -67,29 +67,27 @@ def get(
     sync_batch_norm: bool = False,
     seed: int | None = None,
 ) -> keras.Model:
-    """Builds a functional model, not compiled.
+    """Build a functional model, not compiled.
 
-    The model takes `uint8` images `(batch, height, width, channels)` as they are decoded; its
-    first layer, `normalize`, subtracts `mean` and divides by `std` in float32, on the device. Do
-    not scale images beforehand: Keras casts inputs to `uint8`, which would truncate them. The
-    output is float32 logits `(batch, num_classes)` under every dtype policy. No layer has a
-    weight regulariser: weight decay is the optimizer's.
+    The model takes decoded images, uint8 `(batch, height, width, channels)`. Its first layer, `normalize`, subtracts
+    `mean` and divides by `std` in float32, on the device. Do not scale images beforehand: Keras casts inputs to uint8,
+    which would truncate them. The output is float32 logits `(batch, num_classes)` under every dtype policy. No layer
+    has a weight regulariser, because the optimizer decays the weights.
 
     Args:
         name: one of `names()`.
         num_classes: positive int, the number of logits.
-        input_shape: `(height, width, channels)`; by default RGB of `default_image_size(name)`.
-        mean: subtracted from pixels, on their 0-255 scale: a number or one for each channel.
-            Default 127.5.
-        std: divides the pixels, likewise. Default 127.5, but 1 for `"alexnet"`, whose published
-            initial values expect unscaled pixels: give it another `std` and it starts very slowly.
-        sync_batch_norm: whether batch normalisation averages its statistics over all replicas of a
-            `tf.distribute` strategy. Models without batch normalisation ignore it.
-        seed: int from which every layer's initial values and dropout masks derive, whatever the
-            global random state. None uses the global state (`keras.utils.set_random_seed`).
+        input_shape: `(height, width, channels)`. By default an RGB image of `default_image_size(name)`.
+        mean: mean of the pixels, on their scale of 0 to 255: a number, or one number per channel. Default 127.5.
+        std: standard deviation of the pixels, on the same scale. Default 127.5, but 1 for `"alexnet"`, whose published
+            initial values expect unscaled pixels: with another `std` it starts very slowly.
+        sync_batch_norm: whether the batch statistics are those of all replicas; see `models.batch_norm`. Models without
+            batch normalisation ignore it.
+        seed: int that determines every layer's initial values and dropout masks, independent of the global random
+            state. None uses the global state (`keras.utils.set_random_seed`).
 
     Returns:
-        A `keras.Model` called `name`, which `model.save("x.keras")` stores complete.
+        A `keras.Model` called `name`. `model.save("x.keras")` stores it completely.
 
     Raises:
         ValueError: for an unknown name or an argument out of range.
@@ -142,7 +140,7 @@ def _spec(name: str) -> _Spec:
 
 
 def _seeds(seed: int | None) -> Iterator[int | None]:
-    """An unlimited supply of unrelated seeds: `seed + i` would share layers between runs."""
+    """Return an endless iterator of unrelated seeds. With `seed + i`, two runs would share layers."""
     if seed is None:
         return itertools.repeat(None)
     rng = random.Random(seed)

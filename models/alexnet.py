@@ -12,11 +12,11 @@ from models.lrn import LocalResponseNormalization
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class GroupedConv2D(keras.layers.Conv2D):
-    """`keras.layers.Conv2D` that computes its groups as separate convolutions.
+    """A `keras.layers.Conv2D` that computes its groups as separate convolutions.
 
-    TensorFlow has no gradient of a grouped convolution on the CPU outside XLA. The kernel stays
-    one variable of shape `(height, width, channels // groups, filters)`, so that an optimizer
-    takes one norm over all groups. Channels are last.
+    TensorFlow has no gradient of a grouped convolution on the CPU outside XLA. The kernel stays one variable of shape
+    `(height, width, channels // groups, filters)`, so that an optimizer takes one norm over all groups. Channels are
+    last.
     """
 
     def convolution_op(self, inputs, kernel):
@@ -28,10 +28,10 @@ class GroupedConv2D(keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class CentredHeNormal(keras.initializers.HeNormal):
-    """`keras.initializers.HeNormal` less each filter's mean over its inputs.
+    """A `keras.initializers.HeNormal` that subtracts from each filter its mean over the inputs.
 
-    The inputs of a layer behind a ReLU are positive: what all images have in common outweighs their
-    differences, the more so the deeper the layer. A filter of mean 0 starts without the common part.
+    The inputs of a layer behind a ReLU are positive. The part that all images share outweighs their differences, and
+    does so more in deeper layers. A filter of mean 0 starts without the shared part.
     """
 
     def __call__(self, shape, dtype=None):
@@ -45,7 +45,7 @@ class _Conv(NamedTuple):
     strides: int = 1
     padding: str = "same"
     groups: int = 1
-    bias: float = 0.0  # Initial value.
+    bias: float = 0.0  # initial value
 
 
 def alexnet(
@@ -56,23 +56,23 @@ def alexnet(
     batch_norm: bool,
     synchronized: bool,
 ) -> keras.KerasTensor:
-    """AlexNet, or AlexNet-BN, for images of about 227 x 227 pixels.
+    """Build AlexNet, or AlexNet-BN, for images of about 227 x 227 pixels.
 
-    AlexNet (Krizhevsky, Sutskever, Hinton 2012): five convolutions, of which the second, fourth
-    and fifth in two groups; local response normalisation (n=5, k=2, alpha=1e-4, beta=0.75) after
-    the first two; overlapping 3x3 / 2 max pooling after the first, second and fifth; two hidden
-    dense layers of 4096 with dropout 0.5. Initial kernels are N(0, 0.01), for fc6 and fc7
-    N(0, 0.005); the biases of conv2, conv4, conv5, fc6 and fc7 start at 0.1, all others at 0.
-    These initial values are those of Caffe's bvlc_alexnet, which the LARS experiments used: with
-    the 2012 paper's biases of 1 its authors report a flat loss. They expect pixels minus their
-    mean, unscaled.
+    AlexNet (Krizhevsky, Sutskever, Hinton 2012):
 
-    AlexNet-BN (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the paper replaces the response
-    normalisation by batch normalisation and says no more. From the authors' published network
-    definition (NVCaffe, models/alexnet_bn/train_val.prototxt) come: batch normalisation with scale
-    and shift after each convolution and before its ReLU, momentum 0.9, epsilon 1e-4, two groups,
-    dropout 0.5, and convolutions without bias. Our choice: conv5 has no bias either (there it has
-    one, which the normalisation cancels).
+    - Five convolutions; the second, fourth and fifth have two groups.
+    - Local response normalisation (n=5, k=2, alpha=1e-4, beta=0.75) after the first two convolutions.
+    - Overlapping 3x3 / 2 max pooling after the first, second and fifth.
+    - Two hidden dense layers of 4096 units with dropout 0.5.
+    - Initial kernels N(0, 0.01), for fc6 and fc7 N(0, 0.005). The biases of conv2, conv4, conv5, fc6 and fc7 start at
+      0.1, all others at 0. These are the initial values of Caffe's bvlc_alexnet, which the LARS experiments used. Its
+      authors report a flat loss with the 2012 paper's biases of 1. Pixels are expected minus their mean, unscaled.
+
+    AlexNet-BN (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the paper replaces the response normalisation by batch
+    normalisation, and gives no details. The authors' published network definition (NVCaffe,
+    models/alexnet_bn/train_val.prototxt) has batch normalisation with scale and shift after each convolution and before
+    its ReLU, momentum 0.9, epsilon 1e-4, two groups, dropout 0.5, and convolutions without bias. Our choice: conv5 has
+    no bias either. There it has one, which the normalisation cancels.
     """
     convs = (
         _Conv(96, 11, strides=4, padding="valid"),
@@ -123,14 +123,14 @@ def alexnet_small(
     batch_norm: bool,
     synchronized: bool,
 ) -> keras.KerasTensor:
-    """AlexNet's sequence of layers at a small width, for images of 16 to 64 pixels.
+    """Build AlexNet's sequence of layers at a small width, for images of 16 to 64 pixels.
 
-    Ours, not a published network. The first convolution is 5x5 without padding and of stride 1;
-    groups are 1, pools are padded, dropout is 0.1. Kernels are He initialised; with response
-    normalisation as `CentredHeNormal`, with which LARS learns faster. Pixels are expected in about
-    [-1, 1]. At that scale the activations are some 10 times smaller than the original's, so that
-    alpha is 100 times larger to give the response normalisation the same effect; its constant k is
-    1. With `batch_norm`, as in `alexnet`.
+    This network is ours, not a published one. The first convolution is 5x5 without padding, with stride 1. There are no
+    groups, pools are padded, and dropout is 0.1. Pixels are expected in about [-1, 1].
+
+    With response normalisation, kernels are `CentredHeNormal`, with which LARS learns faster. Activations are about 10
+    times smaller than in the original, so alpha is 100 times larger for the same effect; the constant k is 1. With
+    `batch_norm`, kernels are He initialised, and batch normalisation is as in `alexnet`.
     """
     initializer = keras.initializers.HeNormal if batch_norm else CentredHeNormal
     for i, (filters, size) in enumerate(((16, 5), (32, 5), (48, 3), (48, 3), (48, 3)), start=1):

@@ -1,4 +1,8 @@
-"""Batch normalisation that can be synchronised on JAX as well."""
+"""Batch normalisation that can be synchronised on every backend.
+
+This module only says which layers are synchronised, by the attribute `synchronized`. `lars_keras.training.batch_stats`
+computes the statistics.
+"""
 
 from typing import Any
 
@@ -7,10 +11,10 @@ import keras
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class SyncBatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization(synchronized=True)`, whose constructor Keras keeps to the TensorFlow backend.
+    """A `keras.layers.BatchNormalization(synchronized=True)` for every backend. Keras restricts its own to TensorFlow.
 
-    In training under `lars_keras.training.Trainer` its statistics are those of all replicas of a pass, on either
-    backend; under Keras's own `fit` on JAX it raises Keras's error.
+    `lars_keras.training.Trainer` takes the statistics of a whole micro-batch, over all replicas, on TensorFlow and JAX.
+    Keras's own `fit` on JAX raises Keras's error.
     """
 
     def __init__(self, *, synchronized: bool = True, **kwargs: Any) -> None:
@@ -19,5 +23,5 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
 
 def batch_normalization(*, synchronized: bool, **options: Any) -> keras.layers.Layer:
-    """Keras's own layer, or, where it has to be synchronised, `SyncBatchNormalization`."""
+    """Return a `SyncBatchNormalization` if `synchronized`, else Keras's layer. `options` are its arguments."""
     return (SyncBatchNormalization if synchronized else keras.layers.BatchNormalization)(**options)

@@ -1,4 +1,4 @@
-"""The network for handwritten digits of LeCun et al. 1989."""
+"""The network of LeCun et al. 1989 for handwritten digits."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,15 @@ def lenet1989(
     *,
     synchronized: bool,
 ) -> keras.KerasTensor:
-    """Two strided convolutions and two dense layers, for images of 8 to 64 pixels. It trains in seconds.
+    """Build two strided convolutions and two dense layers, for images of 8 to 64 pixels. They train in seconds.
 
-    LeCun et al. 1989, Backpropagation Applied to Handwritten Zip Code Recognition: 12 maps of 5x5 and stride 2, twice,
-    30 hidden units; no pooling, normalisation or dropout. As networks are trained today, with rectifiers, He
-    initialisation, a linear layer last, and every filter over all maps. Pixels are expected in about [-1, 1].
+    As in the source: twice 12 maps of 5x5 with stride 2, then 30 hidden units, without pooling, normalisation or
+    dropout. Our choice, as networks are trained today: rectifiers, He initialisation, a linear last layer, and filters
+    over all maps. Pixels are expected in about [-1, 1].
+
+    Source: LeCun et al. 1989, "Backpropagation Applied to Handwritten Zip Code Recognition".
     """
-    del synchronized  # there is nothing to synchronise
+    del synchronized  # the network has no batch normalisation
     for i in (1, 2):
         x = layers.Conv2D(
             12,

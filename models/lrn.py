@@ -1,4 +1,4 @@
-"""Local response normalisation across channels (Krizhevsky et al. 2012, section 3.3)."""
+"""Local response normalisation across channels."""
 
 from typing import Any, Literal
 
@@ -11,23 +11,26 @@ from keras import ops
 class LocalResponseNormalization(keras.layers.Layer):
     """Divides each activation by a power of the squared activations of its neighbour channels.
 
-    `y[c] = x[c] / (bias + a * sum(x[c - radius : c + radius + 1] ** 2)) ** beta`, the sum running
-    over existing channels only. `alpha` has two conventions, which differ by the window's size:
+    `y[c] = x[c] / (bias + a * sum(x[c - radius : c + radius + 1] ** 2)) ** beta`. The sum skips channels that do not
+    exist. `alpha` has two conventions, which differ by the size of the window:
 
-    - `"sum"`: `a = alpha`, as the AlexNet paper and `tf.nn.local_response_normalization` write it;
-    - `"mean"`: `a = alpha / (2 * radius + 1)`, as Caffe and cuda-convnet do.
+    - `"sum"`: `a = alpha`, as in the AlexNet paper and `tf.nn.local_response_normalization`.
+    - `"mean"`: `a = alpha / (2 * radius + 1)`, as in Caffe and cuda-convnet.
 
-    The defaults are the AlexNet paper's: window 5, bias ("k") 2, alpha 1e-4, beta 0.75. Caffe's
-    AlexNet is `bias=1.0, alpha_convention="mean"`. Under a half precision policy the statistics
-    and the power are float32, and the result is cast back to the compute dtype.
+    The defaults are those of the AlexNet paper: window 5, bias ("k") 2, alpha 1e-4, beta 0.75. Caffe's AlexNet has
+    `bias=1.0, alpha_convention="mean"`. Under a half-precision policy the statistics and the power are float32, and the
+    result is cast back to the compute dtype.
+
+    Source: Krizhevsky, Sutskever and Hinton 2012, "ImageNet Classification with Deep Convolutional Neural Networks",
+    section 3.3.
 
     Args:
-        radius: int >= 0, neighbours on each side of a channel.
+        radius: int >= 0, number of neighbours on each side of a channel.
         bias: float > 0, the constant k.
         alpha: float >= 0, weight of the squared activations.
         beta: float, the exponent.
         alpha_convention: `"sum"` or `"mean"`, see above.
-        **kwargs: the base layer's arguments, e.g. `name`, `dtype`.
+        **kwargs: arguments of the base layer, e.g. `name`, `dtype`.
 
     Input shape: `(..., channels)` with a static number of channels. Output shape: the same.
 
@@ -63,15 +66,15 @@ class LocalResponseNormalization(keras.layers.Layer):
 
     def call(self, inputs):
         x = ops.cast(inputs, "float32")
-        # The window's sum as a product with a banded matrix of ones, gradient included, was the
-        # fastest form on CPU, with XLA and without (slices, pooling, cumulative sum were tried).
+        # The product with a banded matrix of ones is the fastest sum over the window on a CPU, gradient included, with
+        # XLA and without. Slices, pooling and a cumulative sum were slower.
         channel = np.arange(x.shape[-1])
         band = np.abs(channel[:, None] - channel) <= self.radius
         weight = self.alpha
         if self.alpha_convention == "mean":
             weight /= 2 * self.radius + 1
         scale = self.bias + ops.matmul(ops.square(x), (weight * band).astype("float32"))
-        if self.beta == 0.75:  # scale ** -0.75 by square roots: a power costs several times more.
+        if self.beta == 0.75:  # scale ** -0.75 by square roots, because a power costs several times more
             root = ops.rsqrt(scale)
             factor = root * ops.sqrt(root)
         else:

@@ -15,10 +15,10 @@ def resnet18(
     *,
     synchronized: bool,
 ) -> keras.KerasTensor:
-    """ResNet-18 for small images, as in kuangliu/pytorch-cifar.
+    """Build ResNet-18 for small images, as in kuangliu/pytorch-cifar.
 
-    A 3x3 stem without pooling, then 2 basic blocks each of 64, 128, 256 and 512 channels, the
-    last three stages halving the image. Our choice: He initialisation by fan-out.
+    A 3x3 stem without pooling precedes four stages of 2 basic blocks, with 64, 128, 256 and 512 channels. The last
+    three stages halve the image. Our choice: He initialisation by fan-out.
     """
     build = _Builder(seeds, synchronized)
     x = build.conv_bn(x, 64, 3, name="{}1")
@@ -41,11 +41,11 @@ def resnet50(
     *,
     synchronized: bool,
 ) -> keras.KerasTensor:
-    """ResNet-50 v1.5 for images of about 224 x 224 pixels.
+    """Build ResNet-50 v1.5 for images of about 224 x 224 pixels.
 
-    v1.5: a stage's stride sits in the 3x3 convolution of its first block, not in the 1x1 before
-    it. The scale of the last batch normalisation of each block starts at 0, so that every block
-    starts as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+    v1.5 puts the stride of a stage into the 3x3 convolution of its first block, not into the 1x1 before. The scale of
+    the last batch normalisation of each block starts at 0, so that every block starts as the identity (Goyal et al.
+    2017, arXiv 1706.02677, section 5.1).
     """
     build = _Builder(seeds, synchronized)
     # Symmetric padding, as in the published networks; "same" would pad 2 and 3 pixels.
@@ -66,7 +66,7 @@ def resnet50(
 
 
 class _Builder:
-    """The layers that both networks repeat."""
+    """Builds the layers that both networks repeat."""
 
     def __init__(self, seeds: Iterator[int | None], synchronized: bool) -> None:
         self.seeds = seeds
@@ -84,7 +84,7 @@ class _Builder:
         relu: bool = True,
         gamma: str = "ones",
     ) -> keras.KerasTensor:
-        """Convolution, batch normalisation and ReLU; `name` takes "conv", "bn" or "relu"."""
+        """Append a convolution, batch normalisation and ReLU. `name` is formatted with "conv", "bn" and "relu"."""
         x = layers.Conv2D(
             filters,
             size,
@@ -106,10 +106,12 @@ class _Builder:
         return layers.ReLU(name=name.format("relu"))(x) if relu else x
 
     def join(self, x: keras.KerasTensor, y: keras.KerasTensor, name: str) -> keras.KerasTensor:
+        """Add a block's output `y` to its input `x`, and append a ReLU."""
         x = layers.Add(name=name + "add")([x, y])
         return layers.ReLU(name=name + "out")(x)
 
     def head(self, x: keras.KerasTensor, num_classes: int) -> keras.KerasTensor:
+        """Append global average pooling and the float32 logits."""
         x = layers.GlobalAveragePooling2D(name="pool")(x)
         kernel = keras.initializers.RandomNormal(stddev=0.01, seed=next(self.seeds))
         return layers.Dense(num_classes, kernel_initializer=kernel, dtype="float32", name="fc")(x)

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 for name, value in {
     "KERAS_BACKEND": "tensorflow",
@@ -16,11 +18,16 @@ for name, value in {
 
 import pytest  # noqa: E402
 
+from tests.prepared import SESSION_FOLDER  # noqa: E402
+
 TPU_BUILD = any(d.name.replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
 
 
 def pytest_configure(config):
-    """Eight replicas anywhere, said before TensorFlow's first operation; not in a process that starts others only."""
+    """Make the session's data folder, and eight logical devices, except in a process that only starts others."""
+    if SESSION_FOLDER not in os.environ:  # its workers inherit it
+        os.environ[SESSION_FOLDER] = tempfile.mkdtemp()
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SESSION_FOLDER), ignore_errors=True))
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     import tensorflow as tf

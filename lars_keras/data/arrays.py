@@ -1,4 +1,4 @@
-"""Data sets that fit into memory as arrays."""
+"""Data sets held in memory as arrays."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ if TYPE_CHECKING:
 
 
 class ArrayData(ImageData):
-    """Images held in memory. `train_numpy` and `test_numpy` work without TensorFlow.
+    """A data set held in memory.
+
+    `train_batches` and `test_batches` return the batches as a `tf.data.Dataset`. `train_numpy` and `test_numpy` return
+    the same batches as arrays. They need no TensorFlow, as in a training loop on JAX:
+
+    ```python
+    data = ArrayData("mine", (images, labels), (test_images, test_labels), 10, crop_flip=pad_crop_flip)
+    for images, labels, mask in data.train_numpy(256, first=batches_consumed):
+        ...
+    ```
 
     Args:
         name: name of the data set.
-        train, test: pairs of images, uint8 `(n, height, width, channels)`, and integer labels
-            `(n,)`. The arrays are used as they are, not copied.
+        train, test: pairs of images, uint8 `(n, height, width, channels)`, and integer labels `(n,)`. The images are
+            not copied.
         num_classes: number of classes.
-        crop_flip: `crop_flip(images, draws) -> images`, of NumPy arrays and of tensors, with `draws` float32
-            `(n, 3)` uniform in [0, 1); `None`: the images are not of a kind to crop and flip.
-        augment: as in `ImageData`; `None` for `crop_flip` where there is one.
-        description: one line for people.
+        crop_flip: the random crop and flip, such as `pad_crop_flip`. It maps images and draws, float32 `(n, 3)` uniform
+            in [0, 1), to images, as arrays and as tensors. None for images that must not be cropped or flipped.
+        augment: as in `ImageData`. None for crop and flip if there is a `crop_flip`, else for none.
+        description: one line about the data.
 
     Raises:
-        ValueError: images are not uint8 of rank 4, or labels do not match them.
+        ValueError: if images are not uint8 of rank 4, if labels do not match them, or if the images cannot be augmented
+            in the way asked for.
     """
 
     def __init__(
@@ -66,7 +76,8 @@ class ArrayData(ImageData):
             self._crop_flip = shift_flip
         if self.augment == "randaugment" and train[0].shape[3] != 3:
             raise ValueError(
-                f"--augment=randaugment needs images of 3 channels, those of {name} have {train[0].shape[3]}."
+                f"`augment` randaugment needs images of 3 channels, those of {name} have {train[0].shape[3]}. "
+                f"Received: augment={augment!r}"
             )
         self.name = name
         self.num_classes = num_classes
@@ -74,7 +85,7 @@ class ArrayData(ImageData):
         self.num_train, self.num_test = len(train[0]), len(test[0])
         self.mean, self.std = _statistics(train[0])
         self.description = description or name
-        self.unreadable_images = UnreadableImages()  # none: they were all read before
+        self.unreadable_images = UnreadableImages()  # stays empty: all images are in memory
 
     def train_numpy(
         self,
@@ -86,14 +97,19 @@ class ArrayData(ImageData):
         shard: tuple[int, int] = (0, 1),
         augment: bool = True,
     ) -> Iterator[tuple[np.ndarray, ...]]:
+        """Return an iterator over the batches of `train_batches` as arrays, without TensorFlow.
+
+        RandAugment, mixup and cutmix do need TensorFlow.
+        """
         check_arguments(batch_size, shard, seed, first)
         kind = self.augment if augment else "none"
-        if kind not in ("none", "crop_flip", "alternating_flip"):  # those are TensorFlow's
+        if kind not in ("none", "crop_flip", "alternating_flip"):
             return super().train_numpy(batch_size, first=first, count=count, seed=seed, shard=shard)
         indices = itertools.count(first) if count is None else range(first, first + count)
         return (self._train_arrays(np.uint64(i), batch_size, seed, shard, kind) for i in indices)
 
     def test_numpy(self, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, ...]]:
+        """Return an iterator over the batches of `test_batches` as arrays, without TensorFlow."""
         check_arguments(batch_size, shard)
         indices = range(-(-self.num_test // batch_size))
         return (self._test_arrays(positions(np.uint64(i), batch_size, shard)) for i in indices)
@@ -132,7 +148,7 @@ class ArrayData(ImageData):
 
     @functools.cached_property
     def _tensors(self) -> dict[str, list[tf.Tensor]]:
-        """The arrays in TensorFlow's memory, beside the graphs and not in them."""
+        """Hold the arrays in TensorFlow's memory, outside the graphs."""
         import tensorflow as tf
 
         with tf.init_scope():
@@ -142,7 +158,7 @@ class ArrayData(ImageData):
 
 
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of each channel, exact, from a histogram."""
+    """Return the exact mean and standard deviation of each channel, from a histogram."""
     values = np.arange(256)
     means, stds = [], []
     for channel in np.moveaxis(images, -1, 0):

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, from random numbers that are given."""
+"""Augmentation of whole batches, as a function of given random numbers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 MIXES = ("mixup", "cutmix")
-_ALPHA = {"mixup": 0.2, "cutmix": 1.0}  # of the Beta distribution of the share; the sources' values for ImageNet
+_ALPHA = {"mixup": 0.2, "cutmix": 1.0}  # of the Beta distribution of the weight; the sources' values for ImageNet
 _QUANTILES = 4096
 
 
 def pad_crop_flip(
     images: Array, draws: Array, pad: int = 4, mode: Literal["constant", "reflect"] = "constant"
 ) -> Array:
-    """Pads, crops at random back to the same size, and flips half of the images.
+    """Pad, crop at random back to the same size, and flip half of the images.
 
     Source: He, Zhang, Ren and Sun 2015 (arXiv 1512.03385), section 4.2.
 
     Args:
-        images: uint8 of shape `(n, height, width, channels)`, a NumPy array or a tensor.
-        draws: float32 of shape `(n, 3)`, uniform in [0, 1): row, column, flip.
-        pad: pixels of border on each side.
+        images: uint8 `(n, height, width, channels)`, an array or a tensor.
+        draws: float32 `(n, 3)`, uniform in [0, 1): row, column, flip.
+        pad: width of the border on each side, in pixels.
         mode: `"constant"` for a black border, `"reflect"` for a reflection of the image.
 
     Returns:
-        uint8, of the kind and shape of `images`.
+        uint8 images of the same type and shape.
     """
     n, height, width, _ = images.shape
     border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
@@ -50,7 +50,7 @@ def pad_crop_flip(
 
 
 def shift_flip(images: Array, draws: Array) -> Array:
-    """Shift images by up to 2 pixels each way, with reflected borders, and flips half of them.
+    """Shift images by up to 2 pixels in each direction, with reflected borders, and flip half of them.
 
     Source: airbench (Jordan 2024, arXiv 2404.00498). Arguments and result are those of `pad_crop_flip`.
     """
@@ -58,9 +58,11 @@ def shift_flip(images: Array, draws: Array) -> Array:
 
 
 def alternating(draws: Array, first: Array, epochs: Array) -> Array:
-    """Return draws for a decision that is random in epoch 0 and the other way in every second epoch.
+    """Replace the last draw of each example, so that its outcome alternates from epoch to epoch.
 
-    So each example is decided one way in the even epochs, the other way in the odd ones.
+    A draw below 1/2 and a draw of at least 1/2 are the two outcomes. The outcome is random in epoch 0. It is the same in
+    all even epochs, and the opposite in all odd epochs.
+
     Source: airbench (Jordan 2024, arXiv 2404.00498), section 3.6.
 
     Args:
@@ -81,11 +83,13 @@ def alternating(draws: Array, first: Array, epochs: Array) -> Array:
 def mix_pairs(
     kind: str, images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor, draws: tf.Tensor, num_classes: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mixes each image with its neighbour: 0 with 1, 2 with 3, and so on, each with a share of its own.
+    """Mix the images of each pair: 0 with 1, 2 with 3, and so on. Every image has its own weight `s`.
 
-    mixup: `x = s x + (1 - s) x'`, and labels alike. cutmix: a box of `x'` covers a share `1 - s` of `x`, less where
-    the border cuts it, and labels are mixed by area. `s` is drawn from Beta(0.2, 0.2) for mixup, uniform for cutmix. An
-    image that could not be read is not mixed into its neighbour.
+    - mixup: `x = s x + (1 - s) x'`, and the same for labels. `s` follows Beta(0.2, 0.2).
+    - cutmix: a box of `x'` covers the fraction `1 - s` of `x`, or less where the border cuts the box. Labels are mixed
+      by area. `s` is uniform.
+
+    An unreadable image is not mixed into its neighbour.
 
     Source: Zhang et al. 2017 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), section 3.
 
@@ -93,8 +97,8 @@ def mix_pairs(
         kind: `"mixup"` or `"cutmix"`.
         images: uint8 `(n, height, width, channels)`, `n` even.
         labels: int32 `(n,)`.
-        mask: float32 `(n,)`, 0 where an image could not be read.
-        draws: float32 `(n, 3)`, uniform in [0, 1): share; row and column of the box's centre.
+        mask: float32 `(n,)`, 0 for an unreadable image.
+        draws: float32 `(n, 3)`, uniform in [0, 1): weight; row and column of the centre of the box.
         num_classes: number of classes.
 
     Returns:
@@ -107,15 +111,15 @@ def mix_pairs(
         return tf.reshape(tf.reverse(tf.reshape(x, [-1, 2, *x.shape[1:]]), [1]), x.shape)
 
     quantiles = betaincinv(_ALPHA[kind], _ALPHA[kind], (np.arange(_QUANTILES) + 0.5) / _QUANTILES).astype(np.float32)
-    share = tf.gather(quantiles, tf.cast(draws[:, 0] * _QUANTILES, tf.int32))
-    share = tf.where(mask * other(mask) > 0, share, 1.0)
+    weight = tf.gather(quantiles, tf.cast(draws[:, 0] * _QUANTILES, tf.int32))
+    weight = tf.where(mask * other(mask) > 0, weight, 1.0)
     if kind == "mixup":
-        weight = share[:, None, None, None]
-        mixed = weight * tf.cast(images, tf.float32) + (1 - weight) * tf.cast(other(images), tf.float32)
+        own = weight[:, None, None, None]
+        mixed = own * tf.cast(images, tf.float32) + (1 - own) * tf.cast(other(images), tf.float32)
         images = tf.cast(mixed + 0.5, tf.uint8)
     else:
         _, height, width, _ = images.shape
-        side = tf.sqrt(1 - share)[:, None]
+        side = tf.sqrt(1 - weight)[:, None]
         inside = []
         for length, centre in ((height, draws[:, 1:2]), (width, draws[:, 2:3])):
             start, end = (centre - side / 2) * length, (centre + side / 2) * length
@@ -123,6 +127,6 @@ def mix_pairs(
             inside.append((start <= pixel) & (pixel < end))
         box = inside[0][:, :, None] & inside[1][:, None, :]
         images = tf.where(box[..., None], other(images), images)
-        share = 1 - tf.reduce_mean(tf.cast(box, tf.float32), axis=[1, 2])
+        weight = 1 - tf.reduce_mean(tf.cast(box, tf.float32), axis=[1, 2])
     one_hot = tf.one_hot(labels, num_classes)
-    return images, share[:, None] * one_hot + (1 - share[:, None]) * other(one_hot)
+    return images, weight[:, None] * one_hot + (1 - weight[:, None]) * other(one_hot)

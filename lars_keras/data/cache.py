@@ -1,4 +1,4 @@
-"""Image files nearer to the processor: in memory, or copied from a slow disk or a bucket to a local one."""
+"""Caches of encoded images: in memory, or on a local disk in place of a slow disk or a bucket."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 from tqdm import tqdm
 
-from lars_keras.data.parallel_map import cores, each_row
+from lars_keras.data.parallel_map import cores, map_rows
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class InMemory:
-    """A split whose files were read once, and are held as they are, not decoded.
+    """Holds the encoded images of a split in memory. They are read once, and not decoded.
 
     Args:
         examples: the split.
 
     Raises:
-        ValueError: there is not enough memory.
+        ValueError: if the split does not fit into memory.
     """
 
     def __init__(self, examples: Examples):
@@ -36,46 +36,47 @@ class InMemory:
         free = psutil.virtual_memory().available
         if examples.nbytes > 0.8 * free:
             raise ValueError(
-                f"--cache=memory would take {examples.nbytes / 1e9:,.1f} GB a split, {free / 1e9:,.1f} GB are free. "
-                "Use --cache=disk or --cache=none."
+                f"A split needs {examples.nbytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free. "
+                "Set `cache` to disk or none. Received: cache=memory"
             )
         self._examples = examples
         unreadable = lambda i: (tf.constant(b""), tf.constant(0, tf.int64))  # noqa: E731
         ids = tf.range(len(examples), dtype=tf.int64)
-        self._images, self._labels = each_row(examples.example, (ids,), cores(), unreadable)
+        self._images, self._labels = map_rows(examples.example, (ids,), cores(), unreadable)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The bytes and the label of image `i` in a graph."""
+        """Read the encoded image and the label of example `i`, in a graph."""
         return self._images[i], self._labels[i]
 
     def where(self, i: int) -> str:
-        """Which image `i` is, for people."""
+        """Return the location of image `i`, for messages."""
         return self._examples.where(i)
 
     @property
     def nbytes(self) -> int:
-        """Size of all images, in bytes."""
+        """Return the size of all images, in bytes."""
         return self._examples.nbytes
 
 
-def copied(paths: Sequence[str], root: str, folder: Path) -> list[str]:
-    """Copies files to a local folder, those that it has not yet.
+def copy_to_local(paths: Sequence[str], root: str, folder: Path) -> list[str]:
+    """Copy files to a local folder, except those that are there already.
 
-    Each is written under another name and renamed when it is whole, so a copy that was interrupted goes on.
+    A file is written under a temporary name, and renamed when it is complete. So an interrupted copy resumes at the
+    next call.
 
     Args:
-        paths: files below `root`, which may be a bucket's (`gs://...`).
-        root: what to leave out of their names.
-        folder: where to; files keep their place below it.
+        paths: files below `root`, which may be in a bucket (`gs://...`).
+        root: the folder to which paths are relative.
+        folder: the local folder. Each copy keeps its path relative to `root`.
 
     Returns:
         The paths of the copies.
 
     Raises:
-        ValueError: there is no room in `folder`, or it cannot be written to.
+        ValueError: if the disk lacks space, or `folder` is not writable.
     """
     from etils import epath
 
@@ -91,7 +92,8 @@ def copied(paths: Sequence[str], root: str, folder: Path) -> list[str]:
         room = shutil.disk_usage(folder).free
         if needed > room:
             raise ValueError(
-                f"--cache=disk needs {needed / 1e9:,.1f} GB in --cache_dir={folder}, which has {room / 1e9:,.1f} GB."
+                f"The copies need {needed / 1e9:,.1f} GB in `cache_dir`, and {room / 1e9:,.1f} GB are free. "
+                f"Received: cache_dir={folder}"
             )
 
         def copy(file: tuple[epath.Path, Path, int]) -> None:
@@ -102,8 +104,8 @@ def copied(paths: Sequence[str], root: str, folder: Path) -> list[str]:
             os.replace(part, target)
 
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            done = tqdm(pool.map(copy, missing), total=len(missing), desc="copying to --cache_dir", disable=not missing)
+            done = tqdm(pool.map(copy, missing), total=len(missing), desc="copying to the cache", disable=not missing)
             list(done)
     except OSError as e:
-        raise ValueError(f"--cache_dir={folder} cannot be written to: {e}") from e
+        raise ValueError(f"`cache_dir` is not writable: {e}. Received: cache_dir={folder}") from e
     return [str(target) for _, target in pairs]

@@ -1,6 +1,6 @@
-"""The `digits` data set: scikit-learn's real handwritten digits as a tensorflow-datasets builder.
+"""The `digits` data set: scikit-learn's handwritten digits, as a tensorflow-datasets builder.
 
-It needs no network. The test split is real digits, the training split is warps of the others.
+It needs no network. The test split holds real digits. The training split holds warps of the other digits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _FINE = 8  # the warps sample a copy of each 8x8 digit enlarged this many times
 
 
 def split_sources(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the digits, a quarter of each class for the test.
+    """Split the original digits: a quarter of each class for the test.
 
     Args:
-        labels: integer labels of the original digits.
+        labels: integer labels of the originals.
 
     Returns:
         Indices of the training digits and of the test digits, both sorted.
@@ -36,24 +36,23 @@ def split_sources(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def warp(digits: np.ndarray, which: np.ndarray, random: np.random.Generator | None = None) -> np.ndarray:
-    """Enlarges 8x8 digits to 16x16, each under its own random warp if `random` is given.
+    """Enlarge 8x8 digits to 16x16 by cubic splines, each under its own random warp if `random` is given.
 
-    A warp is a rotation (up to 15 degrees), a scale (15 % along each axis), a shear (0.2), a shift
-    (0.8 of an original pixel) and a smooth displacement (standard deviation 0.35 of an original
-    pixel on a 4x4 grid). The enlargement is by cubic splines.
+    A warp consists of a rotation (up to 15 degrees), a scale (15 % along each axis), a shear (0.2), a shift (0.8 of an
+    original pixel) and a smooth displacement (standard deviation 0.35 of an original pixel on a 4x4 grid).
 
     Args:
-        digits: float array of shape `(m, 8, 8)`, values 0 to 16.
-        which: int array of shape `(n,)`, the digits to take.
-        random: source of the warps; `None` enlarges only.
+        digits: float `(m, 8, 8)`, values 0 to 16.
+        which: int `(n,)`, the indices of the digits to enlarge.
+        random: source of the warps; None enlarges without a warp.
 
     Returns:
-        uint8 array of shape `(n, 16, 16, 1)`, values 0 to 255.
+        uint8 `(n, 16, 16, 1)`, values 0 to 255.
     """
     from scipy import ndimage
 
     n = len(which)
-    # Coordinates of the new pixels from the image's centre, in original pixels: (2, 16 * 16).
+    # Coordinates of the new pixels relative to the centre, in original pixels: (2, 16 * 16).
     axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / 2 - 4
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij")).reshape(2, -1)
     if random is None:
@@ -78,7 +77,7 @@ def warp(digits: np.ndarray, which: np.ndarray, random: np.random.Generator | No
 
 
 def _enlarge(images: np.ndarray, factor: int) -> np.ndarray:
-    """Enlarges the last two (equal) axes by cubic splines, as two matrix products."""
+    """Enlarge the last two (equal) axes by cubic splines, as two matrix products."""
     from scipy import ndimage
 
     unit = np.eye(images.shape[-1], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A data set as many hold ImageNet: one folder of image files for each class."""
+"""Data sets of image files, one folder for each class."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TEST_FOLDERS = ("val", "validation", "test")
 
 
 class FolderExamples:
-    """Image files by number.
+    """Random access to image files.
 
     Args:
         paths: the files.
-        labels: integer `(len(paths),)`.
+        labels: integer labels `(len(paths),)`.
     """
 
     def __init__(self, paths: Sequence[str], labels: np.ndarray):
@@ -33,19 +33,19 @@ class FolderExamples:
         return len(self.paths)
 
     def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The bytes and the label of image `i` in a graph."""
+        """Read the encoded image and the label of example `i`, in a graph."""
         import tensorflow as tf
 
         paths, labels = self._tensors
         return tf.io.read_file(paths[i]), labels[i]
 
     def where(self, i: int) -> str:
-        """Which image `i` is, for people."""
+        """Return the location of image `i`, for messages."""
         return self.paths[i]
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Size of all files, in bytes."""
+        """Return the size of all files, in bytes."""
         return sum(os.stat(path).st_size for path in self.paths)
 
     @functools.cached_property
@@ -57,27 +57,27 @@ class FolderExamples:
 
 
 def read_folder(root: Path) -> tuple[FolderExamples, FolderExamples, list[str]]:
-    """Finds the images of `root/train/CLASS/` and of `root/val/CLASS/` (or `validation`, or `test`).
+    """List the images in `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, or `test`).
 
-    Classes are numbered in the order of their names, as for ImageNet's, or in that of the lines of `root/labels.txt` if
-    there is one, which may name more classes than there are folders.
+    Classes are numbered by the lines of `root/labels.txt` if that file exists, which may list classes without a folder.
+    Otherwise they are numbered in the order of their names, as for ImageNet.
 
     Args:
         root: the folder.
 
     Returns:
-        The training and the test split, each in the order of class names and file names, and the classes.
+        The training split, the test split, and the classes. A split is ordered by class name, then by file name.
 
     Raises:
-        FileNotFoundError: a split has no folder or no images.
-        ValueError: a folder is no class.
+        FileNotFoundError: if a split has no folder or no images.
+        ValueError: if a folder belongs to no class.
     """
     train = root / "train"
     test = next((root / name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
     if not train.is_dir() or test is None:
         raise FileNotFoundError(
-            f"--dataset=folder needs {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg (or validation, or test). "
-            f"Received: --data_dir={root} without {'a folder train' if not train.is_dir() else 'a folder val'}"
+            f"A folder of images needs {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg (or validation, or test). "
+            f"Received: `data_dir` without a folder {'val' if train.is_dir() else 'train'}, data_dir={root}"
         )
     numbering = root / "labels.txt"
     if numbering.is_file():
@@ -95,7 +95,7 @@ def _split(folder: Path, classes: list[str]) -> FolderExamples:
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
         if name not in number:
             raise ValueError(
-                f"{folder / name} is no class of the training split or of labels.txt ({len(number)} classes)."
+                f"{folder / name} is not one of the {len(number)} classes of the training split or of labels.txt."
             )
         files = sorted(e.path for e in os.scandir(folder / name) if e.name.lower().endswith(_SUFFIXES))
         paths += files

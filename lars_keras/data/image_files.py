@@ -1,4 +1,4 @@
-"""Data sets of image files or of records of them, decoded as they are used."""
+"""Data sets of encoded images, in files or records, which are decoded when they are used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from lars_keras.data.base import ImageData
 from lars_keras.data.decode import NUM_DRAWS, central_crop, central_fraction, random_crop
-from lars_keras.data.parallel_map import cores, each_row
+from lars_keras.data.parallel_map import cores, map_rows
 from lars_keras.data.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
@@ -21,44 +21,46 @@ _IMAGENET_STD = (58.395, 57.12, 57.375)
 
 
 class Examples(Protocol):
-    """Random access to a split."""
+    """Random access to the encoded images of a split."""
 
     def __len__(self) -> int: ...
 
     def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The bytes and the integer label of image `i` in a graph."""
+        """Read the encoded image and the integer label of example `i`, in a graph."""
         ...
 
     def where(self, i: int) -> str:
-        """Which image `i` is, for people."""
+        """Return the location of image `i`, for messages."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Size of all images as they are stored, in bytes."""
+        """Return the stored size of all images, in bytes."""
         ...
 
 
 class ImageFileData(ImageData):
-    """JPEG files (or PNG, BMP, GIF), decoded as they are used.
+    """A data set of encoded images (JPEG, PNG, BMP or GIF), which are decoded when they are used.
 
-    Training images are cut by a random resized crop and flipped (see `random_crop`), test images by
-    a central crop (see `central_crop`); both are resized to `image_size` squared, bilinear, and
-    delivered as uint8 RGB. Grayscale and CMYK files become RGB, and photographs that the camera marked as turned are
-    turned upright.
+    Training images take a random resized crop and a random flip (see `random_crop`). Test images take a central crop
+    (see `central_crop`). Both are resized to `image_size` squared by bilinear interpolation, and become uint8 RGB.
+    Grayscale and CMYK images are converted, and the EXIF orientation is applied.
 
-    An image that cannot be read is delivered in the mean colour with label 0 and mask 0, so that it counts in no
-    loss, gradient or score, and is noted in `unreadable_images`.
+    An unreadable image is replaced by the mean colour with label 0 and mask 0, so that it enters no loss, gradient or
+    score. `unreadable_images` records it.
 
     Args:
         name: name of the data set.
         train, test: the splits.
         num_classes: number of classes.
-        image_size: height and width of the images delivered, in pixels.
+        image_size: height and width of the images in a batch, in pixels.
         augment: as in `ImageData`.
-        description: one line for people.
-        remote: whether batches are made on other hosts than this process's, as for a TPU pod. No Python function can
-            run there, so a host prints on its own terminal which image it could not read.
+        description: one line about the data.
+        remote: whether hosts other than this process's make the batches, as for a TPU pod. Such a host runs no Python
+            function, so it prints the number of an unreadable image on its own terminal.
+
+    Raises:
+        ValueError: if `image_size` is not positive.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class ImageFileData(ImageData):
         self.description = description or name
         self.unreadable_images = UnreadableImages()
         self._remote = remote
-        # Of another host's cores nothing is known here.
+        # The number of cores of another host is unknown here.
         self.threads = None if remote else cores()
         threads = (
             f"{self.threads} threads, one for each core" if self.threads else "as many threads as each host allows"
@@ -102,7 +104,7 @@ class ImageFileData(ImageData):
             image, label = self._train.example(i)
             return random_crop(image, draw, size) if draw.shape[0] else central_crop(image, size), label, 1.0
 
-        return self._block(load, (ids, draws), self._train)
+        return self._load_rows(load, (ids, draws), self._train)
 
     def _test_examples(self, ids: tf.Tensor) -> tuple[tf.Tensor, ...]:
         import tensorflow as tf
@@ -115,10 +117,10 @@ class ImageFileData(ImageData):
             padding = lambda: (tf.zeros(self.image_shape, tf.uint8), tf.zeros((), tf.int64), 0.0)  # noqa: E731
             return tf.cond(i < self.num_test, lambda: decode(i), padding)
 
-        return self._block(load, (ids,), self._test)
+        return self._load_rows(load, (ids,), self._test)
 
-    def _block(self, load: Any, arguments: tuple[tf.Tensor, ...], examples: Examples) -> tuple[tf.Tensor, ...]:
-        """`load` of each row of `arguments`, the first of which are ids, with a mask for what cannot be read."""
+    def _load_rows(self, load: Any, arguments: tuple[tf.Tensor, ...], examples: Examples) -> tuple[tf.Tensor, ...]:
+        """Apply `load` to each row of `arguments`, of which the first is the id. Mask unreadable images."""
         import tensorflow as tf
 
         mean = np.broadcast_to(np.round(self.mean), self.image_shape).astype(np.uint8)
@@ -127,14 +129,14 @@ class ImageFileData(ImageData):
             image, label, mask = load(tf.cast(i, tf.int64), *draw)
             return tf.ensure_shape(image, self.image_shape), tf.cast(label, tf.int32), mask
 
-        def note(i: np.ndarray, *draw: np.ndarray) -> np.float32:
-            self.unreadable_images.note(examples.where(int(i)), lambda: example(i, *draw))
+        def record(i: np.ndarray, *draw: np.ndarray) -> np.float32:
+            self.unreadable_images.add(examples.where(int(i)), lambda: example(i, *draw))
             return np.float32(0.0)
 
-        def instead(*row: tf.Tensor) -> tuple[Any, ...]:
+        def placeholder(*row: tf.Tensor) -> tuple[Any, ...]:
             if self._remote:
-                tf.print("left out an image that cannot be read, number", row[0], output_stream=sys.stderr)
+                tf.print("left out an unreadable image, number", row[0], output_stream=sys.stderr)
                 return mean, 0, 0.0
-            return mean, 0, tf.ensure_shape(tf.numpy_function(note, row, tf.float32), [])
+            return mean, 0, tf.ensure_shape(tf.numpy_function(record, row, tf.float32), [])
 
-        return each_row(example, arguments, self.threads, instead)
+        return map_rows(example, arguments, self.threads, placeholder)

@@ -1,6 +1,6 @@
-"""Random numbers as pure functions of what they are for, in NumPy and in TensorFlow graphs alike.
+"""Counter-based random numbers: pure functions of a key, with the same bits in NumPy and in a TensorFlow graph.
 
-The functions use operators only, so they take either kind of uint64 array and give the same bits.
+The functions use operators only, so they accept a uint64 NumPy array or a uint64 tensor.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def splitmix64(z: Array) -> Array:
-    """The finaliser of SplitMix64: a bijection of uint64 that scatters its input.
+    """Apply the finaliser of SplitMix64: a bijection of uint64 that scatters its input.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 14.
     """
@@ -23,7 +23,7 @@ def splitmix64(z: Array) -> Array:
 
 
 def keys(seed: int, *words: Array) -> Array:
-    """One uint64 key for each tuple of words: uint64 arrays of one shape."""
+    """Return one uint64 key for each tuple of words. The words are uint64 arrays of one shape."""
     key = words[0] * np.uint64(0) + np.uint64(seed)
     for word in words:
         key = splitmix64(key + np.uint64(GOLDEN)) ^ word
@@ -31,14 +31,14 @@ def keys(seed: int, *words: Array) -> Array:
 
 
 def uniforms(key: Array, count: int) -> Array:
-    """Returns `count` random numbers for each key.
+    """Draw `count` uniform numbers for each key.
 
     Args:
         key: uint64 of shape `(n,)`.
-        count: how many.
+        count: number of draws per key.
 
     Returns:
-        float32 of shape `(n, count)`, uniform in [0, 1), of 24 bits: exact, and below 1, in float32.
+        float32 of shape `(n, count)`, uniform in [0, 1). Each is a multiple of 2^-24, so that float32 holds it exactly.
     """
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     bits = splitmix64(key[:, None] + steps) // np.uint64(2**40)

@@ -1,4 +1,4 @@
-"""Data sets by name, through tensorflow-datasets."""
+"""Data sets by name: those of tensorflow-datasets, and folders of images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFReco
 from lars_keras.data.subset import Subset, holdout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
 NAMES = (*PREPARED, "folder")
-ANY_SIZE = ("imagenet2012", "folder")  # decoded to whatever size is wanted
+ANY_SIZE = ("imagenet2012", "folder")  # decoded to any size
 CACHES = ("none", "memory", "disk")
 
 
@@ -37,68 +40,115 @@ def load(
     remote: bool = False,
     validation_split: float = 0.0,
 ) -> ImageData:
-    """Loads a data set. Nothing is ever downloaded.
+    """Load a data set. Nothing is ever downloaded.
 
     Args:
-        name: `"digits"`, prepared on first use (seconds, no network); `"cifar10"` or `"imagenet2012"`, both prepared
-            beforehand by `python -m lars_keras.data.prepare`; or `"folder"`, image files in folders of their classes
-            (see `read_folder`), which needs `data_dir`.
-        data_dir: the folder that holds the prepared data sets, one folder each; `None` for
-            `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. A bucket's (`gs://...`) needs `cache="disk"`.
-        image_size: height and width of the images in pixels. Free for `ANY_SIZE` (`None`:
-            227); the others have their own (`None`: 16 and 32).
-        augment: one of `AUGMENTS`; `None` for the data set's own: `"none"` for digits, else `"crop_flip"`.
-        cache: for `ANY_SIZE`: `"none"`, files are read where they are; `"memory"`, they are all read once and held,
-            not decoded; `"disk"`, they are copied once to `cache_dir`, a disk of this machine.
-        cache_dir: the folder of the copies; `None` for `~/.cache/lars_keras`.
-        remote: whether batches are made on other hosts than this process's; see `ImageFileData`.
-        validation_split: of the training images, left out of training and scored in the place of the test split.
+        name: one of `NAMES`. `"digits"` is prepared at the first use (seconds, no network); `lars_keras.data.prepare`
+            prepares `"cifar10"` and `"imagenet2012"` beforehand; `"folder"` is a folder of images in `data_dir`, one
+            folder per class (see `read_folder`).
+        data_dir: folder of the prepared data sets, each in a folder of its own; None for `$TFDS_DATA_DIR` or
+            `~/tensorflow_datasets`. A bucket (`gs://...`) needs `cache="disk"`.
+        image_size: height and width of the images in pixels. Data sets in `ANY_SIZE` accept any (None: 227). The others
+            have a fixed size.
+        augment: one of `AUGMENTS`; None for `"none"` with digits, and `"crop_flip"` otherwise.
+        cache: for data sets in `ANY_SIZE`. `"none"` reads the files where they are; `"memory"` reads all of them once
+            and holds them encoded; `"disk"` copies them once to `cache_dir` on a local disk.
+        cache_dir: folder of the copies; None for `~/.cache/lars_keras`.
+        remote: whether hosts other than this process's make the batches; see `ImageFileData`.
+        validation_split: fraction of the training images to hold out. They take the place of the test split.
 
     Returns:
         The data set.
 
     Raises:
-        ValueError: a value is unknown or does not fit the data set, there is no room for the cache, or the files are
+        ValueError: if a value is unknown or does not fit the data set, if the cache lacks space, or if the files are
             damaged.
-        FileNotFoundError: the data set is not in `data_dir`.
+        FileNotFoundError: if the data set is not in `data_dir`.
     """
-    for text, value, accepted in (("dataset", name, NAMES), ("augment", augment, AUGMENTS), ("cache", cache, CACHES)):
-        if value is not None and value not in accepted:
-            raise ValueError(f"Unknown {text}. Received: {value!r}. Accepted: {', '.join(accepted)}.")
-    if name not in ANY_SIZE and cache != "none":
-        raise ValueError(
-            f"--cache is for {' and '.join(ANY_SIZE)}; {name} is in memory anyway. Received: --cache={cache}"
-        )
-    if remote and cache != "none":
-        raise ValueError(
-            "--cache serves the machine that this process runs on, not the other hosts of a pod slice. Received: "
-            f"--cache={cache}"
-        )
-    if name == "folder" and data_dir is None:
-        raise ValueError("--dataset=folder needs --data_dir, the folder of train/ and val/. Received: no --data_dir")
-    if augment == "alternating_flip" and name in ANY_SIZE:
-        raise ValueError(
-            f"alternating_flip is for images in memory, as of cifar10. Received: augment={augment!r}, {name=}"
-        )
-    if augment == "randaugment":
-        try:
-            import lars_keras.data.randaugment  # noqa: F401
-        except ImportError as e:
-            raise ValueError(str(e)) from e
+    _check_arguments(name, data_dir, augment, cache, remote)
     root = data_root(data_dir)
     options: dict[str, Any] = {"image_size": image_size or 227, "augment": augment or "crop_flip", "remote": remote}
     if name == "folder":
-        train_files: Examples
-        test_files: Examples
         train_files, test_files, classes = read_folder(root)
         if cache == "disk":
             train_files, test_files = (
                 FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels)
                 for files in (train_files, test_files)
             )
-        if validation_split:
-            train_files, test_files = _apart(train_files, validation_split)
-        return _image_file_data(name, train_files, test_files, len(classes), f"in {root}", cache, options)
+        origin = f"in {root}"
+        return _image_file_data(name, train_files, test_files, validation_split, len(classes), origin, cache, options)
+    builder = _builder(root, name)
+    _check_access(builder, root, name, cache, remote)
+    train, test = (
+        _records(
+            builder,
+            split,
+            _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None,
+        )
+        for split in ("train", TEST_SPLIT[name])
+    )
+    features = builder.info.features
+    num_classes = features["label"].num_classes
+    origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
+    if name == "imagenet2012":
+        parse = _parser(features)
+        train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
+        return _image_file_data(name, train_images, test_images, validation_split, num_classes, origin, cache, options)
+    height, width, channels = features["image"].shape
+    if image_size not in (None, height):
+        raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
+    train_arrays = _decode_all(features, train)
+    if validation_split:
+        images, labels = train_arrays
+        parts = holdout(len(train), validation_split, _originals(name))
+        train_arrays, test_arrays = ((images[ids], labels[ids]) for ids in parts)
+    else:
+        test_arrays = _decode_all(features, test)
+    return ArrayData(
+        name,
+        train_arrays,
+        test_arrays,
+        num_classes,
+        crop_flip=pad_crop_flip if name == "cifar10" else None,
+        augment=augment,
+        description=f"{_counts(train_arrays[0], test_arrays[0])}, {height}x{width}x{channels}, in memory ({origin})",
+    )
+
+
+def _check_arguments(
+    name: str, data_dir: str | os.PathLike | None, augment: str | None, cache: str, remote: bool
+) -> None:
+    """Raise a `ValueError` for arguments of `load` that are unknown or exclude each other."""
+    if name not in NAMES:
+        raise ValueError(f"The data set must be one of {', '.join(NAMES)}. Received: {name!r}")
+    if augment is not None and augment not in AUGMENTS:
+        raise ValueError(f"`augment` must be one of {', '.join(AUGMENTS)}. Received: augment={augment!r}")
+    if cache not in CACHES:
+        raise ValueError(f"`cache` must be one of {', '.join(CACHES)}. Received: cache={cache!r}")
+    if name not in ANY_SIZE and cache != "none":
+        raise ValueError(
+            f"`cache` is for {' and '.join(ANY_SIZE)}; {name} is in memory anyway. Received: cache={cache}"
+        )
+    if remote and cache != "none":
+        raise ValueError(
+            "`cache` serves the machine of this process, not the other hosts of a pod slice. Received: "
+            f"cache={cache}, {remote=}"
+        )
+    if name == "folder" and data_dir is None:
+        raise ValueError("The data set folder needs `data_dir`, the folder of train/ and val/. Received: data_dir=None")
+    if augment == "alternating_flip" and name in ANY_SIZE:
+        raise ValueError(
+            f"`augment` alternating_flip is for images in memory, such as cifar10. Received: augment={augment}, {name=}"
+        )
+    if augment == "randaugment":
+        try:
+            import lars_keras.data.randaugment  # noqa: F401
+        except ImportError as e:
+            raise ValueError(str(e)) from e
+
+
+def _builder(root: Any, name: str) -> tfds.core.DatasetBuilder:
+    """Return the builder of a prepared data set. Prepare the digits if they are missing."""
     builder_dir = prepared_dir(root, name)
     if builder_dir is None and name == "digits":
         from lars_keras.data.prepare import prepare
@@ -114,62 +164,28 @@ def load(
     for split in ("train", TEST_SPLIT[name]):
         if split not in builder.info.splits:
             raise FileNotFoundError(f"{builder_dir} has no {split} split: remove it and prepare it again.")
-    if "://" in str(builder_dir) and name not in ANY_SIZE:
+    return builder
+
+
+def _check_access(builder: tfds.core.DatasetBuilder, root: Any, name: str, cache: str, remote: bool) -> None:
+    """Raise a `ValueError` where the files cannot be read in the way asked for."""
+    folder = prepared_dir(root, name)
+    in_bucket = "://" in str(folder)
+    if in_bucket and name not in ANY_SIZE:
+        raise ValueError(f"{name} is read from a local folder: copy {folder} to one, and set `data_dir` to that.")
+    if in_bucket and cache != "disk":
         raise ValueError(
-            f"{name} is read from a local folder: copy {builder_dir} to one, and name that with --data_dir."
-        )
-    if "://" in str(builder_dir) and cache != "disk":
-        raise ValueError(
-            f"{builder_dir} is in a bucket, where single records take too long to read: --cache=disk copies its files. "
-            f"Received: --cache={cache}"
+            f"{folder} is in a bucket, where single records take too long to read: set `cache` to disk, which copies "
+            f"the files. Received: cache={cache}"
         )
     if remote and builder.info.file_format.value == "array_record":
         raise ValueError(
-            f"{builder_dir} is array_record, which the hosts of a pod slice cannot read; tfrecord they can."
+            f"{folder} is array_record, which the hosts of a pod slice cannot read. They can read tfrecord."
         )
-    train, test = (
-        _records(
-            builder, split, _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None
-        )
-        for split in ("train", TEST_SPLIT[name])
-    )
-    num_classes = builder.info.features["label"].num_classes
-    origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
-    if name == "imagenet2012":
-        parse = _jpeg_parser(builder.info.features)
-        train_images: Examples = ParsedRecords(train, parse)
-        test_images: Examples = ParsedRecords(test, parse)
-        if validation_split:
-            train_images, test_images = _apart(train_images, validation_split)
-        return _image_file_data(name, train_images, test_images, num_classes, origin, cache, options)
-    height, width, channels = builder.info.features["image"].shape
-    if image_size not in (None, height):
-        raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
-    train_arrays = _decode_all(builder.info.features, train)
-    if validation_split:
-        images, labels = train_arrays
-        parts = holdout(len(train), validation_split, _originals(name))
-        train_arrays, test_arrays = ((images[ids], labels[ids]) for ids in parts)
-    else:
-        test_arrays = _decode_all(builder.info.features, test)
-    return ArrayData(
-        name,
-        train_arrays,
-        test_arrays,
-        num_classes,
-        crop_flip=pad_crop_flip if name == "cifar10" else None,
-        augment=augment,
-        description=f"{_counts(train_arrays[0], test_arrays[0])}, {height}x{width}x{channels}, in memory ({origin})",
-    )
-
-
-def _apart(train: Examples, share: float) -> tuple[Examples, Examples]:
-    kept, apart = holdout(len(train), share)
-    return Subset(train, kept), Subset(train, apart)
 
 
 def _originals(name: str) -> int | None:
-    """Of how many images the training images are copies; see `holdout`."""
+    """Return the number of originals of which the training images are copies; see `holdout`."""
     if name != "digits":
         return None
     from lars_keras.data.digits import NUM_SOURCES
@@ -178,14 +194,25 @@ def _originals(name: str) -> int | None:
 
 
 def _image_file_data(
-    name: str, train: Examples, test: Examples, num_classes: int, origin: str, cache: str, options: dict[str, Any]
+    name: str,
+    train: Examples,
+    test: Examples,
+    validation_split: float,
+    num_classes: int,
+    origin: str,
+    cache: str,
+    options: dict[str, Any],
 ) -> ImageFileData:
+    """Hold out validation images, fill the cache in memory, and describe the data."""
+    if validation_split:
+        parts = holdout(len(train), validation_split)
+        train, test = (Subset(train, ids) for ids in parts)
     if cache == "memory":
         from lars_keras.data.cache import InMemory
 
         train, test = InMemory(train), InMemory(test)
     size = options["image_size"]
-    description = f"{_counts(train, test)}, JPEG decoded to {size}x{size}x3 ({origin}; cache: {cache})"
+    description = f"{_counts(train, test)}, decoded to {size}x{size}x3 ({origin}; cache: {cache})"
     return ImageFileData(name, train, test, num_classes, description=description, **options)
 
 
@@ -194,20 +221,20 @@ def _counts(train: Any, test: Any) -> str:
 
 
 def _on_disk(paths: Any, root: Any, cache_dir: str | os.PathLike | None) -> list[str]:
-    """The copies of files below `root` in a folder of the cache that is named after it."""
-    from lars_keras.data.cache import copied
+    """Copy files below `root` to a folder of the cache that is named after `root`. Return the paths of the copies."""
+    from lars_keras.data.cache import copy_to_local
 
     folder = pathlib.Path(cache_dir or "~/.cache/lars_keras").expanduser()
     full = os.fspath(root) if "://" in os.fspath(root) else os.path.realpath(root)
     place = f"{os.path.basename(full)}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"
-    return copied([os.fspath(path) for path in paths], os.fspath(root), folder / place)
+    return copy_to_local([os.fspath(path) for path in paths], os.fspath(root), folder / place)
 
 
 def _how_to_prepare(root: pathlib.Path, name: str) -> str:
-    command = f"python -m lars_keras.data.prepare --dataset={name} --data_dir={root}"
+    command = f"python -m lars_keras.data.prepare -n {name} -d {root}"
     if name == "imagenet2012" and not any((root / "downloads" / "manual").glob("*.tar")):
-        command += " --manual_dir=FOLDER_OF_THE_TAR_FILES"
-    return f"{name} is not in {root}. Name its folder with --data_dir, or prepare it: {command}"
+        command += " -m FOLDER_OF_THE_TAR_FILES"
+    return f"{name} is not in {root}. Set `data_dir` to its folder, or prepare it: {command}"
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str, paths: list[str] | None) -> Records:
@@ -216,7 +243,8 @@ def _records(builder: tfds.core.DatasetBuilder, split: str, paths: list[str] | N
     return kind(paths or [os.fspath(path) for path in info.filepaths], info.shard_lengths)
 
 
-def _jpeg_parser(features: tfds.features.FeaturesDict):
+def _parser(features: tfds.features.FeaturesDict) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Return a function that maps a record to the encoded image and the label."""
     import tensorflow_datasets as tfds
 
     skip = {"image": tfds.decode.SkipDecoding()}
@@ -229,7 +257,7 @@ def _jpeg_parser(features: tfds.features.FeaturesDict):
 
 
 def _decode_all(features: tfds.features.FeaturesDict, records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all images and labels of a split, in the order of the records."""
+    """Decode all images and labels of a split, in the order of the records."""
     import tensorflow as tf
 
     def read(ids):
@@ -239,7 +267,7 @@ def _decode_all(features: tfds.features.FeaturesDict, records: Records) -> tuple
         example = features.deserialize_example(record)
         return example["image"], example["label"]
 
-    def decode(ids):  # in blocks: to dispatch each of these small records would take longer
+    def decode(ids):  # in blocks, because each dispatch of a small record costs more than its decoding
         block = tf.ensure_shape(tf.numpy_function(read, [ids], tf.string), [None])
         return tf.map_fn(decode_one, block, fn_output_signature=(tf.uint8, tf.int64))
 

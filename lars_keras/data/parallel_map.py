@@ -1,4 +1,4 @@
-"""Works on the rows of tensors in parallel, in TensorFlow operations only."""
+"""Parallel maps over the rows of tensors, made of TensorFlow operations only."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ if TYPE_CHECKING:
 
 
 def cores() -> int:
-    """How many processor cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def each_row(
-    load: Callable[..., Any],
+def map_rows(
+    function: Callable[..., Any],
     arguments: tuple[tf.Tensor, ...],
     threads: int | None,
-    instead: Callable[..., Any] | None = None,
+    fallback: Callable[..., Any] | None = None,
 ) -> Any:
-    """`load` of each row of `arguments`, stacked.
+    """Apply a function to each row of the arguments, and stack the results.
 
     Args:
-        load: from a row of each argument to a structure of tensors of static shapes.
+        function: maps one row of each argument to a structure of tensors with static shapes.
         arguments: tensors whose first dimension is the same and static.
-        threads: how many rows at a time; `None`: tf.data decides.
-        instead: takes the place of `load` for rows where that fails. All rows are then loaded once more, one by one,
-            to see which these are.
+        threads: number of rows in flight; None lets tf.data decide.
+        fallback: replaces `function` for the rows where it fails. If any row fails, all rows are mapped again, one at
+            a time, to find those rows.
     """
     import tensorflow as tf
 
-    def row_or_instead(*row: tf.Tensor) -> tf.data.Dataset:
+    def row_or_fallback(*row: tf.Tensor) -> tf.data.Dataset:
         one = tf.data.Dataset.from_tensors(row)
-        return one.map(load).ignore_errors().concatenate(one.map(instead)).take(1)
+        return one.map(function).ignore_errors().concatenate(one.map(fallback)).take(1)
 
     count = arguments[0].shape[0]
     rows = tf.data.Dataset.from_tensor_slices(arguments)
-    parallel = rows.map(load, num_parallel_calls=threads or tf.data.AUTOTUNE, deterministic=True)
-    loaded = parallel.batch(count, drop_remainder=True)
-    if instead:
-        one_by_one = rows.flat_map(row_or_instead).batch(count, drop_remainder=True)
-        loaded = loaded.ignore_errors().concatenate(one_by_one).take(1)
-    return loaded.get_single_element()
+    parallel = rows.map(function, num_parallel_calls=threads or tf.data.AUTOTUNE, deterministic=True)
+    mapped = parallel.batch(count, drop_remainder=True)
+    if fallback:
+        one_by_one = rows.flat_map(row_or_fallback).batch(count, drop_remainder=True)
+        mapped = mapped.ignore_errors().concatenate(one_by_one).take(1)
+    return mapped.get_single_element()

@@ -1,6 +1,8 @@
-"""Prepares a data set for `lars_keras.data.load`, once.
+"""Prepare a data set for `lars_keras.data.load`, once.
 
-python -m lars_keras.data.prepare --dataset=imagenet2012 --manual_dir=ARCHIVES --data_dir=DATA
+    python -m lars_keras.data.prepare -n imagenet2012 -m FOLDER_OF_THE_TAR_FILES -d DATA_DIR
+
+The option -h lists all options.
 """
 
 from __future__ import annotations
@@ -22,22 +24,21 @@ def prepare(
     manual_dir: str | os.PathLike | None = None,
     file_format: str = "tfrecord",
 ) -> None:
-    """Prepares a data set, if it is not, with its tensorflow-datasets builder.
+    """Prepare a data set with its tensorflow-datasets builder, unless it is prepared already.
 
-    Several processes may do this at once: each writes to a folder of its own, the first to finish
-    renames it, and the others find it there.
+    Several processes may call this at once. Each writes to a folder of its own. The first to finish renames that
+    folder, and the others use it.
 
     Args:
-        name: one of `PREPARED`. `"digits"` is computed, `"cifar10"` downloaded, and
-            `"imagenet2012"` made from the archives `ILSVRC2012_img_train.tar` and
-            `ILSVRC2012_img_val.tar`.
+        name: one of `PREPARED`. `"digits"` is computed, `"cifar10"` is downloaded, and `"imagenet2012"` is made from
+            the archives `ILSVRC2012_img_train.tar` and `ILSVRC2012_img_val.tar`.
         data_dir: as in `lars_keras.data.load`.
-        manual_dir: the folder of the archives; `None` for `data_dir/downloads/manual`.
+        manual_dir: folder of the archives; None for `data_dir/downloads/manual`.
         file_format: `"tfrecord"` or `"array_record"`.
 
     Raises:
-        ValueError: the data set cannot be written to `data_dir`, or is there in another format.
-        FileNotFoundError: an archive is missing.
+        ValueError: if `data_dir` is not writable, or holds the data set in another format.
+        FileNotFoundError: if an archive is missing.
     """
     root = data_root(data_dir)
     if found := prepared_dir(root, name):
@@ -46,8 +47,8 @@ def prepare(
         there = tfds.builder_from_directory(found).info.file_format.value
         if there != file_format:
             raise ValueError(
-                f"{name} is prepared already, as {there}, in {found}: remove that, or name another --data_dir. "
-                f"Received: --file_format={file_format}"
+                f"{name} is prepared already, as {there}, in {found}: remove that, or set another `data_dir`. "
+                f"Received: file_format={file_format}"
             )
         return
     archives = pathlib.Path(manual_dir or root / "downloads" / "manual").expanduser()
@@ -55,8 +56,8 @@ def prepare(
         for archive in _ARCHIVES:
             if not (archives / archive).is_file():
                 raise FileNotFoundError(
-                    f"{archives / archive} does not exist. Name the folder of {_ARCHIVES[0]} and "
-                    f"{_ARCHIVES[1]} (from https://image-net.org) with --manual_dir."
+                    f"{archives / archive} does not exist. Set `manual_dir` to the folder of {_ARCHIVES[0]} and "
+                    f"{_ARCHIVES[1]} (from https://image-net.org)."
                 )
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def prepare(
         writable = False
     if not writable:
         raise ValueError(
-            f"{name} is not prepared in {root}, which cannot be written to. Name another folder with --data_dir."
+            f"{name} is not prepared in {root}, and that folder is not writable. Set `data_dir` to another folder."
         )
 
     import tensorflow_datasets as tfds
@@ -80,17 +81,17 @@ def prepare(
     try:
         builder.download_and_prepare(download_config=config)
     except OSError:
-        if prepared_dir(root, name) is None:  # else another process was faster
+        if prepared_dir(root, name) is None:  # otherwise another process was faster
             raise
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepares a data set, once.")
-    parser.add_argument("--dataset", required=True, choices=PREPARED)
-    parser.add_argument("--data_dir", help="where to (default: ~/tensorflow_datasets)")
-    parser.add_argument("--manual_dir", help="the folder of the ImageNet archives")
-    parser.add_argument("--file_format", default="tfrecord", choices=("tfrecord", "array_record"))
+    """Run the command line. Return the exit code: 0, or 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepare a data set, once.")
+    parser.add_argument("-n", "--dataset", required=True, choices=PREPARED, help="name of the data set")
+    parser.add_argument("-d", "--data_dir", help="folder to write to (default: ~/tensorflow_datasets)")
+    parser.add_argument("-m", "--manual_dir", help="folder of the ImageNet archives")
+    parser.add_argument("-f", "--file_format", default="tfrecord", choices=("tfrecord", "array_record"))
     options = parser.parse_args(arguments)
     try:
         prepare(

@@ -1,4 +1,4 @@
-"""RandAugment by KerasCV, with the random numbers of an example in place of KerasCV's own generators."""
+"""RandAugment by KerasCV, driven by the random numbers of each example in place of KerasCV's generators."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ try:
     import keras_cv
     from keras_cv.core import ConstantFactorSampler, FactorSampler, NormalFactorSampler, UniformFactorSampler
 except ImportError as e:
-    raise ImportError("--augment=randaugment needs keras-cv: pip install keras-cv") from e
+    raise ImportError("`augment` randaugment needs keras-cv: pip install keras-cv") from e
 
-_LAYERS = 2  # applied one after the other; the source's N
-_MAGNITUDE = 0.3  # of 1; the source's M = 9 of 30
+_LAYERS = 2  # applied in sequence; N in the source
+_MAGNITUDE = 0.3  # on a scale of 1; M = 9 on a scale of 30 in the source
 _SPREAD = 0.15  # standard deviation of the magnitude
 
 
 def randaugment(image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """Applies two layers, chosen at random, with random strengths: colours, contrasts, shears and shifts.
+    """Apply two random layers of random strength, from colour, contrast, shear and shift.
 
-    Source: Cubuk et al. 2019 (arXiv 1909.13719), with KerasCV's ten layers and scales.
+    Source: Cubuk et al. 2019 (arXiv 1909.13719), with the ten layers and the scales of KerasCV.
 
     Args:
         image: uint8 `(height, width, 3)`.
-        draws: float32 of at least 2 numbers, uniform in [0, 1) and of 24 bits: the seed.
+        draws: float32 of at least 2 numbers, uniform in [0, 1), multiples of 2^-24. They are the seed.
 
     Returns:
         uint8 of the same shape.
 
     Raises:
-        ValueError: the image has not 3 channels.
+        ValueError: if the image does not have 3 channels.
     """
     if image.shape[-1] != 3:
         raise ValueError(f"RandAugment needs images of 3 channels. Received: shape {image.shape}")
@@ -51,7 +51,7 @@ def randaugment(image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
 
 
 class _Numbers:
-    """A stream of random numbers that follows from a seed alone; takes the place of `tf.random.Generator`.
+    """A stateless stream of random numbers, in place of a `tf.random.Generator`.
 
     Args:
         seed: int32 `(2,)`.
@@ -72,8 +72,8 @@ class _Numbers:
         return tf.random.stateless_normal(shape, self._next(), mean, stddev, dtype)
 
     def replace_generators(self, layer: Any) -> None:
-        """Makes a KerasCV layer take all its random numbers from here, and compute in float32."""
-        layer.dtype_policy = "float32"  # whatever the model's: the mean of a float16 image is infinite
+        """Replace all random generators of a KerasCV layer by this stream, and make the layer compute in float32."""
+        layer.dtype_policy = "float32"  # also under a half-precision policy: the sum of a float16 image overflows
         layer._random_generator = self
         for name, value in list(vars(layer).items()):
             if isinstance(value, FactorSampler) and not isinstance(value, ConstantFactorSampler):
@@ -81,7 +81,7 @@ class _Numbers:
 
 
 class _Sampler(FactorSampler):
-    """The distribution of a KerasCV sampler, with numbers from elsewhere."""
+    """A KerasCV sampler that draws from a given stream."""
 
     def __init__(self, distribution: NormalFactorSampler | UniformFactorSampler, numbers: _Numbers):
         self._distribution, self._numbers = distribution, numbers

@@ -1,7 +1,6 @@
-"""Random access to the record files that tensorflow-datasets writes, by example id.
+"""Random access to the record files of tensorflow-datasets, by example id.
 
-Ids count the records of the split in the order of its files. Nothing is stored on disk: a read-only
-folder will do.
+Ids count the records of a split in the order of its files. Nothing is written, so the folder may be read-only.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import numpy as np
 if TYPE_CHECKING:
     import tensorflow as tf
 
-_HEADER = struct.Struct("<QI")  # length of the data, masked CRC-32C of these 8 bytes
+_HEADER = struct.Struct("<QI")  # length of the data, masked CRC-32C of the length
 _FOOTER = 4  # masked CRC-32C of the data
 
 
 class Records(Protocol):
-    """Random access to serialised examples."""
+    """Random access to serialised examples; see `TFRecords`."""
 
     def __len__(self) -> int: ...
 
@@ -38,11 +37,11 @@ class Records(Protocol):
 
 
 class ParsedRecords:
-    """A split that is held as records.
+    """Random access to the encoded images in records.
 
     Args:
         records: the records.
-        parse: a TensorFlow function from a record to the bytes of the image and its integer label.
+        parse: a TensorFlow function that maps a record to the encoded image and its integer label.
     """
 
     def __init__(self, records: Records, parse: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]):
@@ -52,25 +51,25 @@ class ParsedRecords:
         return len(self.records)
 
     def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The bytes and the label of image `i` in a graph."""
+        """Read the encoded image and the label of example `i`, in a graph."""
         return self.parse(self.records.record(i))
 
     def where(self, i: int) -> str:
-        """Which image `i` is, for people."""
+        """Return the location of image `i`, for messages."""
         return self.records.where(i)
 
     @property
     def nbytes(self) -> int:
-        """Size of all records, in bytes."""
+        """Return the size of all records, in bytes."""
         return self.records.nbytes
 
 
 def _record_starts(path: str) -> np.ndarray:
-    """Returns where the data of each record of a TFRecord file starts, and where the next would."""
+    """Return the offsets of the data of each record in a TFRecord file, and that of a record after the last."""
     starts = []
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        if hasattr(os, "posix_fadvise"):  # read 12 bytes in every 100 kB, not all that lies between
+        if hasattr(os, "posix_fadvise"):  # reads 12 bytes in every 100 kB, and nothing in between
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         offset = 0
         while offset + _HEADER.size <= size:
@@ -83,20 +82,20 @@ def _record_starts(path: str) -> np.ndarray:
 
 
 class TFRecords:
-    """The records of TFRecord files. One pass over the record headers, at the start, finds them.
+    """Random access to TFRecord files. The constructor reads every record header once.
 
     Args:
         paths: the files of the split, in order.
-        counts: the number of records each must have.
+        counts: the expected number of records in each file.
 
     Raises:
-        ValueError: a file is truncated or holds another number of records.
-        FileNotFoundError: a file is missing.
+        ValueError: if a file is truncated, or its number of records is another.
+        FileNotFoundError: if a file is missing.
     """
 
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
         self._paths = [os.fspath(path) for path in paths]
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # it is the disk that takes time
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the disk takes the time
             starts = list(pool.map(_record_starts, self._paths))
         for path, found, count in zip(self._paths, starts, counts, strict=True):
             if len(found) - 1 != count:
@@ -109,20 +108,20 @@ class TFRecords:
         return len(self._start)
 
     def read(self, ids: np.ndarray) -> list[bytes]:
-        """Returns the data of the records `ids`."""
+        """Return the data of the records `ids`."""
         return [self._read(int(i)) for i in ids]
 
     @property
     def nbytes(self) -> int:
-        """Size of all records, in bytes."""
+        """Return the size of all records, in bytes."""
         return int(self._length.sum())
 
     def record(self, i: tf.Tensor) -> tf.Tensor:
-        """The data of record `i` in a graph, its checksum verified."""
+        """Read the data of record `i`, in a graph, and verify its checksum."""
         import tensorflow as tf
 
         paths, files, starts = self._tensors
-        # The op takes the offset of a record; `tf.data.TFRecordDataset` does not let it through.
+        # The operation accepts the offset of a record; `tf.data.TFRecordDataset` does not pass one on.
         variant = tf.raw_ops.TFRecordDatasetV2(
             filenames=[paths[files[i]]],
             compression_type="",
@@ -133,13 +132,13 @@ class TFRecords:
         return record.take(1).get_single_element()
 
     def where(self, i: int) -> str:
-        """Which record `i` is, for people."""
+        """Return the location of record `i`, for messages."""
         path = self._paths[self._file[i]]
         return f"record {i - np.searchsorted(self._file, self._file[i])} of {path}"
 
     @functools.cached_property
     def _tensors(self) -> tuple[tf.Tensor, ...]:
-        """The table of records in TensorFlow's memory, beside the graphs and not in them."""
+        """Hold the table of records in TensorFlow's memory, outside the graphs."""
         import tensorflow as tf
 
         with tf.init_scope():
@@ -147,7 +146,7 @@ class TFRecords:
 
     def _read(self, i: int) -> bytes:
         path, length = self._paths[self._file[i]], int(self._length[i])
-        # Opened anew each time (10 us): ImageNet has more files than a process may hold open.
+        # Opens the file at every call (10 us), because ImageNet has more files than a process may hold open.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             data = os.pread(descriptor, length, int(self._start[i]))
@@ -159,11 +158,14 @@ class TFRecords:
 
 
 class ArrayRecords:
-    """The records of ArrayRecord files, through the `array_record` package.
+    """Random access to ArrayRecord files, by the package `array_record`.
 
     Args:
         paths: the files of the split, in order.
-        counts: the number of records each must have.
+        counts: the expected number of records in each file.
+
+    Raises:
+        ValueError: if the number of records is another.
     """
 
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
@@ -179,15 +181,15 @@ class ArrayRecords:
         return len(self._source)
 
     def read(self, ids: np.ndarray) -> list[bytes]:
-        """Returns the data of the records `ids`."""
+        """Return the data of the records `ids`."""
         return list(self._source.__getitems__([int(i) for i in ids]))
 
     def record(self, i: tf.Tensor) -> tf.Tensor:
-        """The data of record `i` in a graph, read by Python: of no use on other hosts than this one."""
+        """Read the data of record `i`, in a graph, by a Python function, which other hosts cannot run."""
         import tensorflow as tf
 
         return tf.ensure_shape(tf.numpy_function(lambda i: self._source[int(i)], [i], tf.string), [])
 
     def where(self, i: int) -> str:
-        """Which record `i` is, for people."""
+        """Return the location of record `i`, for messages."""
         return f"record {i} of {self._folder}"

@@ -1,4 +1,4 @@
-"""A share of the training images kept apart, to choose settings by without looking at the test split."""
+"""Hold-out validation: a fraction of the training images that takes the place of the test split."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ if TYPE_CHECKING:
     from lars_keras.data.image_files import Examples
 
 
-def holdout(count: int, share: float, group: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the ids of the training images in two, evenly over their order.
+def holdout(count: int, fraction: float, group: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Split the ids of the training images in two, evenly over their order.
 
     Args:
         count: number of images.
-        share: of the images that are kept apart, in (0, 1).
-        group: image `i` is a copy of original `i % group`, and an original's copies stay together; `None`: each is its
-            own original.
+        fraction: fraction of the images to hold out, in (0, 1).
+        group: number of originals; image `i` is a copy of original `i % group`, and all copies of an original land on
+            one side. None means that every image is an original.
 
     Returns:
-        Ids to train on and ids to validate on, both int64 and sorted.
+        Ids for training and ids for validation, both int64 and sorted.
 
     Raises:
         ValueError: if either part would be empty.
     """
     originals = np.arange(group or count)
-    apart = np.floor((originals + 1) * share) > np.floor(originals * share)
-    if not 0 < apart.sum() < len(apart):
+    held_out = np.floor((originals + 1) * fraction) > np.floor(originals * fraction)
+    if not 0 < held_out.sum() < len(held_out):
         raise ValueError(
-            f"--validation_split must leave images on both sides of the {len(apart):,}. Received: "
-            f"--validation_split={share:g}"
+            f"`validation_split` must leave images on both sides of the {len(held_out):,}. Received: "
+            f"validation_split={fraction:g}"
         )
-    chosen = apart[np.arange(count) % len(apart)]
+    chosen = held_out[np.arange(count) % len(held_out)]
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
 class Subset:
-    """Some of the images of a split.
+    """Selects images of a split.
 
     Args:
         examples: the split.
-        ids: which images, in their new order.
+        ids: the images to select, in their new order.
     """
 
     def __init__(self, examples: Examples, ids: np.ndarray):
@@ -54,21 +54,21 @@ class Subset:
         return len(self._ids)
 
     def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The bytes and the label of image `i` in a graph."""
+        """Read the encoded image and the label of example `i`, in a graph."""
         return self._examples.example(self._table[i])
 
     def where(self, i: int) -> str:
-        """Which image `i` is, for people."""
+        """Return the location of image `i`, for messages."""
         return self._examples.where(int(self._ids[i]))
 
     @property
     def nbytes(self) -> int:
-        """Size of all images as they are stored, in bytes, in proportion."""
+        """Estimate the stored size of the selected images, in bytes, from their number."""
         return round(self._examples.nbytes * len(self._ids) / len(self._examples))
 
     @functools.cached_property
     def _table(self) -> tf.Tensor:
-        """The ids in TensorFlow's memory, beside the graphs and not in them."""
+        """Hold the ids in TensorFlow's memory, outside the graphs."""
         import tensorflow as tf
 
         with tf.init_scope():

@@ -1,4 +1,4 @@
-"""The images of a run that could not be read."""
+"""The unreadable images of a run."""
 
 import json
 import threading
@@ -12,18 +12,18 @@ from lars_keras.files import atomic_write_text
 
 
 class UnreadableImages:
-    """Notes each image that could not be read once, and says so in the log.
+    """Records every unreadable image once, and logs it.
 
     Attributes:
-        found: a line for each: which image, and what is wrong with it.
+        found: maps the location of each unreadable image to the reason.
     """
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
-        self._lock = threading.Lock()  # several images are decoded at once
+        self._lock = threading.Lock()  # several threads decode
 
-    def note(self, where: str, load: Callable[[], Any]) -> None:
-        """Notes the image at `where`; `load`, which fails, tells why."""
+    def add(self, where: str, load: Callable[[], Any]) -> None:
+        """Record the image at `where`. Call `load` once more to learn the reason from its exception."""
         with self._lock:
             if where in self.found:
                 return
@@ -33,15 +33,15 @@ class UnreadableImages:
             except Exception as e:  # whatever a library makes of a damaged file
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             self.found[where] = reason
-            logging.error("left out an image that cannot be read, %s: %s", where, reason)
+            logging.error("left out an unreadable image, %s: %s", where, reason)
 
     def load(self, path: Path) -> None:
-        """Adds what `save` wrote, if there is such a file."""
+        """Add the images of a file that `save` wrote, if it exists."""
         if path.exists():
             self.found.update(json.loads(path.read_text(encoding="utf-8")))
 
     def save(self, path: Path) -> None:
-        """Writes `found` as JSON."""
+        """Write `found` as JSON."""
         with self._lock:
             text = json.dumps(self.found, indent=2) + "\n"
         atomic_write_text(path, text)

@@ -21,7 +21,7 @@ from lars_keras.data.records import TFRecords
 from lars_keras.runtime import checkpoint
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
-from tests.data import test_image_files
+from tests.data.images import jpeg
 
 # The database of examples would make a run depend on the ones before it.
 EXAMPLES = {"database": None, "deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -123,7 +123,7 @@ class MalformedTest(tf.test.TestCase):
         @given(st.data())
         def collect(data):
             shape = data.draw(st.sampled_from([(40, 60, 3), (7, 9, 3), (1, 1, 3), (30, 30, 1)]))
-            jpegs.append(damaged(test_image_files.jpeg(*shape), data.draw))
+            jpegs.append(damaged(jpeg(*shape), data.draw))
 
         collect()
         examples = MemoryExamples(jpegs)

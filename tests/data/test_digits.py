@@ -1,6 +1,7 @@
-"""The embedded data set: what is in it, that nothing leaks, that it can always be made."""
+"""The digits: their content, their split, and their preparation by several processes."""
 
 import os
+import pathlib
 import shutil
 import tempfile
 from unittest import mock
@@ -11,9 +12,11 @@ import tensorflow_datasets as tfds
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-import lars_keras.data
 from lars_keras.data.digits import NUM_TRAIN, Digits, split_sources, warp
+from lars_keras.data.locate import prepared_dir
+from lars_keras.data.prepare import prepare
 from tests import prepared
+from tests.data.streams import train_ids
 
 
 class WarpTest(tf.test.TestCase):
@@ -60,7 +63,7 @@ class DigitsTest(tf.test.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.data = lars_keras.data.load("digits", data_dir=prepared.digits())
+        cls.data = prepared.digits_data()
         builder = tfds.builder_from_directory(os.path.join(prepared.digits(), "digits", "1.0.0"))
         cls.train, cls.test = (
             tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1)) for split in ("train", "test")
@@ -106,8 +109,9 @@ class DigitsTest(tf.test.TestCase):
                 yield from generate(builder, digits, sources[:10], random)
 
             with mock.patch.object(Digits, "_generate_examples", overtaken):
-                data = lars_keras.data.load("digits", data_dir=root)
-            self.assertEqual((data.num_train, data.num_test), (NUM_TRAIN, 450))
+                prepare("digits", root)
+            splits = tfds.builder_from_directory(prepared_dir(pathlib.Path(root), "digits")).info.splits
+            self.assertEqual((splits["train"].num_examples, splits["test"].num_examples), (NUM_TRAIN, 450))
             self.assertEqual(os.listdir(os.path.join(root, "digits")), ["1.0.0"])
 
     def test_load_has_what_the_builder_wrote(self):
@@ -118,7 +122,7 @@ class DigitsTest(tf.test.TestCase):
         self.assertAllClose(data.mean, [train["image"].mean()], rtol=1e-12)
         self.assertAllClose(data.std, [train["image"].std(dtype=np.float64)], rtol=1e-9)
         images, labels, _ = next(data.train_numpy(512))
-        ids = data.train_ids(512)[0]
+        ids = train_ids(data, 512)[0]
         self.assertAllEqual(images, train["image"][ids])
         self.assertAllEqual(labels, train["label"][ids])
         images, labels, mask = next(data.test_numpy(512))

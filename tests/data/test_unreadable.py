@@ -1,4 +1,4 @@
-"""Images and record files that are damaged: delivered with mask 0, named once, and nothing else is touched."""
+"""Unreadable images and damaged records: they have mask 0 and are named once, and nothing else changes."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ import train
 from lars_keras.runtime.corrupt_images import CorruptImageLimit
 from lars_keras.runtime.errors import TooManyBadImages
 from tests import prepared
-from tests.data import test_image_files
+from tests.data.streams import train_ids
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,16 +31,12 @@ class UnreadableImagesTest(tf.test.TestCase):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        root = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(root.cleanup)
-        cls.pristine = root.name
-        test_image_files.write_jpegs(root.name, "tfrecord")
-        cls.good = cls.batches(lars_keras.data.load("imagenet2012", data_dir=root.name, image_size=24))
+        cls.good = cls.batches(lars_keras.data.load("imagenet2012", data_dir=prepared.imagenet(), image_size=24))
 
     def setUp(self):
         super().setUp()
         self.root = self.enterContext(tempfile.TemporaryDirectory())
-        shutil.copytree(self.pristine, self.root, dirs_exist_ok=True)
+        shutil.copytree(prepared.imagenet(), self.root, dirs_exist_ok=True)
         self.path = pathlib.Path(self.root, "imagenet2012", "5.1.0", "imagenet2012-train.tfrecord-00000-of-00001")
 
     def load(self, **options):
@@ -48,12 +44,12 @@ class UnreadableImagesTest(tf.test.TestCase):
 
     @staticmethod
     def batches(data):
-        """Two epochs of training, in batches that do not divide them, then the test images."""
+        """Return two epochs of training, in batches that do not divide them, then the test images."""
         train = data.train_batches(8, count=-(-2 * 29 // 8))
         return [tuple(x.numpy() for x in batch) for batch in [*train, *data.test_batches(4)]]
 
     def rewrite(self, changes):
-        """Puts other JPEGs into the training records `changes`, whose checksums are right."""
+        """Replace the JPEGs of the training records in `changes`. The checksums stay right."""
         records = list(tf.data.TFRecordDataset([str(self.path)]).as_numpy_iterator())
         with tf.io.TFRecordWriter(str(self.path)) as writer:
             for i, record in enumerate(records):
@@ -64,9 +60,9 @@ class UnreadableImagesTest(tf.test.TestCase):
                 writer.write(example.SerializeToString())
 
     def check(self, bad, **options):
-        """Everything is as it was, but for the training images `bad`."""
+        """Check that nothing changed except the training images `bad`. Return the unreadable images found."""
         data = self.load(**options)
-        ids = data.train_ids(8, count=len(self.good) - 3)
+        ids = train_ids(data, 8, count=len(self.good) - 3)
         for number, (before, after) in enumerate(zip(self.good, self.batches(data), strict=True)):
             gone = np.isin(ids[number], list(bad)) if number < len(ids) else np.zeros(4, bool)
             for a, b in zip(before, after, strict=True):
@@ -128,7 +124,7 @@ class UnreadableImagesTest(tf.test.TestCase):
         self.check_bound(maximum=1, code=0)
 
     def check_bound(self, maximum, code):
-        """All that is known of what the other hosts of a pod could not read is how many there were."""
+        """Run train.py where only the number of unreadable images is known, as for the other hosts of a pod."""
         self.rewrite({i: lambda jpeg: b"" for i in (5, 9)})
         load = functools.partial(lars_keras.data.load, remote=True)
         flags = "--dataset=imagenet2012 --model=alexnet_small --image_size=24 --batch_size=8 --epochs=2"
@@ -156,7 +152,7 @@ class UnreadableImagesTest(tf.test.TestCase):
             bound.on_epoch_end(1, {"val_n": 0.0})
 
     def test_another_host_makes_the_same_batches(self):
-        """A TensorFlow server on loopback stands for the other hosts of a TPU pod."""
+        """Make batches on a TensorFlow server on loopback, in place of the other hosts of a TPU pod."""
         self.rewrite({5: lambda jpeg: b""})
         command = [sys.executable, "-m", "tests.remote_input", self.root, prepared.digits()]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}

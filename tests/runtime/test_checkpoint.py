@@ -191,7 +191,8 @@ data = ArrayData("d", *2 * [(np.zeros((37, 2, 2, 1), np.uint8), np.arange(37))],
 rest = {}
 for path in Path(sys.argv[1]).iterdir():
     first = _read(path).metadata["position"]["batches_consumed"]
-    rest[first] = data.train_ids(8, first=first, count=40 - first, seed=5).reshape(-1).tolist()
+    batches = data.train_numpy(8, first=first, count=40 - first, seed=5)
+    rest[first] = np.concatenate([labels for _, labels, _ in batches]).tolist()
 print(json.dumps(rest))
 """
         run = subprocess.run(

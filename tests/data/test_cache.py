@@ -1,0 +1,84 @@
+"""Caches of encoded images."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+import unittest.mock
+
+import psutil
+import tensorflow as tf
+
+import lars_keras.data
+from tests import prepared
+
+
+class CacheTest(tf.test.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.root = self.enterContext(tempfile.TemporaryDirectory())
+        self.copies = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), "copies")
+        shutil.copytree(prepared.imagenet(), self.root, dirs_exist_ok=True)
+
+    def load(self, cache, **options):
+        options = {"cache_dir": self.copies} if cache == "disk" else options
+        return lars_keras.data.load("imagenet2012", data_dir=self.root, image_size=24, cache=cache, **options)
+
+    def batches(self, data):
+        return [*data.train_batches(29, count=2).as_numpy_iterator(), *data.test_batches(11).as_numpy_iterator()]
+
+    def check(self, data, expected):
+        for a, b in zip(tf.nest.flatten(self.batches(data)), tf.nest.flatten(expected), strict=True):
+            self.assertAllEqual(a, b)
+
+    def test_images_are_the_same_and_files_are_read_once(self):
+        expected = self.batches(self.load("none"))
+        cached = [self.load("memory"), self.load("disk")]
+        copies = {path: path.stat().st_mtime_ns for path in pathlib.Path(self.copies).rglob("*.tfrecord*")}
+        self.assertLen(copies, 2)
+        for path in pathlib.Path(self.root).rglob("*.tfrecord*"):
+            path.write_bytes(bytes(path.stat().st_size))  # from here on nothing good can come from there
+        cached.append(self.load("disk"))
+        self.assertEqual(copies, {path: path.stat().st_mtime_ns for path in copies})
+        for data in cached:
+            self.check(data, expected)
+
+    def test_a_torn_copy_is_made_again(self):
+        self.load("disk")
+        copy = next(pathlib.Path(self.copies).rglob("*train.tfrecord*"))
+        whole = copy.read_bytes()
+        copy.write_bytes(whole[:100])
+        self.load("disk")
+        self.assertEqual(copy.read_bytes(), whole)
+
+    def test_damaged_records_are_left_out(self):
+        path = next(pathlib.Path(self.root).rglob("*train.tfrecord*"))
+        damaged = bytearray(path.read_bytes())
+        damaged[-20] ^= 255
+        path.write_bytes(damaged)
+        data = self.load("memory")
+        with self.assertLogs(level="ERROR"):
+            _, _, mask = next(data.train_batches(29).as_numpy_iterator())
+        self.assertEqual(mask.sum(), 28)
+
+    def test_where_there_is_no_room(self):
+        with unittest.mock.patch.object(psutil, "virtual_memory", lambda: unittest.mock.Mock(available=1000)):
+            with self.assertRaisesRegex(ValueError, "needs .* GB of memory, and .* are free.*Received: cache=memory"):
+                self.load("memory")
+        with unittest.mock.patch("shutil.disk_usage", lambda path: unittest.mock.Mock(free=1000)):
+            with self.assertRaisesRegex(ValueError, "need .* GB in `cache_dir`, and .* are free.*cache_dir=.*copies"):
+                self.load("disk")
+        shutil.rmtree(self.copies)
+        pathlib.Path(self.copies).write_text("a file, not a folder")
+        with self.assertRaisesRegex(ValueError, "`cache_dir` is not writable.*Received: cache_dir=.*copies"):
+            self.load("disk")
+
+    def test_what_has_no_cache(self):
+        with self.assertRaisesRegex(ValueError, "digits is in memory anyway.*cache=memory"):
+            lars_keras.data.load("digits", data_dir=self.root, cache="memory")
+        with self.assertRaisesRegex(ValueError, "not the other hosts of a pod slice.*cache=memory, remote=True"):
+            self.load("memory", remote=True)
+
+
+if __name__ == "__main__":
+    tf.test.main()
