@@ -60,8 +60,8 @@ def shift_flip(images: Array, draws: Array) -> Array:
 def alternating(draws: Array, first: Array, epochs: Array) -> Array:
     """Replace the last draw of each example, so that its outcome alternates from epoch to epoch.
 
-    A draw below 1/2 and a draw of at least 1/2 are the two outcomes. The outcome is random in epoch 0. It is the same in
-    all even epochs, and the opposite in all odd epochs.
+    A draw below 1/2 is one outcome, a draw of at least 1/2 the other. The outcome is random in epoch 0. All even epochs
+    repeat it, and all odd epochs have the opposite.
 
     Source: airbench (Jordan 2024, arXiv 2404.00498), section 3.6.
 

@@ -8,6 +8,7 @@ import lars_keras.data
 from lars_keras.data import ArrayData
 from lars_keras.data.augment import shift_flip
 from lars_keras.data.keyed import keys, uniforms
+from tests.data.streams import train_ids
 from tests.pictures import pictures, small_pictures
 
 
@@ -29,7 +30,7 @@ class AlternatingFlipTest(tf.test.TestCase, parameterized.TestCase):
         stream = data.train_numpy(40, count=epochs, seed=seed)
         found = np.zeros((epochs, 40), int)
         for epoch, (batch, _, _) in enumerate(stream):
-            ids = data.train_ids(40, first=epoch, seed=seed)[0]
+            ids = train_ids(data, 40, first=epoch, seed=seed)[0]
             draws = uniforms(keys(seed, np.full(40, epoch, np.uint64), ids.astype(np.uint64)), 3)
             for k, image, (row, column, _) in zip(ids, batch, draws, strict=True):
                 padded = np.pad(images[k], ((2, 2), (2, 2), (0, 0)), "reflect")
@@ -49,7 +50,7 @@ class AlternatingFlipTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_epoch_0_is_that_of_independent_draws(self):
         data = small_pictures("alternating_flip")
-        ids = data.train_ids(40, seed=5)[0].astype(np.uint64)
+        ids = train_ids(data, 40, seed=5)[0].astype(np.uint64)
         draws = uniforms(keys(5, ids * np.uint64(0), ids), 3)
         images, *_ = next(data.train_numpy(40, seed=5))
         self.assertAllEqual(images, shift_flip(data._train[0][ids], draws))
