@@ -26,7 +26,7 @@ from lars_keras.runtime.checkpoint import SavePolicy
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
-from lars_keras.training.cluster import hosts_are_remote, is_chief, make_strategy
+from lars_keras.training.cluster import make_cluster
 from running import command_line
 from running.callbacks import RunCallbacks
 from running.errors import usage_errors
@@ -48,13 +48,13 @@ def main(config: flags.RunConfig) -> None:
         run_dir = open_run_dir(config)
 
         # ---- Cluster: first of all, because a TPU must be initialised before any tensor exists.
-        strategy = make_strategy(
+        cluster = make_cluster(
             config.strategy,
             replicas=config.replicas,
             tpu=config.tpu,
             shard_optimizer_state=config.shard_optimizer_state,
         )
-        chief = is_chief(strategy)  # of several hosts, one prints and writes
+        chief = cluster.is_chief  # of several hosts, one prints and writes
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.precision)
 
@@ -66,14 +66,14 @@ def main(config: flags.RunConfig) -> None:
             augment=config.augment,
             cache=config.cache,
             cache_dir=config.cache_dir,
-            remote=hosts_are_remote(strategy),
+            remote=cluster.remote_input,
             validation_split=config.validation_split,
         )
         steps_per_epoch = data.num_train / config.batch_size  # the batch that crosses the end of an epoch is whole
         total_updates = config.total_updates(data.num_train)
 
         # ---- Model, with its optimizer, schedule, loss and metrics
-        with strategy.scope():
+        with cluster.scope():
             model = load_model(run_dir) if config.eval_only else make_model(config, data)
             compile_model(model, config, data)
 
@@ -90,7 +90,7 @@ def main(config: flags.RunConfig) -> None:
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
     if config.eval_only:
-        scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, strategy, test_feed)
+        scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
         print(scores_line(scores, data.num_test))
         return
 
@@ -129,7 +129,7 @@ def main(config: flags.RunConfig) -> None:
 
     # ---- Results
     trainer.save_model(run_dir / "model.keras", write=chief)  # collective: hosts may hold shards of the weights
-    scores = final_scores(history) | score_views(config, data, trainer, strategy, test_feed)
+    scores = final_scores(history) | score_views(config, data, trainer, test_feed)
     if not chief:
         return
     write_results(

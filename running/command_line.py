@@ -14,7 +14,7 @@ from absl import logging
 
 import flags
 from lars_keras.runtime.errors import Diverged, Preempted, TooManyBadImages, UsageError
-from lars_keras.training.cluster import says_worker_is_lost
+from lars_keras.training.cluster import is_worker_lost
 from running import exit_codes
 from running.errors import in_flags, usage_errors
 from running.resume import flags_of_run
@@ -69,7 +69,7 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
     except OSError as e:
         return end(exit_codes.NOT_SAVED, f"cannot write: {e}. Checkpoints that were written before are whole.")
     except (tf.errors.OpError, RuntimeError, ValueError) as e:
-        if not says_worker_is_lost(e):
+        if not is_worker_lost(e):
             raise
         return end(exit_codes.WORKER_LOST, f"another worker is gone: {str(e).splitlines()[0]}")
     return 0

@@ -13,7 +13,6 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
 from lars_keras.layerwise import LayerwiseOptimizer
-from lars_keras.training.cluster import strategy_of
 from lars_keras.training.trainer import Trainer
 
 RELATIVE_STEP_RANGE = (0.02, 0.51)
@@ -90,7 +89,6 @@ def _text(
     notes: Sequence[str],
 ) -> str:
     model, total = trainer.model, len(rate)
-    strategy = type(strategy_of(model)).__name__
     per_epoch = data.num_train / config.batch_size
     peak = int(rate.argmax())
     scored = "validation" if config.validation_split else "test"
@@ -102,7 +100,7 @@ def _text(
             "batch",
             f"{config.batch_size} = {_count(trainer.replicas, 'replica')} x "
             f"{_count(trainer.accumulation_steps, 'micro-batch', 'es')} x "
-            f"{trainer.microbatch_size} examples ({strategy})",
+            f"{trainer.microbatch_size} examples ({trainer.cluster.description})",
         ),
         ("length", f"{total:,} updates = {total / per_epoch:.4g} epochs of {per_epoch:.4g}"),
         ("optimizer", _optimizer(config)),

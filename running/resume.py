@@ -25,7 +25,6 @@ from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training import Trainer
-from lars_keras.training.cluster import strategy_of
 from running import renamed
 
 BAD_IMAGES = "bad_images.json"
@@ -109,7 +108,7 @@ def resume(
         "rollbacks": [],
     }
     checkpoint = None if config.dry_run else checkpoints.latest()
-    require_same_checkpoint(strategy_of(trainer.model), checkpoint)
+    require_same_checkpoint(trainer.cluster, checkpoint)
     data.unreadable_images.load(run_dir / BAD_IMAGES)
     if checkpoint is None:
         return Resumed(record, [])

@@ -1,7 +1,5 @@
 """`--test_views`: the trained model scored on several views of each image."""
 
-from typing import Any
-
 import models
 from flags.config import RunConfig
 from lars_keras.data import ImageData
@@ -10,9 +8,7 @@ from running.feeds import Feed
 from running.model import scoring
 
 
-def score_views(
-    config: RunConfig, data: ImageData, trainer: Trainer, strategy: Any, test_feed: Feed
-) -> dict[str, float]:
+def score_views(config: RunConfig, data: ImageData, trainer: Trainer, test_feed: Feed) -> dict[str, float]:
     """Score the trained model with its logits averaged over `--test_views` views of each image.
 
     Collective: call it on every host.
@@ -22,7 +18,7 @@ def score_views(
     """
     if config.test_views == 1:
         return {}
-    with strategy.scope():
+    with trainer.cluster.scope():
         model = models.with_views(trainer.model, config.test_views)
         model.compile("sgd", **scoring(config, data))
     views = Trainer(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import keras
 
 from lars_keras.runtime.errors import TooManyBadImages
-from lars_keras.training.cluster import any_across_hosts, strategy_of
+from lars_keras.training.cluster import cluster_of
 
 
 class DataSet(Protocol):
@@ -44,6 +44,10 @@ class CorruptImageLimit(keras.callbacks.Callback):
         """A lower bound on the number of distinct unreadable images."""
         return max(len(self._named), sum(self._masked.values()))
 
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        self._cluster = cluster_of(model)
+
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._update = self.params.get("first_update", 0)
 
@@ -74,7 +78,7 @@ class CorruptImageLimit(keras.callbacks.Callback):
             if where not in self._named:
                 self._named.add(where)
                 self._on_new(self._update, where, reason)
-        if any_across_hosts(strategy_of(self.model), self.count > self._max_unreadable_images):
+        if self._cluster.any_across_hosts(self.count > self._max_unreadable_images):
             count = max(self.count, self._max_unreadable_images + 1)
             example = "The logs of the other hosts name them."
             for where, reason in found.items():

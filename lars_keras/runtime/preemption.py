@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from lars_keras.runtime.errors import Preempted
-from lars_keras.training.cluster import any_across_hosts, strategy_of
+from lars_keras.training.cluster import cluster_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -55,6 +55,10 @@ class StopOnSignal(keras.callbacks.Callback):
                 os._exit(128 + number[0])
             self._received.set()
 
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        self._cluster = cluster_of(model)
+
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._check(f"after update {batch + 1}")
 
@@ -62,5 +66,5 @@ class StopOnSignal(keras.callbacks.Callback):
         self._check("during an evaluation")
 
     def _check(self, when: str) -> None:
-        if any_across_hosts(strategy_of(self.model), self._received.is_set()):
+        if self._cluster.any_across_hosts(self._received.is_set()):
             raise Preempted(f"stopped {when}")

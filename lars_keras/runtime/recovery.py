@@ -8,7 +8,7 @@ import keras
 
 from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager, SavePolicy
 from lars_keras.runtime.errors import Diverged, Preempted, UsageError
-from lars_keras.training.cluster import any_across_hosts, is_chief, same_on_all_hosts, strategy_of
+from lars_keras.training.cluster import Cluster
 from lars_keras.training.trainer import Trainer
 
 
@@ -47,7 +47,6 @@ class CheckpointCallback(keras.callbacks.Callback):
         super().__init__()
         self.trainer, self.manager, self.metadata = trainer, manager, metadata if metadata is not None else {}
         self._policy = policy
-        self._chief = is_chief(strategy_of(trainer.model))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._policy.reset(self.trainer.position.update)
@@ -55,13 +54,13 @@ class CheckpointCallback(keras.callbacks.Callback):
             self.save()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if any_across_hosts(strategy_of(self.trainer.model), self._policy.due(batch + 1)):
+        if self.trainer.cluster.any_across_hosts(self._policy.due(batch + 1)):
             self.save()
 
     def save(self) -> None:
         """Save the state now, in the background. Collective: call it on every host."""
         arrays, position = self.trainer.snapshot()
-        if self._chief:
+        if self.trainer.cluster.is_chief:
             self.manager.save(position["update"], arrays, {**self.metadata, "position": position})
         self._policy.reset(position["update"])
 
@@ -98,7 +97,7 @@ def fit_with_recovery(
         UsageError: if hosts find different checkpoints for a rollback.
     """
     trainer, manager = checkpoints.trainer, checkpoints.manager
-    strategy = strategy_of(trainer.model)
+    cluster = trainer.cluster
     rollbacks: list[dict[str, Any]] = checkpoints.metadata.setdefault("rollbacks", [])
     while True:
         try:
@@ -108,16 +107,16 @@ def fit_with_recovery(
         except Preempted:
             checkpoints.save()
             manager.wait()
-            any_across_hosts(strategy, True)  # no host leaves before the chief has written
+            cluster.any_across_hosts(True)  # no host leaves before the chief has written
             raise
         except Diverged as e:
             position = trainer.position
             next_batch = position.batches_consumed - (position.update - e.update)
             with contextlib.suppress(OSError):  # logged when it happened
                 manager.wait()
-            any_across_hosts(strategy, True)  # no host reads before the chief has written
+            cluster.any_across_hosts(True)  # no host reads before the chief has written
             checkpoint = manager.latest()
-            require_same_checkpoint(strategy, checkpoint)
+            require_same_checkpoint(cluster, checkpoint)
             if len(rollbacks) >= max_rollbacks or checkpoint is None:
                 raise
             trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], data)
@@ -131,20 +130,20 @@ def fit_with_recovery(
             raise
 
 
-def require_same_checkpoint(strategy: Any, checkpoint: Checkpoint | None) -> None:
+def require_same_checkpoint(cluster: Cluster, checkpoint: Checkpoint | None) -> None:
     """Refuse to continue from different checkpoints. Collective: call it on every host.
 
     Hosts at different updates would average the gradients of different weights.
 
     Args:
-        strategy: of the trainer's model.
+        cluster: that of the trainer.
         checkpoint: the checkpoint that this host has found, or None.
 
     Raises:
         UsageError: if the hosts have found checkpoints of different updates.
     """
     update = checkpoint.update if checkpoint else 0
-    if not same_on_all_hosts(strategy, update):
+    if not cluster.same_on_all_hosts(update):
         raise UsageError(
             "The hosts found different checkpoints. Keep the checkpoints in a directory that all hosts share. "
             f"Found by this host: {f'update {update}' if checkpoint else 'none'}"

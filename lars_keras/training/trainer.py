@@ -11,7 +11,7 @@ import numpy as np
 
 from lars_keras._keras_internals import layers_of
 from lars_keras.compiled import has_accelerator
-from lars_keras.training.cluster import replicas_in, strategy_of
+from lars_keras.training.cluster import cluster_of
 from lars_keras.training.inputs import element_spec
 
 
@@ -67,6 +67,7 @@ class Trainer:
         layer_ratios: measure what `LARS` and `LAMB` do to each variable, too.
 
     Attributes:
+        cluster: the devices and processes of the run, found from the model; see `Cluster`.
         position: where the run is; see `Position`.
         step_losses: of the last host call, the loss of each update.
         layer_norms: of the last host call, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
@@ -96,7 +97,8 @@ class Trainer:
         _check_loss(model)
         self.model = model
         self.batch_size = batch_size
-        self.replicas = replicas_in(strategy_of(model))
+        self.cluster = cluster_of(model)
+        self.replicas = self.cluster.replicas
         self.microbatch_size, self.accumulation_steps = split_batch(batch_size, self.replicas, microbatch_size)
         if steps_per_execution < 1:
             raise ValueError(f"`steps_per_execution` must be at least 1. Received: {steps_per_execution}")

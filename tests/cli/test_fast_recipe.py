@@ -17,7 +17,6 @@ import flags
 import models
 import train
 from lars_keras.training import Trainer
-from lars_keras.training.cluster import make_strategy
 from running.feeds import make_feeds
 from running.model import compile_model, make_model
 from running.optimizers import make_schedule
@@ -48,7 +47,7 @@ def score_in_padded_batches():
     compile_model(model, config, data)
     trainer = Trainer(model, batch_size=10)
     _, test_feed = make_feeds(data, trainer, 0)
-    scores = score_views(config, data, trainer, make_strategy("single"), test_feed)
+    scores = score_views(config, data, trainer, test_feed)
     images, labels = data._test
     logits = sum(weight * keras.ops.convert_to_numpy(model(view)) for view, weight in views_of(images, 6))
     return scores, np.float32(np.mean(logits.argmax(1) == labels))

@@ -68,7 +68,7 @@ def distribution(devices, shard_optimizer_state=False):
         return contextlib.nullcontext()
     import jax
 
-    from lars_keras.training.jax.distribution import ShardedDataParallel
+    from lars_keras.training.jax.cluster import ShardedDataParallel
 
     mesh = keras.distribution.DeviceMesh((devices,), ["batch"], np.array(jax.devices()[:devices]))
     return (ShardedDataParallel if shard_optimizer_state else keras.distribution.DataParallel)(device_mesh=mesh).scope()

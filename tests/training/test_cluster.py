@@ -18,8 +18,9 @@ from absl.testing import parameterized
 
 import models
 from lars_keras import LARS
-from lars_keras.runtime.errors import UsageError
-from lars_keras.training.cluster import make_strategy
+from lars_keras.training import Trainer
+from lars_keras.training.cluster import cluster_of, make_cluster
+from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 from lars_keras.training.tensorflow.engine import TensorFlowEngine
 from running import exit_codes
 from tests import prepared, workers
@@ -28,10 +29,41 @@ from tests import step_cases as cases
 IMAGE_SIZES = {"alexnet": 227, "alexnet_bn": 227, "resnet50": 64}
 
 
-class StrategyTest(parameterized.TestCase, tf.test.TestCase):
-    def test_one(self):
-        for name in ("one", "auto"):
-            self.assertIsInstance(make_strategy(name), tf.distribute.OneDeviceStrategy)
+class ClusterTest(parameterized.TestCase, tf.test.TestCase):
+    def test_one_device(self):
+        for name in ("single", "auto"):
+            cluster = make_cluster(name)
+            self.assertIsInstance(cluster.strategy, tf.distribute.OneDeviceStrategy)
+            self.assertEqual((cluster.replicas, cluster.hosts, cluster.is_chief), (1, 1, True))
+            self.assertFalse(cluster.remote_input)
+            self.assertEqual(cluster.description, "OneDeviceStrategy")
+
+    def test_the_cluster_of_a_model_is_that_of_its_strategy(self):
+        strategy = cases.strategy("mirrored2")
+        with TensorFlowCluster(strategy).scope():
+            model = cases.linear()
+            model.compile("sgd", "mse")
+        for cluster in (cluster_of(model), Trainer(model, batch_size=8).cluster):
+            self.assertIs(cluster.strategy, strategy)
+            self.assertEqual((cluster.replicas, cluster.hosts, cluster.is_chief), (2, 1, True))
+            self.assertEqual([cluster.any_across_hosts(flag) for flag in (False, True)], [False, True])
+            self.assertTrue(cluster.same_on_all_hosts(3))
+
+    def test_a_lost_worker_is_known_by_its_error(self):
+        two = '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 0}}'
+        lost = tf.errors.UnavailableError(None, None, "Connection reset by peer")
+        for value, error, expected in (
+            (two, lost, True),
+            ("", lost, False),
+            (two, tf.errors.InvalidArgumentError(None, None, "UNAVAILABLE"), False),
+            (two, ValueError("shape"), False),
+        ):
+            with unittest.mock.patch.dict(os.environ, {"TF_CONFIG": value}):
+                self.assertEqual(TensorFlowCluster.is_worker_lost(error), expected)
+
+    def test_an_unknown_name_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "`strategy` must be one of auto, single.*Received: strategy='one'"):
+            make_cluster("one")
 
     def test_multi_worker_needs_its_environment(self):
         for value, message in (
@@ -42,19 +74,22 @@ class StrategyTest(parameterized.TestCase, tf.test.TestCase):
         ):
             with (
                 unittest.mock.patch.dict(os.environ, {"TF_CONFIG": value}),
-                self.assertRaisesRegex(UsageError, message),
+                self.assertRaisesRegex(ValueError, message),
             ):
-                make_strategy("multi_worker")
+                make_cluster("multi_worker")
 
     def test_replicas_of_several_workers_are_refused(self):
         cluster = '{"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}, "task": {"type": "worker", "index": 0}}'
-        with unittest.mock.patch.dict(os.environ, {"TF_CONFIG": cluster}), self.assertRaisesRegex(UsageError, "=4"):
-            make_strategy("auto", replicas=4)
+        with (
+            unittest.mock.patch.dict(os.environ, {"TF_CONFIG": cluster}),
+            self.assertRaisesRegex(ValueError, "replicas=4"),
+        ):
+            make_cluster("auto", replicas=4)
 
     @parameterized.parameters("grpc://127.0.0.1:9", "local")
     def test_unreachable_tpu(self, address):
-        with self.assertRaisesRegex(UsageError, f"no TPU at --tpu={address}"):
-            make_strategy("tpu", tpu=address)
+        with self.assertRaisesRegex(ValueError, f"no TPU: .*tpu={address}"):
+            make_cluster("tpu", tpu=address)
 
     @parameterized.parameters(("mirrored2", 4), ("mirrored2", None))
     def test_one_reduction_an_update(self, strategy, microbatch_size):

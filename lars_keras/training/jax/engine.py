@@ -18,7 +18,7 @@ from lars_keras._keras_internals import set_backend_value
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Feed, ghost_batches, scoring_examples
-from lars_keras.training.jax.distribution import ShardedDataParallel
+from lars_keras.training.jax.cluster import ShardedDataParallel
 from lars_keras.training.jax.mesh import mesh_of
 from lars_keras.training.jax.step import JaxStep
 from lars_keras.training.state import ema_weights, inner_optimizer, restore_shared, shared_state
