@@ -13,6 +13,7 @@ The same --run_dir resumes a run that was interrupted. All flags: `python train.
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # by itself only with AVX-512, see BUILD-notes.md
@@ -40,7 +41,7 @@ from running.resume import RunCheckpoints, resume
 from running.views import score_views
 
 
-def main(config: flags.RunConfig) -> None:
+def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> None:
     """Train a model, or score one, as the flags ask for. `running/` holds what is called here."""
     if config.eval_only:  # on the test split, also where rates were chosen on held-out training images
         config = dataclasses.replace(config, validation_split=0.0)
@@ -123,7 +124,7 @@ def main(config: flags.RunConfig) -> None:
             steps_per_epoch=steps_per_epoch,
             validation_data=test_feed,
             validation_freq=config.eval_every,
-            callbacks=callbacks.in_order(stop),
+            callbacks=[*callbacks.in_order(stop), *more_callbacks],
             verbose=0,
         )
 

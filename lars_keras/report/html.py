@@ -1,12 +1,10 @@
 """HTML pages from Jinja2 templates, and the form of their numbers."""
 
 import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import markupsafe
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -49,33 +47,3 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-# For `tools.comparison.page`, until it has a template of its own.
-
-
-def section(heading: str, body: str) -> str:
-    return f"<section>\n<h2>{markupsafe.escape(heading)}</h2>\n{body}\n</section>"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numeric: bool = False) -> str:
-    top = "".join(f'<th scope="col">{markupsafe.escape(cell)}</th>' for cell in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{markupsafe.escape(str(first))}</th>'
-        + "".join(f"<td>{markupsafe.escape(str(cell))}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    kind = ' class="numeric"' if numeric else ""
-    return f'<div class="wide"><table{kind}>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
-class _Page:
-    def substitute(self, title: str, status: str, sections: str) -> str:
-        content = '{% extends "base.html" %}{% block content %}{{ sections }}{% endblock %}'
-        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-        marked = {"title": title, "status": status, "sections": sections}
-        return environment.from_string(content).render({k: markupsafe.Markup(v) for k, v in marked.items()})
-
-
-PAGE = _Page()

@@ -10,7 +10,6 @@ import keras
 import tensorflow as tf
 from absl.testing import parameterized
 
-import compare
 import flags
 import train
 from lars_keras.runtime.errors import UsageError
@@ -20,6 +19,7 @@ from running.optimizers import OPTIMIZER_FLAGS, OPTIMIZERS, SCHEDULE_FLAGS, SCHE
 from running.resume import config_of_flags
 from tests.cli.runs import parse_only
 from tests.published_recipes import RECIPES
+from tools.comparison import command
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Another value than the default for each flag that not all optimizers and schedules have.
@@ -210,9 +210,9 @@ class RecipesTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.parameters(*sorted(path.name for path in (ROOT / "flags/comparisons").iterdir()))
     def test_comparison(self, name):
         """Each candidate makes its optimizer, with what applies to it, and its flags are accepted again."""
-        own = compare.define()
+        own = command.define()
         self.assertEqual(own(["compare.py", f"--flagfile=flags/comparisons/{name}"]), ["compare.py"])
-        for candidate in compare.candidates_of(own):
+        for candidate in command.candidates_of(own):
             config = candidate.config
             optimizer, _ = made(config)
             for flag, arguments in OPTIMIZER_FLAGS.items():
@@ -223,13 +223,13 @@ class RecipesTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(config_of(f"--flagfile={path}").as_flags(), config.as_flags())
 
     @parameterized.parameters("cifar10", "digits", "pytorch_lars_short", "questions")
-    def test_committed_comparisons_can_be_gone_on_with(self, name):
+    def test_recorded_flags_are_those_of_the_recipes(self, name):
         """Their flags, as earlier versions wrote them, are those that this version writes of the same recipes."""
         before = json.loads(pathlib.Path(f"results/compare_{name}.json").read_text())["settings"]["candidates"]
-        own = compare.define()
+        own = command.define()
         more = ["--epochs=0.16"] if name.endswith("short") else []
         own(["compare.py", f"--flagfile=flags/comparisons/{name.removesuffix('_short')}.flags", *more])
-        now = {c.name: c.config for c in compare.candidates_of(own)}
+        now = {c.name: c.config for c in command.candidates_of(own)}
         self.assertEqual({name: config_of_flags(text.splitlines()) for name, text in before.items()}, now)
 
     def test_patterns_with_a_comma_are_read_again(self):

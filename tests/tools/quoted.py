@@ -65,7 +65,7 @@ def mean(comparison: str, candidate: str, batch_size: int) -> str:
 def validation(comparison: str, candidate: str, batch_size: int) -> str:
     """Return the validation score of the chosen rate of a cell, without the sign of percent."""
     row = cell(comparison, candidate, batch_size)
-    (found,) = (tried["top1"] for tried in row["tuning"] if tried["rate"] == row["rate"])
+    *_, found = (tried["top1"] for tried in row["tuning"] if tried["rate"] == row["rate"])
     return f"{100 * found:.2f}"
 
 

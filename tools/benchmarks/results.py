@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.comparison.page import score
+from tools.comparison.page import score, search_rule
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = Path(__file__).parents[2] / "results"
@@ -71,9 +71,8 @@ def comparison_part(name: str, heading: str) -> str:
         + _table(["batch", *candidates], top1)
         + "\nTop-5:\n\n"
         + _table(["batch", *candidates], top5)
-        + f"\nThe chosen rate of each cell, the best of at most {settings['tuning_runs']}, and its top-1 on "
-        f"{100 * settings['validation_split']:g} % of the training images, held out (*: lowest or highest tried):\n\n"
-        + _table(["batch", *candidates], rates)
+        + f"\nThe chosen rate of each cell and its top-1 on the held-out images (*: lowest or highest tried). Rates: "
+        f"{search_rule(settings)}.\n\n" + _table(["batch", *candidates], rates)
     )
 
 
@@ -81,8 +80,8 @@ def _chosen(row: dict[str, Any]) -> str:
     """Return the rate of a cell, and its validation score if it was tuned."""
     if row["rate"] is None:
         return "–"
-    scores = [f": {tried['top1']:.2%}".replace("%", " %") for tried in row["tuning"] if tried["rate"] == row["rate"]]
-    return f"{row['rate']:g}" + "*" * row["at_edge"] + "".join(scores)
+    scores = [f": {100 * tried['top1']:.2f} %" for tried in row["tuning"] if tried["rate"] == row["rate"]]
+    return f"{row['rate']:g}" + "*" * row["at_edge"] + "".join(scores[-1:])  # the last is the longest
 
 
 def pytorch_lars_part() -> str:

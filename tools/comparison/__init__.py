@@ -1,1 +1,1 @@
-"""What `compare.py` is made of: the search for a rate, a run in a process of its own, the page of results."""
+"""Compare optimizers, or recipes: candidates, search, store of results, runner, worker, page, and the command."""

@@ -1,8 +1,7 @@
-"""What a comparison shows: a table for the terminal, a plot, and a page for a browser."""
+"""Results of a comparison as a table for the terminal, a plot, and a page for a browser."""
 
 import statistics
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,18 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from lars_keras.files import atomic_write_text
 from lars_keras.report.charts import GRID, inline_svg, svg_style
-from lars_keras.report.html import PAGE, duration, section, table
+from lars_keras.report.html import duration, render
+from tools.committed import save_svg
 
 Rows = Sequence[dict[str, Any]]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
-LIGHT = "#d8dde6"  # of the plot that stands alone; within the page it is the page's
+LIGHT = "#d8dde6"  # of the plot in a file of its own; the page has its own colour
 MARKERS = "osD^vPX"
 
 
 def score(row: dict[str, Any] | None, of: str = "top1") -> str:
-    """Mean and spread of a cell in one phrase."""
+    """Return mean and standard deviation of a cell, as in `88.07 ± 3.76 %`."""
     if not row or not row[of]:
         return "–"
     spread = f" ± {100 * statistics.stdev(row[of]):.2f}" if len(row[of]) > 1 else ""
@@ -30,14 +30,14 @@ def score(row: dict[str, Any] | None, of: str = "top1") -> str:
 
 
 def _arranged(rows: Rows) -> tuple[list[str], list[int], dict[tuple[str, int], dict[str, Any]]]:
-    """The candidates and the batch sizes, each in their order, and the rows by both."""
+    """Return the candidates and the batch sizes in order, and the rows by both."""
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     by_cell = {(row["candidate"], row["batch_size"]): row for row in rows}
     return candidates, sorted({row["batch_size"] for row in rows}), by_cell
 
 
 def text(rows: Rows) -> str:
-    """Top-1 of every cell, batch sizes down and candidates across, as text."""
+    """Return top-1 of every cell as text, batch sizes down and candidates across."""
     candidates, batch_sizes, by_cell = _arranged(rows)
     lines = [["batch", *candidates]]
     lines += [[f"{b}", *(score(by_cell.get((c, b))) for c in candidates)] for b in batch_sizes]
@@ -45,8 +45,36 @@ def text(rows: Rows) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
+def search_rule(settings: Mapping[str, Any]) -> str:
+    """Return in words how the rates of a comparison were chosen."""
+    runs, split = settings.get("tuning_runs", 0), f"{100 * settings.get('validation_split', 0):g} %"
+    if not runs:
+        return "those of the recipe"
+    if not settings.get("search"):  # made by the earlier rule
+        return f"the best of at most {runs}, scored on {split} of the training images, held out"
+    return f"chosen by {settings['search']}, {runs} rates a cell, scored on {split} of the training images, held out"
+
+
+def overhead(runs: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return the fraction of the time of whole runs that was not training; None if it is not known.
+
+    Training is the time of the updates after the first host call, which compiles.
+    """
+    known = [run for run in runs.values() if run.get("wall_seconds") and run.get("training_seconds")]
+    if not known:
+        return None
+    return 1 - sum(run["training_seconds"] for run in known) / sum(run["wall_seconds"] for run in known)
+
+
+def _tried(tried: Mapping[str, Any]) -> str:
+    """Return rate and score of a run of the search, as in `0.3: 61.20 %` or `0.3 at 0.25: lost`."""
+    length = "" if tried.get("length", 1.0) == 1.0 else f" at {tried['length']:.2g}"
+    state = tried.get("state", "finished")
+    return f"{tried['rate']:g}{length}: " + (f"{100 * tried['top1']:.2f} %" if state == "finished" else state)
+
+
 def figure(rows: Rows, grid: str) -> Figure:
-    """Top-1 against batch size, a line for each candidate, with the standard deviation over the seeds."""
+    """Draw top-1 against batch size, a line for each candidate, with the standard deviation over the seeds."""
     candidates, batch_sizes, by_cell = _arranged(rows)
     drawn = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = drawn.add_subplot()
@@ -56,7 +84,7 @@ def figure(rows: Rows, grid: str) -> Figure:
         if not known:
             continue
         axes.errorbar(
-            # Side by side, so that one does not hide another's spread.
+            # Side by side, so one does not hide the spread of another.
             [row["batch_size"] * 1.03 ** (i - (len(candidates) - 1) / 2) for row in known],
             [row["mean"] for row in known],
             yerr=[row["std"] or 0.0 for row in known],
@@ -84,65 +112,45 @@ def figure(rows: Rows, grid: str) -> Figure:
 
 
 def write(out: Path, comparison: dict[str, Any]) -> None:
-    """Writes `compare.svg` and `compare.html` beside `compare.json`, whose contents `comparison` is."""
-    rows = comparison["table"]
+    """Write `compare.svg` and `compare.html` beside `compare.json`, whose contents `comparison` is."""
+    rows, settings = comparison["table"], comparison["settings"]
     candidates, batch_sizes, by_cell = _arranged(rows)
-    drawn = figure(rows, LIGHT)
     with svg_style():
-        drawn.set_facecolor("white")
-        drawn.savefig(out / "compare.svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+        save_svg(figure(rows, LIGHT), out / "compare.svg")
+        plot = inline_svg(figure(rows, GRID), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
     top1, top5 = (
-        table(
-            ("batch", *candidates),
-            [(f"{b:,}", *(score(by_cell.get((c, b)), of) for c in candidates)) for b in batch_sizes],
-            numeric=True,
-        )
+        [(f"{b:,}", *(score(by_cell.get((c, b)), of) for c in candidates)) for b in batch_sizes]
         for of in ("top1", "top5")
     )
-    with svg_style():
-        plot = inline_svg(figure(rows, GRID), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
-    tuning = table(
-        ("candidate", "batch", "updates", "chosen rate", "at an end", "top-1 on the validation share, by rate"),
-        [
-            (
-                row["candidate"],
-                f"{row['batch_size']:,}",
-                "–" if row["updates"] is None else f"{row['updates']:,}",
-                "–" if row["rate"] is None else f"{row['rate']:g}",
-                "yes" if row["at_edge"] else "",
-                " · ".join(f"{t['rate']:g}: {100 * t['top1']:.2f} %" for t in row["tuning"]),
-            )
-            for row in rows
-        ],
-    )
-    reports = " ".join(f'<a href="runs/{name}/report.html">{name}</a>' for name in sorted(comparison["runs"]))
     about = [(name, str(comparison[name])) for name in ("command", "machine", "commit", "left")]
-    about += [("time", duration(comparison["wall_seconds"]))]
-    about += [(name, str(value)) for name, value in comparison["settings"].items() if name != "candidates"]
-    about += list(comparison["versions"].items())
-    flags = "".join(
-        f"<details><summary>{escape(name)}</summary><pre>{escape(lines)}</pre></details>"
-        for name, lines in comparison["settings"]["candidates"].items()
-    )
-    note = (
-        "Mean and standard deviation over the seeds, on the test split. The rates were chosen on a share of the "
-        "training images, each by a search of the same budget; at an end: the best was the least or greatest tried. "
-        "A run that diverged counts as 0 %."
-    )
-    state = "Finished." if not comparison["left"] else f"Unfinished: up to {comparison['left']} runs are left."
-    page = PAGE.substitute(
-        title=escape(comparison["title"]),
-        status=state,
-        sections="\n".join(
-            [
-                section("Top-1", f'<p class="note">{note}</p>\n{top1}'),
-                section("Plot", f"<figure>{plot}</figure>"),
-                section("Top-5", top5),
-                section("Rates", tuning),
-                section("Runs", f"<details><summary>{len(comparison['runs'])} reports</summary>{reports}</details>"),
-                section("Flags", flags),
-                section("About", table(("what", "value"), about)),
-            ]
-        ),
+    about.append(("time", duration(comparison["wall_seconds"])))
+    if (fraction := overhead(comparison["runs"])) is not None:
+        about.append(("start-up, compilation, evaluation", f"{100 * fraction:.1f} % of the time"))
+    about += [(name, str(value)) for name, value in settings.items() if name != "candidates"]
+    page = render(
+        Path(__file__).with_name("page.html"),
+        title=comparison["title"],
+        status="Finished." if not comparison["left"] else f"Unfinished: {comparison['left']} runs are left.",
+        head=("batch", *candidates),
+        top1=top1,
+        top5=top5,
+        plot=plot,
+        rule=f"The rates are {search_rule(settings)}",
+        rates=[_rates(row) for row in rows],
+        runs=sorted(comparison["runs"]),
+        candidates=settings["candidates"],
+        about=[*about, *comparison["versions"].items()],
     )
     atomic_write_text(out / "compare.html", page)
+
+
+def _rates(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a row of the table of rates."""
+    return (
+        row["candidate"],
+        f"{row['batch_size']:,}",
+        "–" if row["updates"] is None else f"{row['updates']:,}",
+        "–" if row["rate"] is None else f"{row['rate']:g}",
+        "yes" if row["at_edge"] else "",
+        " · ".join(map(_tried, row["tuning"])),
+    )

@@ -1,74 +1,62 @@
-"""Which runs a comparison is made of, as a pure function of the runs that are finished."""
+"""Jobs of a comparison as a pure function of the outcomes so far.
+
+A cell of the grid chooses its rate by successive halving, with the same budget for every optimizer:
+
+1. `tuning_runs` short runs, each a quarter of the length with a schedule of its own. Three rates, a factor apart, come
+   first. While the best is at an end of the range, the range is extended by a factor. Then the gaps beside the best are
+   halved, until the budget is spent. A rate at the end of the range is chosen only if the budget ends there.
+2. The best quarter of them runs at full length. A finalist that diverges or is lost is replaced by the next.
+3. The best finalist is trained on all training images, once a seed.
+
+All jobs of a round are decided together, and a stopped comparison replays the rounds from its outcomes. So the table
+depends neither on the order in which runs end nor on where the comparison was stopped.
+"""
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flags import RunConfig
-from lars_keras.schedules import linear_scaling, sqrt_scaling
+from tools.comparison.candidates import Candidate, Job, Outcome
 
-Outcome = Mapping[str, Any]
+HALVING = 4  # a short run is a quarter of the length; the best quarter of the rates goes on
+MIN_UPDATES = 16  # of a short run: fewer say nothing about a rate
+RULE = f"successive halving, 1/{HALVING} of the length (at least {MIN_UPDATES} updates) first"
+TUNING_SEED = 0
 
-# Where the search for a rate begins; it goes from there where the scores lead it.
-FIRST_RATES_BATCH = 256
-SCALINGS = {"sqrt": sqrt_scaling, "linear": linear_scaling, "none": lambda rate, *_: rate}
-FIRST_RATES = {"sgd": 0.1, "momentum": 0.02, "adam": 1e-3, "lamb": 5e-3, "lars": 2.5}
+Outcomes = Mapping[str, Outcome]
+Scores = dict[float, Outcome]  # by step: the logarithm of the rate over the first rate, in units of `factor`
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """What is compared with others.
+class Search:
+    """State of the search of one cell.
 
     Args:
-        name: for people.
-        config: flags of its runs, but for batch size, rate and seed.
-        first_rate, first_batch_size: a rate, and the batch size it is meant for.
-        scaling: of `SCALINGS`, what becomes of the rate at other batch sizes, where the search begins.
-        num_classes: of the data, which says what guesses score.
+        short: outcomes of the short runs by step.
+        full: outcomes of the finalists by step.
+        steps: steps of the jobs to run now.
+        stage: stage of those jobs.
+        best: step of the chosen rate; None while the search goes on.
     """
 
-    name: str
-    config: RunConfig
-    first_rate: float
-    first_batch_size: int
-    scaling: str = "sqrt"
-    num_classes: int = 10
-
-    def learned(self, outcome: Outcome) -> bool:
-        """Whether a run scored more than guesses do, by two of their standard deviations."""
-        if outcome["diverged"]:
-            return False
-        guess = 1 / self.num_classes
-        return outcome["top1"] > guess + 2 * math.sqrt(guess * (1 - guess) / outcome["n"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run. A `tuning` run is scored on a share of the training images, the others on the test split."""
-
-    candidate: Candidate
-    batch_size: int
-    rate: float
-    seed: int
-    tuning: bool
-
-    @property
-    def name(self) -> str:
-        kind = "tuning" if self.tuning else "seed"
-        return f"{self.candidate.name}-{self.batch_size}-rate{self.rate:.4g}-{kind}{self.seed}"
+    short: Scores
+    full: Scores
+    steps: Sequence[float] = ()
+    stage: str = "short"
+    best: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class GridCell:
-    """One candidate at one batch size: first runs that choose a rate, then runs with it, one for each seed.
+    """One candidate at one batch size: runs that choose a rate, then a run for each seed with the chosen rate.
 
     Args:
-        candidate, batch_size: which.
-        tuning_runs: at most so many runs choose the rate; 0 keeps the candidate's own.
-        factor: between neighbouring rates of the search.
-        seeds: of the runs that count. Tuning takes the first.
+        candidate, batch_size: place in the grid.
+        tuning_runs: number of short runs that choose the rate; 0 keeps the candidate's own rate.
+        factor: ratio of neighbouring rates at first.
+        seeds: seeds of the runs that count.
     """
 
     candidate: Candidate
@@ -77,62 +65,87 @@ class GridCell:
     factor: float
     seeds: tuple[int, ...]
 
-    def job(self, step: int, seed: int, tuning: bool) -> Job:
-        candidate = self.candidate
-        first = SCALINGS[candidate.scaling](candidate.first_rate, self.batch_size, candidate.first_batch_size)
-        return Job(self.candidate, self.batch_size, float(f"{first * self.factor**step:.4g}"), seed, tuning)
+    @property
+    def short_length(self) -> float:
+        """Return the length of a short run: a quarter, or what `MIN_UPDATES` need."""
+        return min(1.0, max(1 / HALVING, MIN_UPDATES / self.candidate.updates(self.batch_size)))
 
-    def tuning(self, outcomes: Mapping[str, Outcome]) -> dict[int, Outcome]:
-        """The finished runs of the search, by the step of their rate, and whether they `learned`."""
-        steps = range(-self.tuning_runs, self.tuning_runs + 1)
-        names = {step: self.job(step, self.seeds[0], tuning=True).name for step in steps}
-        found = {step: outcomes[name] for step, name in names.items() if name in outcomes}
-        return {step: {**outcome, "learned": self.candidate.learned(outcome)} for step, outcome in found.items()}
+    @property
+    def finalists(self) -> int:
+        """Return how many rates are tried at full length; 0 if the short runs decide."""
+        count = self.tuning_runs // HALVING
+        return count if count > 1 and self.short_length < 1.0 else 0
 
-    def best(self, outcomes: Mapping[str, Outcome]) -> int | None:
-        """The step of the chosen rate; None while the search goes on."""
+    def job(self, step: float, stage: str, seed: int = TUNING_SEED) -> Job:
+        """Return the job at a step of the search."""
+        rate = self.candidate.rate(self.batch_size, self.factor**step)
+        length = self.short_length if stage == "short" else 1.0
+        return Job(self.candidate, self.batch_size, rate, seed, stage, length)
+
+    def search(self, outcomes: Outcomes) -> Search:
+        """Return the state of the search."""
+
+        def outcome_of(stage: str) -> Callable[[float], Outcome | None]:
+            def find(step: float) -> Outcome | None:
+                outcome = outcomes.get(self.job(step, stage).name)
+                return outcome and {**outcome, "beats_chance": self.candidate.beats_chance(outcome)}
+
+            return find
+
         if not self.tuning_runs:
-            return 0
-        found = self.tuning(outcomes)
-        return _best(found) if next_step(found, self.tuning_runs) is None else None
+            return Search({}, {}, best=0.0)
+        short, steps = try_rates(outcome_of("short"), self.tuning_runs)
+        if steps:
+            return Search(short, {}, steps)
+        ranked = rank(short)
+        if not self.finalists:
+            return Search(short, {}, best=ranked[0])
+        full, steps = try_finalists(outcome_of("tuning"), ranked, short, self.finalists)
+        return Search(short, full, steps, "tuning", None if steps else best_step(full))
 
-    def scored(self, outcomes: Mapping[str, Outcome]) -> list[Job]:
-        """The runs that count; none while the rate is not chosen."""
-        best = self.best(outcomes)
-        return [] if best is None else [self.job(best, seed, tuning=False) for seed in self.seeds]
+    def jobs(self, outcomes: Outcomes) -> list[Job]:
+        """Return the jobs that can run now."""
+        search = self.search(outcomes)
+        if search.best is None:
+            return [self.job(step, search.stage) for step in search.steps]
+        scored = [self.job(search.best, "seed", seed) for seed in self.seeds]
+        return [job for job in scored if job.name not in outcomes]
 
-    def jobs(self, outcomes: Mapping[str, Outcome]) -> list[Job]:
-        """The runs that can be taken now."""
-        step = next_step(self.tuning(outcomes), self.tuning_runs)
-        if step is not None:
-            return [self.job(step, self.seeds[0], tuning=True)]
-        return [job for job in self.scored(outcomes) if job.name not in outcomes]
+    def lengths_left(self, outcomes: Outcomes) -> list[float]:
+        """Return the lengths of the runs that are left, replaced finalists not counted."""
+        search = self.search(outcomes)
+        if search.best is not None:
+            return [job.length for job in self.jobs(outcomes)]
+        short = self.tuning_runs - len(search.short)
+        full = len(search.steps) if search.stage == "tuning" else self.finalists
+        return [self.short_length] * short + [1.0] * (full + len(self.seeds))
 
-    def left(self, outcomes: Mapping[str, Outcome]) -> int:
-        """How many runs there may still be."""
-        if self.best(outcomes) is None:
-            return self.tuning_runs - len(self.tuning(outcomes)) + len(self.seeds)
-        return len(self.jobs(outcomes))
-
-    def row(self, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-        """What is known by now.
+    def row(self, outcomes: Outcomes) -> dict[str, Any]:
+        """Return the results so far.
 
         Returns:
-            `candidate`, `batch_size`; `tuning`: rate and score of each run of the search; `rate`: the chosen one, None
-            while it is not; `at_edge`: it is the least or greatest of those tried; `top1` and `top5` of the finished
-            runs by seed, their `mean` and `std` (of the sample; None of a single one), and how many `diverged`.
+            `candidate`, `batch_size`; `tuning`: rate, length and score of each run of the search; `rate`: the chosen
+            one, or None; `at_edge`: the chosen rate is the lowest or highest tried; `updates` of a run; `top1` and
+            `top5` of the finished runs by seed, `mean` and `std` (of the sample; None for one) of top-1, and the number
+            that `diverged`.
         """
-        found, best = self.tuning(outcomes), self.best(outcomes)
-        runs = [outcomes[job.name] for job in self.scored(outcomes) if job.name in outcomes]
+        search = self.search(outcomes)
+        rate = None if search.best is None else self.job(search.best, "seed").rate
+        jobs = [] if search.best is None else [self.job(search.best, "seed", seed) for seed in self.seeds]
+        runs = [outcomes[job.name] for job in jobs if job.name in outcomes]
         top1 = [run["top1"] for run in runs]
+        tuning = []
+        for stage, scores in (("short", search.short), ("tuning", search.full)):
+            for step in sorted(scores):
+                job, outcome = self.job(step, stage), scores[step]
+                state = "diverged" if outcome["diverged"] else "lost" if outcome.get("lost") else "finished"
+                tuning.append({"rate": job.rate, "length": job.length, "top1": outcome["top1"], "state": state})
         return {
             "candidate": self.candidate.name,
             "batch_size": self.batch_size,
-            "tuning": [
-                {"rate": self.job(step, 0, tuning=True).rate, "top1": found[step]["top1"]} for step in sorted(found)
-            ],
-            "rate": None if best is None else self.job(best, 0, tuning=False).rate,
-            "at_edge": bool(found) and best in (min(found), max(found)),
+            "tuning": tuning,
+            "rate": rate,
+            "at_edge": bool(search.short) and search.best in (min(search.short), max(search.short)),
             "updates": next((run["updates"] for run in runs if run["updates"] is not None), None),
             "top1": top1,
             "top5": [run["top5"] for run in runs],
@@ -142,39 +155,123 @@ class GridCell:
         }
 
 
-def next_step(found: Mapping[int, Outcome], budget: int) -> int | None:
-    """The next rate to try: uphill from the best so far, until `budget` runs, or until both its neighbours are worse.
+@dataclasses.dataclass(frozen=True)
+class ModeTrial:
+    """Measures whether graph mode or XLA trains a network faster on this machine.
 
     Args:
-        found: outcomes, and whether they `learned`, by the step of their rate, whose logarithm is proportional to it.
-        budget: how many runs there may be.
+        candidate, batch_size: network and batch that are timed.
+    """
+
+    candidate: Candidate
+    batch_size: int
+
+    def _job(self, stage: str) -> Job:
+        rate = self.candidate.rate(self.batch_size, 0.01)  # low, so it cannot diverge
+        return Job(self.candidate, self.batch_size, rate, TUNING_SEED, stage)
+
+    def jobs(self, outcomes: Outcomes) -> list[Job]:
+        """Return the trials that are not finished."""
+        return [job for job in map(self._job, ("xla", "graph")) if job.name not in outcomes]
+
+    def faster(self, outcomes: Outcomes) -> str:
+        """Return `"on"` if XLA was faster, else `"off"`; both trials must be finished."""
+        xla, graph = (outcomes[self._job(stage).name]["images_per_second"] or 0.0 for stage in ("xla", "graph"))
+        return "on" if xla > graph else "off"
+
+
+def try_rates(outcome_of: Callable[[float], Outcome | None], budget: int) -> tuple[Scores, list[float]]:
+    """Replay the short runs round by round.
+
+    Args:
+        outcome_of: returns the outcome at a step, with `beats_chance`; None if it is not known.
+        budget: number of runs.
 
     Returns:
-        A step that is not in `found`, or None.
+        The outcomes of all rounds so far, and the steps of the current round that are not finished.
     """
-    if len(found) >= budget:
-        return None
+    found: Scores = {}
+    while steps := next_round(found, budget):
+        known = {step: outcome for step in steps if (outcome := outcome_of(step))}
+        if len(known) < len(steps):
+            return found | known, [step for step in steps if step not in known]
+        found |= known
+    return found, []
+
+
+def next_round(found: Scores, budget: int) -> list[float]:
+    """Return the next steps: three at first, then beyond the end at which the best is, then halves beside the best."""
+    left = budget - len(found)
     if not found:
-        return 0
-    best = _best(found)
-    return next((step for step in (best + 1, best - 1) if step not in found), None)
+        return [0.0, 1.0, -1.0][:left]
+    if left <= 0:
+        return []
+    best = best_step(found)
+    lower = max((step for step in found if step < best), default=None)
+    upper = min((step for step in found if step > best), default=None)
+    if upper is None:
+        return [best + 1.0]
+    if lower is None:
+        return [best - 1.0]
+    better, worse = sorted((lower, upper), key=lambda step: _score(step, found[step]), reverse=True)
+    return [(best + better) / 2, (best + worse) / 2][:left]
 
 
-def _best(found: Mapping[int, Outcome]) -> int:
-    """Of equal accuracies, and of those of guesses, the one of the lower loss; where all diverged the smallest rate."""
+def rank(found: Scores) -> list[float]:
+    """Return the steps that may be chosen, best first: all that beat chance, without ends of the range but the best."""
+    ranked = sorted(found, key=lambda step: _score(step, found[step]), reverse=True)
+    ends = (min(found), max(found))
+    return ranked[:1] + [step for step in ranked[1:] if step not in ends and found[step]["beats_chance"]]
 
-    def score(step: int) -> tuple[float, ...]:
-        outcome = found[step]
-        learned, loss = outcome["learned"], outcome["loss"]
-        return (learned, outcome["top1"] if learned else 0.0, -loss if loss is not None else -math.inf, -step)
 
-    return max(found, key=score)
+def try_finalists(
+    outcome_of: Callable[[float], Outcome | None], ranked: Sequence[float], short: Scores, count: int
+) -> tuple[Scores, list[float]]:
+    """Replay the runs of full length.
+
+    Args:
+        outcome_of: returns the outcome at a step, with `beats_chance`; None if it is not known.
+        ranked: steps by the scores of their short runs, best first.
+        short: outcomes of the short runs.
+        count: number of finalists.
+
+    Returns:
+        The outcomes so far, and the steps that are not finished. Each finalist that does not beat chance is replaced by
+        the next of `ranked`, `count` times at most.
+    """
+    asked = list(ranked[:count])
+    while True:
+        full = {step: outcome for step in asked if (outcome := outcome_of(step))}
+        if len(full) < len(asked):
+            return full, [step for step in asked if step not in full]
+        failed = sum(not outcome["beats_chance"] for outcome in full.values())
+        more = list(ranked[: min(count + failed, 2 * count)])
+        if len(more) == len(asked):
+            return full, []
+        asked = more
+
+
+def best_step(found: Scores) -> float:
+    """Return the step of the best score."""
+    return max(found, key=lambda step: _score(step, found[step]))
+
+
+def _score(step: float, outcome: Outcome) -> tuple[float, ...]:
+    """Return the order of outcomes: top-1 above chance, else or if equal the lower loss, else the lower rate."""
+    loss = outcome["loss"]
+    known = loss is not None and math.isfinite(loss)
+    return (
+        outcome["beats_chance"],
+        outcome["top1"] if outcome["beats_chance"] else 0.0,
+        -loss if known else -math.inf,
+        -step,
+    )
 
 
 def grid(
     candidates: Sequence[Candidate], batch_sizes: Sequence[int], tuning_runs: int, factor: float, seeds: Sequence[int]
 ) -> list[GridCell]:
-    """All cells, those of small batches first, because their runs take longest."""
+    """Return all cells, small batches first, because their runs take longest."""
     return [
         GridCell(candidate, batch_size, tuning_runs, factor, tuple(seeds))
         for batch_size in sorted(batch_sizes)

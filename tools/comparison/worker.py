@@ -1,13 +1,15 @@
-"""One run of `train.py` in a process that takes one after the other."""
+"""One run of `train.py` in a process that trains one run after the other."""
 
 import contextlib
-import dataclasses
 import gc
 import json
+import math
 import multiprocessing
 import os
 import signal
+import statistics
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -15,49 +17,66 @@ from typing import Any
 import keras
 
 from flags import RunConfig
+from lars_keras.report.log import read_metrics
 from lars_keras.runtime.errors import Diverged, Preempted
 from running.resume import config_of_flags, flags_of_run
-from tools.comparison.search import Job
 
 KEPT = ("top1", "top5", "loss", "n", "updates", "seconds", "images_per_second")
-_IN_A_CALL = 4096  # examples: small batches would spend their time between updates
+MIN_JUDGED = 32  # updates: a shorter run is trained to its end, because it may begin to learn late
 
-
-def config_of(job: Job, run_dir: Path, validation_split: float) -> RunConfig:
-    """The flags of a run."""
-    config = job.candidate.config
-    microbatch = config.microbatch_size
-    return dataclasses.replace(
-        config,
-        batch_size=job.batch_size,
-        microbatch_size=microbatch and min(microbatch, job.batch_size),
-        learning_rate=job.rate,
-        seed=job.seed,
-        validation_split=validation_split if job.tuning else 0.0,
-        run_dir=str(run_dir),
-        steps_per_execution=max(config.steps_per_execution, _IN_A_CALL // job.batch_size, 1),
-        max_rollbacks=0,  # a rate that diverges is an answer
-        keep_checkpoints=1,
-    )
-
-
-_taking, _stopped = False, False
+_running, _stopped = False, False
 
 
 class Failed(Exception):
-    """A run ended by an error, which its log tells."""
+    """A run ended with an error; its log has the traceback."""
 
 
-def _stop(*_: Any) -> None:
-    """For SIGTERM outside of training, where `train.main` does not listen for it."""
-    global _stopped
-    _stopped = True
-    if _taking:
-        raise Preempted("stopped before or after the training")
+class Lost(Exception):
+    """A run has learned nothing by half of its length.
+
+    Attributes:
+        update: updates that were taken.
+        loss: median training loss of the second quarter.
+    """
+
+    def __init__(self, update: int, loss: float):
+        super().__init__(f"the training loss is {loss:.4g} after {update} updates, no better than a guess")
+        self.update, self.loss = update, loss
+
+
+class StopIfLost(keras.callbacks.Callback):
+    """Raise `Lost` at half of the length if the loss of the second quarter is that of a guess, or above.
+
+    The losses are read from the log of the run, so a resumed run is judged by the same losses.
+
+    Args:
+        run_dir: folder of the run, whose `metrics.jsonl` is written before this callback is called.
+        chance_loss: loss of a uniform guess.
+    """
+
+    def __init__(self, run_dir: Path, chance_loss: float):
+        super().__init__()
+        self._path, self._chance_loss = run_dir / "metrics.jsonl", chance_loss
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._judged = self.params["steps"] < MIN_JUDGED
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        finished, half = batch + 1, self.params["steps"] / 2
+        if self._judged or finished < half:
+            return
+        self._judged = True
+        events = [e for e in read_metrics(self._path) if e["event"] == "update"]
+        until = min(e["update"] for e in events if e["update"] >= half)
+        losses = [
+            math.inf if e["step_loss"] is None else e["step_loss"] for e in events if half / 2 < e["update"] <= until
+        ]
+        if (loss := statistics.median(losses)) >= self._chance_loss:
+            raise Lost(finished, loss)
 
 
 def prepare_process(workers: int) -> None:
-    """To be called once in each process: gives TensorFlow its share of the cores, and ends it when its parent ends."""
+    """Give TensorFlow its fraction of the cores, and end this process when its parent ends. Call it once a process."""
     os.setpgrp()  # Ctrl-C reaches the parent alone, which stops its workers in order
     signal.signal(signal.SIGTERM, _stop)
 
@@ -75,25 +94,40 @@ def prepare_process(workers: int) -> None:
     from lars_keras.data.parallel_map import cores
 
     logging.set_verbosity(logging.ERROR)
-    tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced anew, as those of each run are
+    tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced anew, as each run does
     tf.config.threading.set_intra_op_parallelism_threads(max(cores() // workers, 1))
 
 
-def take(config: RunConfig) -> dict[str, Any] | None:
-    """Takes a run to its end, from its start or from where it was stopped.
+def _stop(*_: Any) -> None:
+    """Handle SIGTERM outside of training, where `train.main` does not listen for it."""
+    global _stopped
+    _stopped = True
+    if _running:
+        raise Preempted("stopped before or after the training")
+
+
+def run_job(config: RunConfig, chance_loss: float | None = None) -> dict[str, Any] | None:
+    """Train a run to its end, from its start or from where it was stopped.
+
+    Args:
+        config: its flags.
+        chance_loss: stop the run at half of its length if its training loss is not below this.
 
     Returns:
-        `KEPT` of its results, and whether it `diverged`; None if a signal stopped it.
+        `KEPT` of its results, whether it `diverged` or is `lost`; `training_seconds` of its updates and, unless it was
+        resumed, `wall_seconds` from the call to the return. None if a signal stopped it.
 
     Raises:
-        Failed: if it ended by an error, or its folder holds a run of other flags.
+        Failed: if it ended with an error, or its folder holds a run of other flags.
     """
-    global _taking
+    global _running
     if _stopped:
         return None
     run_dir = Path(config.run_dir or "")
     results = run_dir / "results.json"
-    if results.exists():  # this process's predecessor ended before it could tell
+    began, whole = time.monotonic(), not run_dir.exists()
+    more: dict[str, Any] = {"diverged": False}
+    if results.exists():  # the process that trained it ended before it could tell
         if _flags_in(run_dir) != _lines(config.as_flags()):
             raise Failed("its folder holds a run of other flags: remove it, or name another --out.")
     else:
@@ -103,24 +137,37 @@ def take(config: RunConfig) -> dict[str, Any] | None:
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
         ):
-            _taking = True
+            _running = True
             try:
                 import train
 
-                train.main(config)
+                train.main(config, more_callbacks=[] if chance_loss is None else [StopIfLost(run_dir, chance_loss)])
             except Diverged:
                 return {**dict.fromkeys(KEPT), "top1": 0.0, "top5": 0.0, "diverged": True}
+            except Lost as e:
+                print(e)
+                kept = {
+                    "top1": 0.0,
+                    "top5": 0.0,
+                    "loss": e.loss if math.isfinite(e.loss) else None,
+                    "updates": e.update,
+                }
+                return {**dict.fromkeys(KEPT), **kept, "diverged": False, "lost": True}
             except Preempted:
                 return None
             except Exception as e:
                 traceback.print_exc()
                 raise Failed(f"{type(e).__name__}: {e}") from None
             finally:
-                _taking = False
+                _running = False
                 keras.utils.clear_session()
                 gc.collect()
+        if whole:
+            more["wall_seconds"] = round(time.monotonic() - began, 3)
     found = json.loads(results.read_text(encoding="utf-8"))
-    return {**{name: found[name] for name in KEPT}, "diverged": False}
+    if found["images_per_second"]:
+        more["training_seconds"] = round(found["updates"] * config.batch_size / found["images_per_second"], 3)
+    return {name: found[name] for name in KEPT} | more
 
 
 def _flags_in(run_dir: Path) -> list[str]:

@@ -1,0 +1,101 @@
+"""Settings and outcomes of a comparison in one JSON file, whole after each run."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from lars_keras.runtime.errors import UsageError
+from running.resume import config_of_flags
+from tools.committed import write_json
+from tools.comparison.search import GridCell
+
+MAY_GROW = ("batch_sizes", "seeds")  # settings that may differ when a comparison is resumed
+
+
+class ResultsStore:
+    """`OUT/compare.json`: the settings, the table so far, and the outcome of each finished run.
+
+    Args:
+        out: existing folder.
+        about: what is written beside the outcomes: title, command, machine, commit, versions, settings.
+        cells: the grid, of which the table is made.
+        clock: returns seconds.
+
+    Raises:
+        UsageError: if the file is damaged, or holds a comparison of other settings. `MAY_GROW` may differ.
+    """
+
+    def __init__(
+        self, out: Path, about: dict[str, Any], cells: list[GridCell], clock: Callable[[], float] = time.monotonic
+    ):
+        self._path, self._about, self._cells, self._clock = out / "compare.json", about, cells, clock
+        self.outcomes: dict[str, Any] = {}
+        self._earlier, self._began = 0.0, clock()
+        if not self._path.exists():
+            return
+        try:
+            before = json.loads(self._path.read_text(encoding="utf-8"))
+            self.outcomes, self._earlier = before["runs"], before["wall_seconds"]
+            settings = before["settings"]
+        except (ValueError, KeyError) as e:
+            raise UsageError(f"{self._path} is damaged: {e!r}. Name another folder with --out.") from e
+        if other := differing(about["settings"], settings):
+            raise UsageError(
+                f"--out={out} holds a comparison of other settings ({', '.join(other)}). Name another folder."
+            )
+        for outcome in self.outcomes.values():
+            outcome.setdefault("commit", before["commit"])
+        if not self.left:  # no new run, so what made the old ones stays; the table is of the cells asked for now
+            self._about = about | {name: before[name] for name in about if name not in ("settings", "command")}
+
+    @property
+    def commit(self) -> str | None:
+        """Return the commit of the runs that are made now."""
+        return self._about["commit"]
+
+    @property
+    def left(self) -> int:
+        """Return the number of runs that are left."""
+        return sum(len(cell.lengths_left(self.outcomes)) for cell in self._cells)
+
+    def add(self, name: str, outcome: dict[str, Any]) -> None:
+        """Keep the outcome of a run."""
+        self.outcomes[name] = outcome | {"commit": self.commit}
+        self.write()
+
+    def write(self) -> dict[str, Any]:
+        """Write the file and return its contents."""
+        found = self._about | {
+            "commit": ", ".join(sorted({o["commit"] or "?" for o in self.outcomes.values()})) or self._about["commit"],
+            "wall_seconds": round(self._earlier + self._clock() - self._began, 1),
+            "left": self.left,
+            "table": [cell.row(self.outcomes) for cell in self._cells],
+            "runs": self.outcomes,
+        }
+        write_json(self._path, found)
+        return found
+
+
+def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that keep a comparison from being resumed.
+
+    A setting that is None may be missing before: comparisons made by the earlier search rule do not record `search`.
+    """
+    other = [name for name in now if name not in (*MAY_GROW, "candidates") and before.get(name) != now[name]]
+    candidates, earlier = now["candidates"], before.get("candidates", {})
+    same = list(candidates) == list(earlier) and all(_same_flags(candidates[c], earlier[c]) for c in candidates)
+    return other if same else ["candidates", *other]
+
+
+def _same_flags(a: str, b: str) -> bool:
+    """Return True if two flagfiles ask for the same, although a flag may be younger than one of them."""
+    if a == b:
+        return True
+    try:
+        return config_of_flags(a.splitlines()) == config_of_flags(b.splitlines())
+    except (absl_flags.Error, ValueError):
+        return False
