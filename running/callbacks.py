@@ -12,9 +12,9 @@ from lars_keras.data import ImageData
 from lars_keras.report.layers import LayerTelemetry
 from lars_keras.report.log import MetricsLog
 from lars_keras.report.progress import Progress
-from lars_keras.runtime.corrupt_images import CorruptImageLimit
 from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
+from lars_keras.runtime.unreadable_images import UnreadableImageLimit
 from lars_keras.training import Trainer
 from running.resume import BAD_IMAGES
 
@@ -36,7 +36,7 @@ class RunCallbacks:
 
     def __init__(self, config: RunConfig, trainer: Trainer, data: ImageData, run_dir: Path, chief: bool):
         self.progress, self.log = Progress(), MetricsLog(run_dir)
-        self.images = CorruptImageLimit(data, config.max_bad_images, self._on_unreadable_image)
+        self.images = UnreadableImageLimit(data, config.max_bad_images, self._on_unreadable_image)
         self._guard = DivergenceGuard(trainer)
         self._telemetry = LayerTelemetry(trainer, self.log, config.telemetry_every) if config.telemetry_every else None
         self._unreadable, self._path, self._chief = data.unreadable_images, run_dir / BAD_IMAGES, chief
@@ -59,4 +59,4 @@ class RunCallbacks:
         if self._chief:
             with contextlib.suppress(OSError):  # the log has it, too
                 self._unreadable.save(self._path)
-            self.log.note(update, f"left out an image that cannot be read, {where}: {reason}")
+            self.log.note(update, f"left out an unreadable image, {where}: {reason}")

@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 from absl import logging
 
 import flags
-from lars_keras.runtime.errors import Diverged, Preempted, TooManyBadImages, UsageError
+from lars_keras.runtime.errors import Diverged, Preempted, TooManyUnreadableImages, UsageError
 from lars_keras.training.cluster import is_worker_lost
 from running import exit_codes
 from running.errors import in_flags, usage_errors
@@ -62,7 +62,7 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
     except Diverged as e:
         hint = "A lower --learning_rate or a longer --warmup may help; the checkpoints are from before."
         return end(exit_codes.DIVERGED, f"{e} {hint}")
-    except TooManyBadImages as e:
+    except TooManyUnreadableImages as e:
         return end(exit_codes.BAD_DATA, in_flags(str(e)))
     except Preempted as e:
         return end(exit_codes.PREEMPTED, f"{e}, saved; start it again with the same --run_dir to go on")

@@ -10,7 +10,7 @@ import keras
 
 from lars_keras.files import atomic_write_text
 from lars_keras.report.page import write_report
-from lars_keras.runtime.errors import Diverged, TooManyBadImages
+from lars_keras.runtime.errors import Diverged, TooManyUnreadableImages
 from running.folder import all_versions
 
 
@@ -40,7 +40,7 @@ def report_of_failure(run_dir: Path, write: bool) -> Iterator[None]:
     """Write the report also of a run that its own numbers or data end."""
     try:
         yield
-    except (Diverged, TooManyBadImages):
+    except (Diverged, TooManyUnreadableImages):
         if write:
             print(f"report: {write_report(run_dir)}", flush=True)
         raise

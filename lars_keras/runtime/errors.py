@@ -21,5 +21,5 @@ class Preempted(RuntimeError):
     """A signal asked the run to stop."""
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyUnreadableImages(RuntimeError):
     """More images are unreadable than the limit tolerates."""

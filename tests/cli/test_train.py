@@ -136,7 +136,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(json.loads((self.dir / "r/bad_images.json").read_text())["record 9 of a"], "truncated <b>")
             self.assertEqual(json.loads((self.dir / "r/results.json").read_text())["bad_images"], 3)
             page = (self.dir / "r/report.html").read_text()
-            self.assertIn("Update 4: left out an image that cannot be read, record 9 of a: truncated &lt;b&gt;", page)
+            self.assertIn("Update 4: left out an unreadable image, record 9 of a: truncated &lt;b&gt;", page)
             del data.unreadable_images.found["record 9 of a"]
             code, _, err = run(*SMALL, f"--run_dir={self.dir}/s", "--max_bad_images=2", data=data)
             self.assertEqual(code, 5, err)

@@ -19,8 +19,8 @@ import tensorflow as tf
 
 import lars_keras.data
 import train
-from lars_keras.runtime.corrupt_images import CorruptImageLimit
-from lars_keras.runtime.errors import TooManyBadImages
+from lars_keras.runtime.errors import TooManyUnreadableImages
+from lars_keras.runtime.unreadable_images import UnreadableImageLimit
 from tests import prepared
 from tests.data.streams import train_ids
 
@@ -144,11 +144,11 @@ class UnreadableImagesTest(tf.test.TestCase):
 
     def test_an_evaluation_that_misses_images(self):
         data = self.load()
-        bound = CorruptImageLimit(data, data.num_test - 1)
+        bound = UnreadableImageLimit(data, data.num_test - 1)
         bound.set_model(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)]))
         bound.on_epoch_end(0, {"val_n": 1.0})
         self.assertEqual(bound.count, data.num_test - 1)
-        with self.assertRaisesRegex(TooManyBadImages, f"^{data.num_test} images are unreadable"):
+        with self.assertRaisesRegex(TooManyUnreadableImages, f"^{data.num_test} images are unreadable"):
             bound.on_epoch_end(1, {"val_n": 0.0})
 
     def test_another_host_makes_the_same_batches(self):

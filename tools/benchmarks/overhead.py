@@ -24,10 +24,10 @@ from lars_keras import LARS
 from lars_keras.data import ImageData, load
 from lars_keras.report.log import MetricsLog
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
-from lars_keras.runtime.corrupt_images import CorruptImageLimit
 from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
+from lars_keras.runtime.unreadable_images import UnreadableImageLimit
 from lars_keras.training import Trainer
 from tools.committed import write_json
 
@@ -56,7 +56,7 @@ def measure(data: ImageData, updates: int, rounds: int, save_every: int, jit_com
     seconds: dict[str, list[float]] = {"bare": [], "full": []}
     with tempfile.TemporaryDirectory() as folder, StopOnSignal() as stop:
         save = CheckpointCallback(full, CheckpointManager(Path(folder) / "c"), SavePolicy(save_every), {})
-        callbacks = [DivergenceGuard(full), MetricsLog(folder), CorruptImageLimit(data, 100), stop]
+        callbacks = [DivergenceGuard(full), MetricsLog(folder), UnreadableImageLimit(data, 100), stop]
         for i in range(rounds + 1):
             for name, run in (
                 ("bare", lambda: bare.fit(feed, **options)),

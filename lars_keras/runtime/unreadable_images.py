@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import keras
 
-from lars_keras.runtime.errors import TooManyBadImages
+from lars_keras.runtime.errors import TooManyUnreadableImages
 from lars_keras.training.cluster import cluster_of
 
 
@@ -18,8 +18,8 @@ class DataSet(Protocol):
     unreadable_images: Any
 
 
-class CorruptImageLimit(keras.callbacks.Callback):
-    """Raises `TooManyBadImages` on all hosts when more than `max_unreadable_images` distinct images are unreadable.
+class UnreadableImageLimit(keras.callbacks.Callback):
+    """Raises `TooManyUnreadableImages` on all hosts for more than `max_unreadable_images` distinct unreadable images.
 
     This process knows the names of the images that it could not read itself. For other hosts it knows numbers only: the
     model's metric `lars_keras.metrics.MaskedExamples` in training, and the missing examples of an evaluation.
@@ -83,7 +83,7 @@ class CorruptImageLimit(keras.callbacks.Callback):
             example = "The logs of the other hosts name them."
             for where, reason in found.items():
                 example = f"The last one: {where}: {reason}"
-            raise TooManyBadImages(
+            raise TooManyUnreadableImages(
                 f"{count} image{'s are' if count > 1 else ' is'} unreadable, more than "
                 f"`max_unreadable_images`={self._max_unreadable_images}. {example}"
             )
