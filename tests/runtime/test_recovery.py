@@ -1,7 +1,9 @@
 """A run that is interrupted, preempted or thrown back ends as the run that was not."""
 
+import functools
 import os
 import pathlib
+import shutil
 import signal
 import tempfile
 import time
@@ -22,6 +24,7 @@ from lars_keras.runtime.errors import Diverged, Preempted
 from lars_keras.runtime.preemption import SIGNALS, StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
+from lars_keras.training.trainer import Position
 from tests import step_cases as cases
 from tools import kill_and_resume
 
@@ -69,9 +72,9 @@ def model():
 
 
 class Run:
-    """One process's part of a run, as it would be set up anew in each."""
+    """A model and its trainer, as each process of a run makes them, with the checkpoints of one folder."""
 
-    def __init__(self, folder, strategy="none", steps_per_execution=1):
+    def __init__(self, strategy="none", steps_per_execution=1):
         keras.utils.set_random_seed(1)
         with cases.strategy(strategy).scope():
             self.model = model()
@@ -82,10 +85,13 @@ class Run:
             )
         options = {"steps_per_execution": steps_per_execution, "layer_norms": True}
         self.trainer = Trainer(self.model, batch_size=BATCH, microbatch_size=8, **options)
-        self.manager = CheckpointManager(folder, max_to_keep=100)
-        self.save = CheckpointCallback(self.trainer, self.manager, SavePolicy(updates=1))
-        self.logs = {}
         self.data = data()
+
+    def at(self, folder, **policy):
+        self.manager = CheckpointManager(folder, max_to_keep=100)
+        self.save = CheckpointCallback(self.trainer, self.manager, SavePolicy(**policy or {"updates": 1}))
+        self.logs = {}
+        return self
 
     def train_feed(self, context, first):
         element = 8 * self.trainer.replicas
@@ -121,10 +127,14 @@ class Run:
         return self
 
     def restored(self, update=None):
-        paths = {int(p.name[7:15]): p for p in self.manager.directory.iterdir()}
-        for other in paths:
-            if update is not None and other > update:
-                paths[other].unlink()
+        """Forgets all that is in memory and restores a checkpoint, the newest or that of an update."""
+        for path in list(self.manager.directory.iterdir()):
+            if update is not None and int(path.name[7:15]) > update:
+                path.unlink()
+        for variable in [*self.model.variables, *self.model.optimizer.variables, *self.model.metrics_variables]:
+            variable.assign(variable + 1)
+        self.trainer.position = Position(update=99, batches_consumed=99, epoch=99, losses=[99.0])
+        self.logs = {}
         checkpoint = self.manager.latest()
         self.trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], self.train_feed)
         return self
@@ -132,6 +142,33 @@ class Run:
     def state(self):
         variables = [*self.model.variables, *self.model.optimizer.variables]
         return {f"{i} {v.name.rpartition('_')[2]}": np.array(v.numpy()) for i, v in enumerate(variables)}
+
+
+@functools.cache
+class Whole:
+    """A run that nothing has interrupted, trained once for all tests of a process.
+
+    Attributes:
+        logs, state, scores: at its end.
+        positions: the updates of its checkpoints.
+    """
+
+    def __init__(self, strategy="none", steps_per_execution=1):
+        self._folder = tempfile.TemporaryDirectory()
+        self._run = Run(strategy, steps_per_execution).at(self._folder.name).go()
+        self.logs, self.state = self._run.logs, self._run.state()
+        self.scores = self._run.trainer.evaluate(self._run.test_feed)
+        self.positions = sorted(int(p.name[7:15]) for p in pathlib.Path(self._folder.name).iterdir())
+
+    def copied(self, folder):
+        """Copies its checkpoints into a new folder."""
+        return shutil.copytree(self._folder.name, folder)
+
+    def trainer(self, folder, **policy):
+        """Returns its run, put back to the start, to be used again with another folder."""
+        with tempfile.TemporaryDirectory() as start:
+            self._run.at(self.copied(pathlib.Path(start, "c"))).restored(0)
+        return self._run.at(folder, **policy)
 
 
 class ResumeTest(tf.test.TestCase, parameterized.TestCase):
@@ -157,19 +194,20 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         On one device to the last bit; on two replicas, whose sums have no fixed order, within 1e-5.
         """
         tolerance = 1e-5 if strategy == "mirrored2" else 0
-        whole = Run(self.dir / "a", strategy, steps_per_execution).go()
-        positions = sorted(int(p.name[7:15]) for p in (self.dir / "a").iterdir())
-        self.assertGreater(len(positions), UPDATES / steps_per_execution)
-        ends_of_an_epoch = [u for u in positions if u in (5, 9)]
-        some = [ends_of_an_epoch[-1], positions[-2]]
+        whole = Whole(strategy, steps_per_execution)
+        self.assertGreater(len(whole.positions), UPDATES / steps_per_execution)
+        ends_of_an_epoch = [u for u in whole.positions if u in (5, 9)]
+        some = [ends_of_an_epoch[-1], whole.positions[-2]]
         if everywhere:
-            some += [0, *positions[::2], *ends_of_an_epoch]
+            some += [0, *whole.positions[::2], *ends_of_an_epoch]
+        again = Run(strategy, steps_per_execution)  # the first time in a process that has not trained
         for update in sorted(set(some), reverse=True):
-            again = Run(self.dir / "a", strategy, steps_per_execution).restored(update)
+            again.at(whole.copied(self.dir / str(update))).restored(update)
             self.assertEqual(again.trainer.position.update, update)
             again.go()
-            for name, value in whole.state().items():
-                difference = np.linalg.norm(again.state()[name].astype("f8") - value)
+            state = again.state()
+            for name, value in whole.state.items():
+                difference = np.linalg.norm(state[name].astype("f8") - value)
                 self.assertLessEqual(difference, tolerance * np.linalg.norm(value.astype("f8")), f"{name}, {update}")
             tail = {k: v for k, v in whole.logs.items() if k in again.logs}
             self.assertEqual(list(again.logs), list(tail))
@@ -179,19 +217,17 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
             self.assertIn(("epoch", 2), tail)
 
     def test_broken_off_within_an_epoch(self):
-        whole = Run(self.dir / "a").go()
-        Run(self.dir / "b").go(stop_after=7)
-        again = Run(self.dir / "b").restored().go()
+        again = Whole().trainer(self.dir / "b").go(stop_after=7).restored().go()
         self.assertEqual(min(again.logs), ("epoch", 1))
         self.assertAllEqual([k for k in again.logs if k[0] == "update"], [("update", u) for u in range(7, UPDATES)])
-        for name, value in whole.state().items():
-            self.assertAllEqual(again.state()[name], value, name)
+        state = again.state()
+        for name, value in Whole().state.items():
+            self.assertAllEqual(state[name], value, name)
 
     @pytest.mark.slow
     def test_other_replicas(self):
         """Allowed by the library; `train.py` asks. Without batch statistics it would be the same to rounding."""
-        Run(self.dir / "a").go(stop_after=6)
-        two = Run(self.dir / "a", "mirrored2").restored()
+        two = Run("mirrored2").at(Whole().copied(self.dir / "a")).restored(6)
         self.assertEqual(two.trainer.position.update, 6)
         count = [v for v in two.model.metrics_variables if v.name == "count"][-1]
         self.assertEqual(float(count.numpy()), BATCH)  # one update of the second epoch
@@ -199,7 +235,7 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(two.trainer.position.update, UPDATES)
 
     def test_another_model_is_refused(self):
-        run = Run(self.dir / "a").go(stop_after=2)
+        run = Whole().trainer(self.dir / "a").go(stop_after=2)
         arrays, position = run.trainer.snapshot()
         before = run.state()
         with self.assertRaisesRegex(ValueError, "another model or optimizer.*logits/bias"):
@@ -210,12 +246,11 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllClose(run.state(), before, rtol=0, atol=0)
 
     def test_evaluation_has_the_average_and_training_has_not(self):
-        run = Run(self.dir / "a").go()
-        kernel = run.model.get_layer("logits").kernel.numpy()
-        scores = run.trainer.evaluate(run.test_feed)  # the weights are the average now
-        for name, value in scores.items():
-            self.assertAllClose(run.logs["epoch", 2][f"val_{name}"], value, rtol=1e-6)
-        with np.load(run.manager.latest().path) as saved:
+        whole = Whole()
+        for name, value in whole.scores.items():  # the weights were the average then
+            self.assertAllClose(whole.logs["epoch", 2][f"val_{name}"], value, rtol=1e-6)
+        (kernel,) = [v for k, v in whole.state.items() if k.endswith(" kernel") and v.shape[-1] == 10]
+        with np.load(CheckpointManager(whole.copied(self.dir / "a")).latest().path) as saved:
             kernels = [v for v in saved.values() if v.shape == kernel.shape]
         self.assertNotAllClose(kernels[0], kernel, rtol=1e-3)  # the weights that go on
         self.assertTrue(any(np.array_equal(k, kernel) for k in kernels[1:]))
@@ -236,8 +271,7 @@ class RollbackTest(tf.test.TestCase):
         return keras.callbacks.LambdaCallback(on_train_batch_begin=begin)
 
     def test_back_to_the_checkpoint_and_past_the_window(self):
-        run = Run(self.dir)
-        run.save._policy = SavePolicy(updates=3)
+        run = Whole().trainer(self.dir, updates=3)
         told = []
         run.go(callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, {7})], on_rollback=told.append)
         self.assertLen(told, 1)
@@ -249,15 +283,13 @@ class RollbackTest(tf.test.TestCase):
         self.assertEqual(run.manager.latest().metadata["rollbacks"], told)
 
     def test_skipping_is_not_forgotten_by_a_kill(self):
-        run = Run(self.dir)
-        run.save._policy = SavePolicy(updates=100)
+        run = Whole().trainer(self.dir, updates=100)
         run.go(stop_after=1, callbacks=[DivergenceGuard(run.trainer), self.poisoned(run, {0})])
-        again = Run(self.dir).restored()
+        again = run.restored()
         self.assertEqual((again.trainer.position.update, again.trainer.position.batches_consumed), (0, 1))
 
     def test_a_permanent_fault_ends_the_run_with_its_checkpoint(self):
-        run = Run(self.dir)
-        run.save._policy = SavePolicy(updates=2)
+        run = Whole().trainer(self.dir, updates=2)
         told = []
         with self.assertRaisesRegex(Diverged, "gradient of .*poison/scale") as caught:
             run.go(
@@ -270,7 +302,8 @@ class RollbackTest(tf.test.TestCase):
         checkpoint = run.manager.latest()
         self.assertEqual(checkpoint.update, 4)
         self.assertTrue(all(np.isfinite(v).all() for v in checkpoint.arrays.values()))
-        Run(self.dir).restored().go()  # usable
+        run.restored().go()  # usable
+        self.assertEqual(run.trainer.position.update, UPDATES)
 
 
 class GuardTest(tf.test.TestCase):
