@@ -25,6 +25,14 @@ def event(update, weight=(1.0, 1.0, 1.0), gradient=(1.0, 1.0, 1.0), ratio=(0.1, 
     return {"update": update, "weight_norm": weight, "gradient_norm": gradient, "ratio": ratio, "rate": ratio}
 
 
+def adam_step(gradients):
+    """The step of Adam after these gradients, with the betas and the epsilon of LAMB's defaults."""
+    m, v, t = 0.0, 0.0, len(gradients)
+    for g in gradients:
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+    return m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6)
+
+
 class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
     def setUp(self):
         super().setUp()
@@ -42,12 +50,13 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
             model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
             model.compile(optimizer_class(0.5, excluded_lr_scale=0.1), "mse")
         trainer = Trainer(model, batch_size=32, microbatch_size=8, layer_ratios=True)
-        log, expected = MetricsLog(self.dir), []
+        log, expected, gradients = MetricsLog(self.dir), [], []
 
         def note_truth(batch, logs=None):
             w, b = (v.numpy().astype("float64") for v in model.trainable_variables)
             residual = 2 * (x @ w + b - y) / y.size
-            expected.append(([norm(w), norm(b)], [norm(x.T @ residual), norm(residual.sum(0))]))
+            gradients.append(x.T @ residual)
+            expected.append(([norm(w), norm(b)], [norm(gradients[-1]), norm(residual.sum(0))], w))
 
         trainer.fit(
             tf.data.Dataset.from_tensors((np.float32(x), np.float32(y))).repeat(),
@@ -63,14 +72,16 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
         logged = [e for e in read_metrics(self.dir / "metrics.jsonl") if e["event"] == "layers"]
         self.assertEqual([e["update"] for e in logged], [2, 4, 6])
         for e in logged:
-            weight, gradient = expected[e["update"] - 1]
+            weight, gradient, w = expected[e["update"] - 1]
             self.assertAllClose(e["weight_norm"], weight, rtol=2e-5)
             self.assertAllClose(e["gradient_norm"], gradient, rtol=2e-5)
             self.assertEqual(e["ratio"][1], 1.0)
             self.assertAllClose(e["rate"], [0.5 * e["ratio"][0], 0.05], rtol=1e-5)
             if optimizer_class is LARS:
                 ratio = 1e-3 * weight[0] / (gradient[0] + 5e-4 * weight[0])
-                self.assertAllClose(e["ratio"][0], ratio, rtol=2e-5)
+            else:
+                ratio = weight[0] / norm(adam_step(gradients[: e["update"]]) + 0.01 * w)
+            self.assertAllClose(e["ratio"][0], ratio, rtol=2e-5)
 
     def test_log_keeps_what_is_not_finite_as_null(self):
         log = MetricsLog(self.dir)

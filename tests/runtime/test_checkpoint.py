@@ -114,8 +114,11 @@ class CheckpointTest(tf.test.TestCase):
         weights = [w.astype("float32") for w in model.get_weights()]
         manager = CheckpointManager(self.path)
         manager.save(1, {name: np.array(v.numpy()) for name, v in shared_state(model).items()}, {})
+        self.assertEqual({w.dtype.name for w in model.get_weights()}, {"bfloat16"})
         model.set_weights([w + 1 for w in weights])
-        restore_shared(model, manager.latest().arrays)
+        saved = manager.latest().arrays
+        self.assertEqual([saved[f"model/{i}"].dtype.str for i in range(2)], ["|V2"] * 2)  # NumPy has no name for it
+        restore_shared(model, saved)
         for own, expected in zip(model.get_weights(), weights, strict=True):
             self.assertAllEqual(own.astype("float32"), expected)
 
