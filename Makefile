@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo compare test test-all test-tpu-wheel pod-check pod-scaling prove-resume lint lock clean
+.PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling prove-resume lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
@@ -15,13 +15,15 @@ help:
 	@echo "make compare  compare five optimizers over batch sizes on the digits; about half an hour"
 	@echo "make test    run the tests"
 	@echo "make test-all  run them over the whole of every table"
+	@echo "make test-keras-oldest, test-keras-newest, test-torch  run them with other versions (.venv-LANE); TESTS=tests/optimizers"
+	@echo "make test-wheel  build the wheel, install and try it in an empty environment, outside the checkout"
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
 	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; about half an hour"
 	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
 	@echo "make pod-scaling compile what is missing of results/pod_scaling.json; about an hour"
-	@echo "make lint    check style, format and types"
+	@echo "make lint    check style, docstrings, format, spelling and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
-	@echo "make clean   remove .venv, .venv-tpu, caches and build output"
+	@echo "make clean   remove .venv, .venv-LANE, caches and build output"
 	@echo "demo, test and lint run setup first where needed. PYTHON=python3.12 chooses its interpreter."
 
 setup: $(STAMP)
@@ -53,6 +55,27 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m ""
 
+# Lanes are run by hand: the tests with other versions than requirements/dev.txt pins, in an environment on top of .venv.
+LANES = keras-oldest keras-newest torch
+WITH_keras-oldest = keras==3.10.0
+WITH_keras-newest = --upgrade keras
+WITH_torch = --require-hashes -r requirements/torch.txt
+TESTS_torch = tests/optimizers/test_backends.py
+$(LANES:%=test-%): test-%: setup
+	$(BIN)/python -m venv .venv-$*
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > "$$(echo .venv-$*/lib/python*/site-packages)/base.pth"
+	.venv-$*/bin/python $(PIP) $(WITH_$*)
+	.venv-$*/bin/python -m pytest -q -n 2 --dist loadscope $(TESTS_$*) $(TESTS)
+
+# In an empty environment, outside the checkout: Keras, one backend and the wheel.
+test-wheel: setup
+	rm -rf build dist .venv-wheel
+	$(BIN)/python $(subst install,wheel,$(PIP)) --no-deps --no-build-isolation --wheel-dir dist .
+	$(PYTHON) -m venv .venv-wheel
+	$(BIN)/python -m pip freeze --exclude-editable > .venv-wheel/versions
+	.venv-wheel/bin/python $(PIP) --constraint .venv-wheel/versions "$$(echo dist/*.whl)[jax]"
+	cd .venv-wheel && KERAS_BACKEND=jax bin/python -I ../tests/wheel.py
+
 # The TPU build runs on the CPU where libtpu is absent, so what it says it requires is not asked.
 test-tpu-wheel: setup
 	@if [ "$$(uname -sm)" != "Linux x86_64" ]; then \
@@ -76,17 +99,19 @@ prove-resume: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 LOCK =
-COMPILE = $(UV) pip compile pyproject.toml --extra train --extra jax --extra dev $(LOCK) \
-    --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+COMPILE = $(UV) pip compile $(LOCK) --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
     --annotation-style line --custom-compile-command "make lock" --quiet
+EXTRAS = --extra train --extra jax --extra dev
 lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	$(COMPILE) --extra cpu --extra pod --output-file requirements/dev.txt
-	$(COMPILE) --extra tpu --no-emit-package libtpu --output-file requirements/tpu.txt
+	$(COMPILE) pyproject.toml $(EXTRAS) --extra cpu --extra pod --output-file requirements/dev.txt
+	$(COMPILE) pyproject.toml $(EXTRAS) --extra tpu --no-emit-package libtpu --output-file requirements/tpu.txt
+	echo "torch==2.13.0" | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
 
 clean:
-	rm -rf $(VENV) .venv-tpu build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

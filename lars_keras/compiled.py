@@ -1,4 +1,4 @@
-"""Runs an optimizer's whole update as one compiled program, made of the optimizer's own rule.
+"""An optimizer's whole update as one compiled program, made of the optimizer's own rule.
 
 Operation by operation, an update reads and writes every weight many times. Compiled, it reads weights and gradients
 once for the norms and once for the step, and the new weights take the place of the old.
@@ -16,21 +16,21 @@ from keras import ops
 from lars_keras._tensorflow_internals import optimization_barrier
 
 Tensor = Any
-# Of one variable: gradient, weights, slots, what is fixed about it, the scalars of the update, whether to measure it.
+# Takes of one variable: gradient, weights, slots, role; then the scalars of the update, and whether to measure.
 Step = Callable[..., list[Tensor]]
 
 _tracing = contextvars.ContextVar("tracing", default=False)
 
 
 def has_accelerator() -> bool:
-    """Whether TensorFlow has a GPU or TPU, of this machine or of those that it is connected to."""
+    """Return whether TensorFlow has a GPU or TPU, of this machine or of those that it is connected to."""
     import tensorflow as tf
 
     return any(device.device_type in ("GPU", "TPU") for device in tf.config.list_logical_devices())
 
 
 def distributed() -> bool:
-    """Whether a `tf.distribute` strategy is in force."""
+    """Return whether a `tf.distribute` strategy is in force."""
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -38,17 +38,35 @@ def distributed() -> bool:
     return tf.distribute.has_strategy()
 
 
+def being_traced(tensors: Sequence[Tensor]) -> bool:
+    """Return whether an outer function of TensorFlow or JAX is being traced, which keeps Python values as they are."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.inside_function()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return any(isinstance(t, jax.core.Tracer) for t in tensors)
+    return False
+
+
 def recomputed(*tensors: Tensor) -> Sequence[Tensor]:
-    """The same tensors, but what is computed from them XLA neither merges with what is computed from the originals nor
-    stores for both: on a CPU it would keep an expensive intermediate in memory, as large as the weights."""
+    """Return the same tensors, from which XLA computes again what it has computed from the originals.
+
+    On a CPU it would otherwise keep an expensive intermediate in memory, as large as the weights.
+    """
     if not _tracing.get():
         return tensors
     return optimization_barrier(tensors)
 
 
 def rounded(x: Tensor, dtype: str) -> Tensor:
-    """`x` rounded to `dtype`, in its own dtype. XLA may leave a rounding out, and then computes from the old values
-    what it could from those it has just written, for which it copies them."""
+    """Return `x` rounded to `dtype`, in its own dtype.
+
+    XLA may leave a rounding out. It then computes from the old values, which it copies, in place of those that it has
+    just written.
+    """
     if keras.backend.standardize_dtype(x.dtype) == dtype:
         return x
     (short,) = recomputed(ops.cast(x, dtype))
@@ -58,8 +76,8 @@ def rounded(x: Tensor, dtype: str) -> Tensor:
 class CompiledUpdate:
     """A step of every variable, through XLA on the TensorFlow backend.
 
-    On other backends, and where XLA cannot serve, it is a loop over the variables; under `jax.jit` that is one program
-    too.
+    On other backends, and where XLA cannot serve, it is a loop over the variables. Under `jax.jit` that is one program
+    as well.
 
     Args:
         step: updates one variable and its slots in place, and may return tensors.
@@ -77,16 +95,21 @@ class CompiledUpdate:
         roles: Sequence[Any],
         scalars: Sequence[Tensor],
         measure: bool,
+        constants: tuple[Any, ...] = (),
     ) -> list[Tensor]:
-        """Updates `variables` and `slots`.
+        """Update `variables` and `slots`.
 
         Args:
-            gradients, variables, slots, roles: of each variable.
-            scalars: of the update.
+            gradients: one for each variable.
+            variables: the weights.
+            slots: the slots of each variable.
+            roles: the role of each variable.
+            scalars: tensors that change from update to update.
             measure: as `step` takes it.
+            constants: values that are compiled in: others make another program.
 
         Returns:
-            What `step` returns of the variables, in their order.
+            The tensors that `step` returns, in the order of the variables.
         """
 
         def loop(gradients: Any, variables: Any, slots: Any, scalars: Any) -> list[Tensor]:
@@ -102,7 +125,7 @@ class CompiledUpdate:
         local, local_slots = [_local(v) for v in variables], [[_local(s) for s in of_one] for of_one in slots]
         if not _can_compile(gradients, local):
             return loop(gradients, variables, slots, scalars)
-        key = (measure, *map(id, local))
+        key = (measure, constants, *map(id, local))
         if key not in self._programs:
 
             def program(gradients: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
@@ -117,7 +140,7 @@ class CompiledUpdate:
 
 
 def _local(variable: keras.Variable) -> Any:
-    """The TensorFlow variable that this replica of a strategy owns."""
+    """Return the TensorFlow variable that this replica of a strategy owns."""
     import tensorflow as tf
 
     value = getattr(variable, "value", variable)
@@ -129,7 +152,7 @@ def _local(variable: keras.Variable) -> Any:
 
 
 def _can_compile(gradients: Sequence[Tensor], variables: Sequence[Any]) -> bool:
-    """Not with sparse gradients, variables on several devices, or where everything is compiled already (a TPU)."""
+    """Return False for sparse gradients, variables on several devices, or where a TPU compiles everything already."""
     import tensorflow as tf
 
     return (

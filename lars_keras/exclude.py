@@ -11,14 +11,22 @@ RANK_LE_1 = "rank<=1"
 
 DEFAULT_EXCLUDE: tuple[str, ...] = (
     RANK_LE_1,  # biases and scales, whatever they are called
-    r"(^|/)(bias|beta|gamma|alpha)$",  # the same, and PReLU's slopes, where they have more axes
-    r"norm(alization)?(_\d+)?/[^/]+$",  # a variable that a normalisation layer owns itself
+    r"(^|/)(bias|beta|gamma|alpha|scale|offset)$",  # the same, where they have more axes
 )
-"""Bias and normalisation variables.
+"""Biases, the scales and offsets of normalisation layers, and the slopes of PReLU.
 
-Each entry is a regular expression searched in `keras.Variable.path`; the entry `"rank<=1"` is not a
-regular expression but matches every variable with at most one axis: names alone miss `my_norm/scale`.
+Each entry is a regular expression searched in `keras.Variable.path`. The entry `"rank<=1"` is not a regular
+expression: it matches every variable with at most one axis, so that `my_norm/weight` is found as well. The name of a
+layer decides nothing: the kernel of a `Dense` layer called `prenorm` is adapted.
 """
+
+# Defaults of optimizers that were saved before; they may match nothing, too.
+_FORMER_DEFAULTS = (r"(^|/)(bias|beta|gamma|alpha)$", r"norm(alization)?(_\d+)?/[^/]+$")
+
+# A variable of a normalisation layer, by its own name or that of its layer.
+_NORMALISATION = re.compile(r"(^|/)(beta|gamma|scale)$|norm[^/]*/[^/]+$", re.IGNORECASE)
+
+Matches = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,7 @@ class VariableRole:
     Attributes:
         path: `keras.Variable.path`.
         shape: shape of the variable.
-        dtype: in which it and its slots are stored.
+        dtype: dtype in which the variable and its slots are stored.
         adapt: whether the trust ratio scales its step.
         decay: whether weight decay acts on it.
         lr_scale: factor on the global learning rate; 1 where `adapt` is true.
@@ -39,11 +47,16 @@ class VariableRole:
     dtype: str
     adapt: bool
     decay: bool
-    lr_scale: float
+    lr_scale: float = 1.0
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the variable is a scale or an offset of a normalisation layer, as far as its path tells."""
+        return not self.adapt and _NORMALISATION.search(self.path) is not None
 
 
 def check_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
-    """Returns `patterns` as a tuple of valid regular expressions, or None.
+    """Return `patterns` as a tuple of valid regular expressions, or None.
 
     Raises:
         ValueError: for a lone string, an entry that is no string, or an invalid regular expression.
@@ -71,35 +84,68 @@ def resolve_roles(
     exclude: tuple[str, ...],
     exclude_from_layer_adaptation: tuple[str, ...] | None,
     exclude_from_weight_decay: tuple[str, ...] | None,
-    excluded_lr_scale: float,
+    saved: Matches | None = None,
 ) -> list[VariableRole]:
-    """One role per variable, in the order of `variables`.
+    """Return one role per variable, in the order of `variables`.
 
     Roles are resolved when the optimizer is built, because later, under `tf.distribute`, an update sees backend
     variables that have no path.
+
+    Args:
+        variables: trainable variables of the model.
+        exclude: patterns, as the other two are: see `LARS`.
+        exclude_from_layer_adaptation: None where `exclude` holds.
+        exclude_from_weight_decay: None where `exclude` holds.
+        saved: see `match_patterns`.
 
     Raises:
         ValueError: if a pattern that is not one of `DEFAULT_EXCLUDE` matches no variable.
     """
     no_adapt = exclude if exclude_from_layer_adaptation is None else exclude_from_layer_adaptation
     no_decay = exclude if exclude_from_weight_decay is None else exclude_from_weight_decay
-    paths = [getattr(v, "path", v.name) for v in variables]
-    for pattern in dict.fromkeys(no_adapt + no_decay):
-        if pattern in DEFAULT_EXCLUDE:
-            continue
-        if not any(_matches(pattern, p, v) for p, v in zip(paths, variables, strict=True)):
+    matches = match_patterns(variables, no_adapt + no_decay, saved)["patterns"]
+    roles = []
+    for i, variable in enumerate(variables):
+        adapt = not any(i in matches[p] for p in no_adapt)
+        decay = not any(i in matches[p] for p in no_decay)
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        roles.append(VariableRole(_path(variable), tuple(variable.shape), dtype, adapt, decay))
+    return roles
+
+
+def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Matches | None = None) -> Matches:
+    """Find the variables that each pattern matches.
+
+    Args:
+        variables: trainable variables of a model.
+        patterns: regular expressions, and `"rank<=1"`.
+        saved: what was returned for the model before it was saved. A loaded model may have other paths: Keras leaves
+            out the name of a `Sequential`, and numbers layers anew. A pattern then matches the variables that it
+            matched before, provided that all names and shapes are the same.
+
+    Returns:
+        For JSON: under "variables" the name and shape of each, under "patterns" the positions that each matches.
+
+    Raises:
+        ValueError: if a pattern that is not one of `DEFAULT_EXCLUDE` matches no variable.
+    """
+    paths = [_path(v) for v in variables]
+    layout = [[path.rpartition("/")[2], list(v.shape)] for path, v in zip(paths, variables, strict=True)]
+    known = saved["patterns"] if saved and saved["variables"] == layout else {}
+    matches = {}
+    for pattern in dict.fromkeys(patterns):
+        found = [i for i, v in enumerate(variables) if _matches(pattern, paths[i], v)]
+        matches[pattern] = known.get(pattern, found)
+        if not matches[pattern] and pattern not in DEFAULT_EXCLUDE + _FORMER_DEFAULTS:
             raise ValueError(
                 f"The exclusion pattern {pattern!r} matches none of the {len(paths)} trainable variables: "
                 f"{', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}"
             )
-    roles = []
-    for path, variable in zip(paths, variables, strict=True):
-        adapt = not any(_matches(p, path, variable) for p in no_adapt)
-        decay = not any(_matches(p, path, variable) for p in no_decay)
-        scale = 1.0 if adapt else excluded_lr_scale
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        roles.append(VariableRole(path, tuple(variable.shape), dtype, adapt, decay, scale))
-    return roles
+    return {"variables": layout, "patterns": matches}
+
+
+def _path(variable: Any) -> str:
+    return getattr(variable, "path", variable.name)
 
 
 def _matches(pattern: str, path: str, variable: Any) -> bool:

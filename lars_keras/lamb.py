@@ -7,15 +7,16 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras.checks import check_number
 from lars_keras.compiled import recomputed, rounded
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
-from lars_keras.layerwise import LayerwiseOptimizer, check_number
+from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.trust_ratio import Tensor, l2_norm, trust_ratio
 
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class LAMB(LayerwiseOptimizer):
-    """Adam whose step in each variable, weight decay included, gets the length of that variable.
+    """Adam that gives the step of each variable, weight decay included, the length of that variable.
 
     With weights `w`, gradient `g`, weight decay `b`, update `t` = 1, 2, ... and L2 norms over one variable:
 
@@ -25,7 +26,7 @@ class LAMB(LayerwiseOptimizer):
         w -= lr ||w|| / ||r|| * r
 
     The ratio is 1 where either norm is 0. Arithmetic and norms are float32 whatever the variable's dtype (float64 for
-    float64 variables); what is stored has the variable's dtype, and the weights move by the moments as they are stored.
+    float64 variables). What is stored has the variable's dtype, and the weights move by the moments as they are stored.
 
     Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to
     `optax.lamb`. `keras.optimizers.Lamb` subtracts the decay outside the ratio.
@@ -44,13 +45,15 @@ class LAMB(LayerwiseOptimizer):
         exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
         exclude_from_weight_decay: takes the place of `exclude` for the decay.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
-        **kwargs: arguments of `keras.optimizers.Optimizer` (`name`, `clipnorm`, `global_clipnorm`, `use_ema`, ...).
+        name: of the optimizer, `lamb`, `lamb_1`, ... by default.
+        **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).
 
     Raises:
         ValueError: for an argument out of range; at `build` for an exclusion pattern that matches no variable.
     """
 
     slots = ("momentum", "velocity")
+    hyperparameters = ("beta_1", "beta_2", "epsilon", "bias_correction", "trust_clip")
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class LAMB(LayerwiseOptimizer):
         exclude_from_layer_adaptation: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
         excluded_lr_scale: float = 1.0,
-        name: str = "lamb",
+        name: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(
@@ -87,7 +90,7 @@ class LAMB(LayerwiseOptimizer):
     def rule(
         self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        """The new weights and moments of one variable, and its trust ratio."""
+        """Return the new weights and moments of one variable, and its trust ratio."""
         m, v = slots
         b = self.weight_decay if role.decay else 0.0
         m = rounded(self.beta_1 * m + (1 - self.beta_1) * g, role.dtype)
@@ -104,14 +107,5 @@ class LAMB(LayerwiseOptimizer):
         return w - lr * ratio * r(m, v, w), (m, v), ratio
 
     def _correction(self, beta: float, t: Tensor) -> Tensor | float:
-        """`1 - beta^t`, of which a subtraction in float32 would leave four digits for beta_2 at first."""
+        """Return `1 - beta^t`. A subtraction in float32 would leave four digits of it for beta_2 at first."""
         return -ops.expm1(t * math.log(beta)) if self.bias_correction and beta else 1.0
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "beta_1": self.beta_1,
-            "beta_2": self.beta_2,
-            "epsilon": self.epsilon,
-            "bias_correction": self.bias_correction,
-            "trust_clip": self.trust_clip,
-        }

@@ -6,9 +6,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras.checks import check_number
 from lars_keras.compiled import rounded
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
-from lars_keras.layerwise import LayerwiseOptimizer, check_number
+from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.trust_ratio import Tensor, l2_norm, trust_ratio
 
 VARIANTS = ("paper", "norm_of_sum", "lr_outside_momentum", "ratio_on_momentum")
@@ -16,24 +17,25 @@ VARIANTS = ("paper", "norm_of_sum", "lr_outside_momentum", "ratio_on_momentum")
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class LARS(LayerwiseOptimizer):
-    """SGD with momentum whose step in each variable is scaled by that variable's own trust ratio.
+    """SGD with momentum that scales the step of each variable by the variable's own trust ratio.
 
     With weights `w`, gradient `g`, weight decay `b`, `d = g + b w`, momentum `m` and L2 norms over one variable:
 
     - `"paper"`: `v = m v + lr * eta ||w|| / (||g|| + b ||w|| + epsilon) * d`, then `w -= v`.
       You, Gitman, Ginsburg 2017, arXiv 1708.03888, algorithm 1; also the TPU and MLPerf reference code.
-    - `"norm_of_sum"`: the same with `||d||` as denominator. optax, tensorflow/models, SimCLR.
+    - `"norm_of_sum"`: the same with `||d||` as denominator. optax; tensorflow/models and SimCLR by default.
     - `"lr_outside_momentum"`: `v = m v + eta ||w|| / (||g|| + b ||w|| + epsilon) * d`, then `w -= lr * v`.
       apex LARC, torchlars, timm. It differs from `"paper"` while the learning rate changes.
     - `"ratio_on_momentum"`: `v = m v + d`, then `w -= lr * eta ||w|| / (||v|| + epsilon) * v`.
+      tensorflow/models and SimCLR with `classic_momentum=False`.
 
     The ratio is 1 where `||w||` is 0, or where the norm of the gradient in the rule is 0. Arithmetic and norms are
-    float32 whatever the variable's dtype (float64 for float64 variables); what is stored has the variable's dtype, and
+    float32 whatever the variable's dtype (float64 for float64 variables). What is stored has the variable's dtype, and
     the weights move by the momentum as it is stored.
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`. Rates of LARS recipes are large (2 to
-            40) because the ratio holds the small factor.
+            40), because the ratio is about 1e-3.
         momentum: `m`, in [0, 1).
         nesterov: look ahead along the momentum. Not defined for `"ratio_on_momentum"`.
         weight_decay: `b`. It acts inside the rule only, never as the base class's decoupled decay; 0 does not
@@ -48,15 +50,18 @@ class LARS(LayerwiseOptimizer):
             everything of rank 0 or 1. `()` excludes nothing, as the paper does.
         exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
         exclude_from_weight_decay: takes the place of `exclude` for the decay.
-        excluded_lr_scale: factor on the learning rate of variables that are not adapted: they take the raw
-            global rate, which is meant for ratios of about 1e-3.
-        **kwargs: arguments of `keras.optimizers.Optimizer` (`name`, `clipnorm`, `global_clipnorm`, `use_ema`, ...).
+        excluded_lr_scale: factor on the learning rate of variables that are not adapted. Without it they take the raw
+            global rate: 1 is what the published recipes for ResNet-50 do, whose convolutions have batch normalisation.
+            Biases of networks without normalisation need 0.05 or lower; `build` warns of a high rate there.
+        name: of the optimizer, `lars`, `lars_1`, ... by default.
+        **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).
 
     Raises:
         ValueError: for an argument out of range; at `build` for an exclusion pattern that matches no variable.
     """
 
     slots = ("momentum",)
+    hyperparameters = ("momentum", "nesterov", "trust_coefficient", "epsilon", "variant", "trust_clip")
 
     def __init__(
         self,
@@ -72,7 +77,7 @@ class LARS(LayerwiseOptimizer):
         exclude_from_layer_adaptation: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
         excluded_lr_scale: float = 1.0,
-        name: str = "lars",
+        name: str | None = None,
         **kwargs: Any,
     ):
         if variant not in VARIANTS:
@@ -93,9 +98,7 @@ class LARS(LayerwiseOptimizer):
         )
         self.momentum = check_number("momentum", momentum, below=1.0)
         self.nesterov = bool(nesterov)
-        self.trust_coefficient = check_number("trust_coefficient", trust_coefficient)
-        if self.trust_coefficient == 0.0:
-            raise ValueError("`trust_coefficient` must be above 0. Received: trust_coefficient=0.0")
+        self.trust_coefficient = check_number("trust_coefficient", trust_coefficient, above=0.0)
         self.epsilon = check_number("epsilon", epsilon)
         self.variant = variant
         self.trust_clip = bool(trust_clip)
@@ -103,7 +106,7 @@ class LARS(LayerwiseOptimizer):
     def rule(
         self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
     ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        """The new weights and momentum of one variable, and its trust ratio."""
+        """Return the new weights and momentum of one variable, and its trust ratio."""
         m, (v,) = self.momentum, slots
         b = self.weight_decay if role.decay else 0.0
         d = g + b * w
@@ -134,13 +137,3 @@ class LARS(LayerwiseOptimizer):
         ratio = trust_ratio(w_norm, l2_norm(x), self.trust_coefficient, self.epsilon, b * w_norm)
         # ratio / 0 would be right as well (the clip holds), but only where infinities are allowed.
         return ops.minimum(ratio / ops.maximum(lr, 1e-30), 1.0) if self.trust_clip else ratio
-
-    def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {
-            "momentum": self.momentum,
-            "nesterov": self.nesterov,
-            "trust_coefficient": self.trust_coefficient,
-            "epsilon": self.epsilon,
-            "variant": self.variant,
-            "trust_clip": self.trust_clip,
-        }

@@ -1,7 +1,7 @@
 """Warm-up, decay and scaling of the learning rate, counted in optimizer updates.
 
 Update `t` is the `t`-th call of the optimizer, from 0. With micro-batches an update is still one step of
-the optimizer, so the schedules below never see micro-batches.
+the optimizer, so the schedules never see micro-batches.
 """
 
 import abc
@@ -13,6 +13,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from lars_keras.checks import as_number, check_count, check_number
+
 
 class _Warmup(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
     """`start + (peak - start) * (t + 1) / warmup_updates`, then `decay(t - warmup_updates)`.
@@ -21,9 +23,9 @@ class _Warmup(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
     """
 
     def __init__(self, peak: float, warmup_updates: int, start: float):
-        self.peak = _at_least("peak", peak, 0.0)
-        self.warmup_updates = _count("warmup_updates", warmup_updates)
-        self.start = _at_least("start", start, 0.0)
+        self.peak = check_number("peak", peak)
+        self.warmup_updates = check_count("warmup_updates", warmup_updates)
+        self.start = check_number("start", start)
 
     def __call__(self, step: Any) -> Any:
         t = ops.cast(step, "float32")
@@ -33,7 +35,7 @@ class _Warmup(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
 
     @abc.abstractmethod
     def decay(self, t: Any) -> Any:
-        """The rate `t` updates after the warm-up, a float32 scalar."""
+        """Return the rate `t` updates after the warm-up, a float32 scalar."""
 
     def get_config(self) -> dict[str, Any]:
         return {"peak": self.peak, "warmup_updates": self.warmup_updates, "start": self.start}
@@ -51,8 +53,8 @@ class _WarmupTo(_Warmup):
         end: float = 0.0,
     ):
         super().__init__(peak, warmup_updates, start)
-        self.total_updates = _count("total_updates", total_updates)
-        self.end = _at_least("end", end, 0.0)
+        self.total_updates = check_count("total_updates", total_updates)
+        self.end = check_number("end", end)
         if self.total_updates <= self.warmup_updates:
             raise ValueError(
                 "`total_updates` must be above `warmup_updates`. "
@@ -60,7 +62,7 @@ class _WarmupTo(_Warmup):
             )
 
     def left(self, t: Any) -> Any:
-        """The share of the decay that is still to come: 1 after the warm-up, 0 at the end."""
+        """Return the fraction of the decay that is still to come: 1 after the warm-up, 0 at the end."""
         return 1.0 - ops.minimum(t / (self.total_updates - self.warmup_updates), 1.0)
 
     def get_config(self) -> dict[str, Any]:
@@ -95,9 +97,7 @@ class WarmupPolynomial(_WarmupTo):
         end: float = 0.0,
     ):
         super().__init__(peak, warmup_updates, total_updates, start, end)
-        self.power = _at_least("power", power, 0.0)
-        if self.power == 0.0:
-            raise ValueError("`power` must be above 0. Received: power=0.0")
+        self.power = check_number("power", power, above=0.0)
 
     def decay(self, t: Any) -> Any:
         return self.end + (self.peak - self.end) * self.left(t) ** self.power
@@ -174,9 +174,9 @@ class WarmupStep(_Warmup):
         start: float = 0.0,
     ):
         super().__init__(peak, warmup_updates, start)
-        self.boundaries = [_count("boundaries", b) for b in boundaries]
-        self.factor = _at_least("factor", factor, 0.0)
-        if not 0.0 < self.factor <= 1.0:
+        self.boundaries = [check_count("boundaries", b) for b in boundaries]
+        self.factor = check_number("factor", factor, above=0.0)
+        if self.factor > 1.0:
             raise ValueError(f"`factor` must be in (0, 1]. Received: factor={factor!r}")
         if self.boundaries != sorted(set(self.boundaries)):
             raise ValueError(f"`boundaries` must rise. Received: boundaries={list(boundaries)}")
@@ -197,7 +197,7 @@ class WarmupStep(_Warmup):
 
 
 def duration_in_updates(duration: str | int | float, *, batch_size: int, num_examples: int) -> int:
-    """A duration in optimizer updates, rounded up.
+    """Convert a duration to optimizer updates, rounded up.
 
     Args:
         duration: `"5 epochs"`, `"100 steps"` (updates), `"1e6 examples"`, or a number of updates.
@@ -205,12 +205,12 @@ def duration_in_updates(duration: str | int | float, *, batch_size: int, num_exa
         num_examples: examples in an epoch.
 
     Returns:
-        The least number of updates that cover the duration, so that a new batch size needs no other edit of a recipe.
+        The smallest number of updates that covers the duration: a new batch size needs no other edit of a recipe.
 
     Raises:
         ValueError: for a text of another form, a negative number or a fraction of a step.
     """
-    match = re.fullmatch(r"\s*([-+.\deE]+?)\s*(epochs?|steps?|updates?|examples?)?\s*", str(duration))
+    match = re.fullmatch(r"\s*([-+.\deE]+?)\s*(epochs?|steps?|updates?|examples?)?\s*", str(as_number(duration)))
     try:
         number = float(match[1]) if match else -1.0
     except ValueError:
@@ -231,22 +231,10 @@ def duration_in_updates(duration: str | int | float, *, batch_size: int, num_exa
 
 
 def linear_scaling(base_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
-    """`base_rate * batch_size / base_batch_size`. Goyal et al. 2017 (arXiv 1706.02677), section 2.1."""
+    """Return `base_rate * batch_size / base_batch_size`. Goyal et al. 2017 (arXiv 1706.02677), section 2.1."""
     return base_rate * batch_size / base_batch_size
 
 
 def sqrt_scaling(base_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
-    """`base_rate * sqrt(batch_size / base_batch_size)`. Krizhevsky 2014 (arXiv 1404.5997), section 5."""
+    """Return `base_rate * sqrt(batch_size / base_batch_size)`. Krizhevsky 2014 (arXiv 1404.5997), section 5."""
     return base_rate * math.sqrt(batch_size / base_batch_size)
-
-
-def _at_least(argument: str, value: Any, low: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
-        raise ValueError(f"`{argument}` must be a number of at least {low:g}. Received: {argument}={value!r}")
-    return float(value)
-
-
-def _count(argument: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"`{argument}` must be a whole number of at least 0. Received: {argument}={value!r}")
-    return value

@@ -11,25 +11,25 @@ Tensor = Any  # a tensor of whichever backend Keras runs
 
 
 def l2_norm(x: Tensor, expensive_input: bool = False) -> Tensor:
-    """L2 norm over all elements of `x`, a scalar of the dtype of `x`.
+    """Compute the L2 norm over all elements of `x`, a scalar of the dtype of `x`.
 
     Callers pass float32 (or float64): in float16 the squares overflow above 256 and vanish below 2e-4.
 
     Args:
         x: any shape.
-        expensive_input: `x` is an expression that costs more than reading a tensor; no other value comes of it.
+        expensive_input: `x` is an expression that costs more than reading a tensor. The value is the same.
     """
     return ops.sqrt(_sum_of_squares(x, *((1, 16) if expensive_input else (8, 28))))
 
 
 def _sum_of_squares(x: Tensor, streams: int, rows: int, lanes: int = 8) -> Tensor:
-    """In one pass over `x`, without a copy of its squares.
+    """Sum the squares of `x` in one read of it, without a copy of them.
 
-    XLA may not reassociate a sum of floats. TensorFlow's, on a CPU, then either stores all the squares or adds them one
-    by one, at a fifth of the speed of memory. But it unrolls short sums and runs along the last axis in vector
-    registers. So vectors of `lanes` are added first, `rows` that are neighbours in each of `streams` places, and then
-    those sums, which are `streams * rows` times fewer. It is also the more exact order. At most 32 rows are fused. A
-    longer expression is unrolled less. Other compilers do as much by themselves.
+    XLA may not reassociate a sum of floats. On a CPU, TensorFlow's XLA then either stores all the squares or adds them
+    one by one, at a fifth of the speed of memory. But it unrolls short sums, and runs along the last axis in vector
+    registers. So this adds vectors of `lanes` first, `rows` neighbours in each of `streams` places. It then adds those
+    sums, which are `streams * rows` times fewer. That order is also more exact. XLA fuses at most 32 rows and unrolls a
+    longer expression less. Other compilers do as much by themselves.
     """
     if keras.backend.backend() != "tensorflow" or compiled.has_accelerator():
         return ops.sum(ops.square(x))
@@ -50,7 +50,7 @@ def trust_ratio(
     epsilon: float = 0.0,
     decay_norm: Tensor | float = 0.0,
 ) -> Tensor:
-    """`trust_coefficient * ||w|| / (rule_norm + decay_norm + epsilon)`, and 1 where a norm is 0.
+    """Compute `trust_coefficient * ||w|| / (rule_norm + decay_norm + epsilon)`, or 1 where a norm is 0.
 
     The ratio is 1 where `||w||` is 0, so that a variable initialised to zero can learn, and where
     `rule_norm` is 0, whatever the decay.

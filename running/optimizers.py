@@ -122,7 +122,6 @@ def _exclude_from_weight_decay(
         exclude=check_patterns("exclude", exclude) or (),
         exclude_from_layer_adaptation=None,
         exclude_from_weight_decay=None,
-        excluded_lr_scale=1.0,
     )
     kept = [v for v, role in zip(variables, roles, strict=True) if not role.decay]
     if kept:

@@ -85,20 +85,20 @@ class Case:
 
 
 def make_case(variant, name="plain", **more):
-    """Returns a row of `CASES` for one variant, with `more` arguments of `LARS`."""
+    """Return a row of `CASES` for one variant, with `more` arguments of `LARS`."""
     arguments, adapt, decay = CASES[name]
     common = {"variant": variant, "learning_rate": Rate(8.0), "weight_decay": 0.05}
     return Case(common | arguments | more, adapt, decay)
 
 
 def all_cases(variant):
-    """Returns every row of `CASES` that exists for the variant."""
+    """Return every row of `CASES` that exists for the variant."""
     without = {"nesterov"} if variant == "ratio_on_momentum" else set()
     return [make_case(variant, name) for name in CASES if name not in without]
 
 
 def problem(dtype="float32", updates=20):
-    """Returns weights and `updates` lists of gradients that `dtype` can hold, in float64."""
+    """Return weights and `updates` lists of gradients that `dtype` can hold, in float64."""
     rng = np.random.default_rng(0)
     weights = [round_to(dtype, rng.normal(0, scale, shape)) for _, shape, scale, _ in VARIABLES]
     gradients = [
@@ -116,7 +116,7 @@ def problem_with_zeros():
 
 
 def make_variables(weights, dtype="float32"):
-    """Returns Keras variables with the paths of `VARIABLES`."""
+    """Return Keras variables with the paths of `VARIABLES`."""
     variables = []
     for (path, *_), w in zip(VARIABLES, weights, strict=True):
         scope, _, name = path.rpartition("/")
@@ -126,11 +126,11 @@ def make_variables(weights, dtype="float32"):
 
 
 def slots(optimizer):
-    """Returns the momentum variables of a built optimizer, in the order of the weights."""
+    """Return the momentum variables of a built optimizer, in the order of the weights."""
     return [v for v in optimizer.variables if v.path.endswith("momentum")]
 
 
 def relative_error(actual, expected):
-    """Returns the largest difference over the largest magnitude."""
+    """Return the largest difference over the largest magnitude."""
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
     return np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-30)

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def round_to(dtype, value):
-    """Rounds to float16, bfloat16, float32 or float64, and returns the result in float64."""
+    """Round to float16, bfloat16, float32 or float64, and returns the result in float64."""
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     return np.asarray(value, "float64").astype(kind).astype("float64")
 
@@ -21,8 +21,7 @@ def norm(x):
 
 
 class ReferenceLARS:
-    """Holds weights and slots in float64; `dtype` is what they are rounded to when
-    stored, slots before the weights move by them.
+    """Weights and slots in float64, rounded to `dtype` when stored, slots before the weights move by them.
 
     `adapt` and `decay` say for each variable what exclusions say by pattern. A learning rate that
     is a function gives the rate of update 0, 1, ...
@@ -54,7 +53,7 @@ class ReferenceLARS:
         self.dtype, self.updates = dtype, 0
 
     def step(self, gradients):
-        """Updates every weight and slot once."""
+        """Update every weight and slot once."""
         lr = self.learning_rate
         lr = lr(self.updates) if callable(lr) else lr
         rule = getattr(self, self.variant)

@@ -1,4 +1,4 @@
-"""Runs a file of tests again on another Keras backend, of which a process has only one."""
+"""Run a file of tests again on another Keras backend, of which a process has only one."""
 
 import importlib.util
 import os
@@ -8,7 +8,7 @@ import sys
 
 
 def run_on(backend, test, file, *options, **environment):
-    """Runs `file` with pytest and `options`; `test`, a test case, is skipped where the backend is not installed."""
+    """Run `file` with pytest and `options`; `test`, a test case, is skipped where the backend is not installed."""
     if importlib.util.find_spec(backend) is None:
         test.skipTest(f"{backend} is not installed")
     run = subprocess.run(

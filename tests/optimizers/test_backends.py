@@ -16,11 +16,14 @@ from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+    pytest.mark.filterwarnings("ignore:Variables that are not adapted take a learning rate"),
+]
 
 
 def on(backend):
-    """Returns a decorator that keeps a test class on one backend."""
+    """Return a decorator that keeps a test class on one backend."""
     return lambda test: test if BACKEND == backend else None
 
 

@@ -159,8 +159,8 @@ class LayerPlanTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters("exclude", "exclude_from_layer_adaptation", "exclude_from_weight_decay")
     def test_pattern_that_matches_nothing(self, argument):
         variables = small_model().trainable_variables
-        with self.assertRaisesRegex(ValueError, "frist"):
-            self.plan(variables, **{argument: (*DEFAULT_EXCLUDE, "first", "frist")})
+        with self.assertRaisesRegex(ValueError, "absent"):
+            self.plan(variables, **{argument: (*DEFAULT_EXCLUDE, "first", "absent")})
         # The default patterns may match nothing: a model need have no bias and no normalisation.
         self.plan(variables[:1], **{argument: (*DEFAULT_EXCLUDE, "first")})
 

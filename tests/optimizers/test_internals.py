@@ -34,7 +34,7 @@ METHODS = {
 
 
 def built(optimizer):
-    """Returns a model with one of each thing that the helpers look at, and its built optimizer."""
+    """Return a model with one of each thing that the helpers look at, and its built optimizer."""
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
     )
@@ -44,7 +44,7 @@ def built(optimizer):
 
 class KerasTest(parameterized.TestCase):
     def name(self, owner, name):
-        """Returns an attribute, or fails with its name."""
+        """Return an attribute, or fails with its name."""
         self.assertTrue(hasattr(owner, name), f"Keras {keras.__version__} has no {type(owner).__name__}.{name}")
         return getattr(owner, name)
 
@@ -167,7 +167,7 @@ class SourceTest(parameterized.TestCase):
 
 
 def defined_names(tree):
-    """Yields the names of functions and methods, and of the attributes that methods assign to `self`."""
+    """Yield the names of functions and methods, and of the attributes that methods assign to `self`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -176,14 +176,14 @@ def defined_names(tree):
 
 
 def private_attributes(tree):
-    """Yields name and line of every private attribute of anything but `self`."""
+    """Yield name and line of every private attribute of anything but `self`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and not is_self(node.value):
             yield node.attr, node.lineno
 
 
 def private_imports(tree):
-    """Returns the lines that import a private module of a library."""
+    """Return the lines that import a private module of a library."""
     private = r"(^|\.)_[a-z]|^jax\.interpreters|^tensorflow\.(python|compiler)|^keras\.src"
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     nodes = [node for node in nodes if not (node.module or "").startswith("lars_keras")]

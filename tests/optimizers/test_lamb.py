@@ -31,7 +31,7 @@ CASES = {
 
 
 def make(name, weights, dtype="float64"):
-    """Returns a built-in case as optimizer and oracle."""
+    """Return a built-in case as optimizer and oracle."""
     arguments, adapt, decay = CASES[name]
     arguments = {"weight_decay": 0.3, "learning_rate": 0.05} | arguments
     own = {k: v for k, v in arguments.items() if not k.startswith("exclude_from") and k != "exclude"}
