@@ -19,7 +19,7 @@ import flags
 from lars_keras.runtime.errors import Preempted, UsageError
 from tests import prepared
 from tools.comparison import command, page, search, worker
-from tools.comparison.candidates import Candidate
+from tools.comparison.candidates import Candidate, Job
 from tools.comparison.search import GridCell, ModeTrial, grid
 from tools.comparison.store import ResultsStore, differing
 
@@ -212,6 +212,28 @@ class StoreTest(absltest.TestCase):
         more = ResultsStore(self.out, self.about | {"commit": "b"}, self.cells)  # has runs left
         more.add("y", outcome(0.5))
         self.assertEqual(more.write()["commit"], "a, b")
+
+    def test_scores_on_views_are_shown_beside_the_plain_ones(self):
+        store = ResultsStore(self.out, self.about, self.cells)
+        cell = self.cells[0]
+        while jobs := cell.jobs(store.outcomes):
+            for job in jobs:
+                views = {} if job.tuning else {"top1_views": 0.75, "top5_views": 0.9}
+                store.add(job.name, outcome(0.5, **views))
+        found = store.write()
+        page.write(self.out, found)
+        self.assertEqual(found["table"][0]["top1_views"], [0.75, 0.75])
+        self.assertNotIn("top1_views", found["table"][1])
+        html = (self.out / "compare.html").read_text()
+        for text in ("on several views", "75.00 ± 0.00 %", "50.00 ± 0.00 %"):
+            self.assertIn(text, html)
+
+    def test_only_the_runs_that_count_are_scored_on_views(self):
+        candidate = dataclasses.replace(self.cells[0].candidate, config=flags.RunConfig(test_views=6))
+        views = {}
+        for stage in ("short", "tuning", "seed", "graph"):
+            views[stage] = Job(candidate, 256, 1.0, 0, stage).config(self.out, 0.1).test_views
+        self.assertEqual(views, {"short": 1, "tuning": 1, "seed": 6, "graph": 1})
 
     def test_page(self):
         store = ResultsStore(self.out, self.about, self.cells)

@@ -128,6 +128,7 @@ class Job:
             jit_compile=jit_compile or config.jit_compile,
             steps_per_execution=calls,
             eval_every=10**6,  # at the end alone
+            test_views=config.test_views if self.stage == "seed" else 1,  # rates are chosen by the plain score
             max_rollbacks=0,  # divergence is an outcome
             keep_checkpoints=1,
             **changed,

@@ -22,7 +22,7 @@ MARKERS = "osD^vPX"
 
 def score(row: dict[str, Any] | None, of: str = "top1") -> str:
     """Return mean and standard deviation of a cell, as in `88.07 ± 3.76 %`."""
-    if not row or not row[of]:
+    if not row or not row.get(of):
         return "–"
     spread = f" ± {100 * statistics.stdev(row[of]):.2f}" if len(row[of]) > 1 else ""
     diverged = f", {row['diverged']} diverged" if row["diverged"] else ""
@@ -118,9 +118,9 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
     with svg_style():
         save_svg(figure(rows, LIGHT), out / "compare.svg")
         plot = inline_svg(figure(rows, GRID), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
-    top1, top5 = (
+    top1, views, top5 = (
         [(f"{b:,}", *(score(by_cell.get((c, b)), of) for c in candidates)) for b in batch_sizes]
-        for of in ("top1", "top5")
+        for of in ("top1", "top1_views", "top5")
     )
     about = [(name, str(comparison[name])) for name in ("command", "machine", "commit", "left")]
     about.append(("time", duration(comparison["wall_seconds"])))
@@ -133,6 +133,7 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
         status="Finished." if not comparison["left"] else f"Unfinished: {comparison['left']} runs are left.",
         head=("batch", *candidates),
         top1=top1,
+        views=views if any(row.get("top1_views") for row in rows) else [],
         top5=top5,
         plot=plot,
         rule=f"The rates are {search_rule(settings)}",

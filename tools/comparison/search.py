@@ -127,13 +127,18 @@ class GridCell:
             `candidate`, `batch_size`; `tuning`: rate, length and score of each run of the search; `rate`: the chosen
             one, or None; `at_edge`: the chosen rate is the lowest or highest tried; `updates` of a run; `top1` and
             `top5` of the finished runs by seed, `mean` and `std` (of the sample; None for one) of top-1, and the number
-            that `diverged`.
+            that `diverged`. Where runs are scored on several views of each image, `top1_views` and `top5_views`, too.
         """
         search = self.search(outcomes)
         rate = None if search.best is None else self.job(search.best, "seed").rate
         jobs = [] if search.best is None else [self.job(search.best, "seed", seed) for seed in self.seeds]
         runs = [outcomes[job.name] for job in jobs if job.name in outcomes]
         top1 = [run["top1"] for run in runs]
+        views = {
+            f"{of}_views": [run.get(f"{of}_views", run[of]) for run in runs]  # a run that diverged has none
+            for of in ("top1", "top5")
+            if any(f"{of}_views" in run for run in runs)
+        }
         tuning = []
         for stage, scores in (("short", search.short), ("tuning", search.full)):
             for step in sorted(scores):
@@ -152,6 +157,7 @@ class GridCell:
             "mean": statistics.fmean(top1) if top1 else None,
             "std": statistics.stdev(top1) if len(top1) > 1 else None,
             "diverged": sum(run["diverged"] for run in runs),
+            **views,
         }
 
 

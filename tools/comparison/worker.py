@@ -22,6 +22,7 @@ from lars_keras.runtime.errors import Diverged, Preempted
 from running.resume import config_of_flags, flags_of_run
 
 KEPT = ("top1", "top5", "loss", "n", "updates", "seconds", "images_per_second")
+VIEWS = ("top1_views", "top5_views")  # kept as well where `--test_views` asks for them
 MIN_JUDGED = 32  # updates: a shorter run is trained to its end, because it may begin to learn late
 
 _running, _stopped = False, False
@@ -114,8 +115,8 @@ def run_job(config: RunConfig, chance_loss: float | None = None) -> dict[str, An
         chance_loss: stop the run at half of its length if its training loss is not below this.
 
     Returns:
-        `KEPT` of its results, whether it `diverged` or is `lost`; `training_seconds` of its updates and, unless it was
-        resumed, `wall_seconds` from the call to the return. None if a signal stopped it.
+        `KEPT` and `VIEWS` of its results, whether it `diverged` or is `lost`; `training_seconds` of its updates and,
+        unless it was resumed, `wall_seconds` from the call to the return. None if a signal stopped it.
 
     Raises:
         Failed: if it ended with an error, or its folder holds a run of other flags.
@@ -167,7 +168,8 @@ def run_job(config: RunConfig, chance_loss: float | None = None) -> dict[str, An
     found = json.loads(results.read_text(encoding="utf-8"))
     if found["images_per_second"]:
         more["training_seconds"] = round(found["updates"] * config.batch_size / found["images_per_second"], 3)
-    return {name: found[name] for name in KEPT} | more
+    views = {name: found[name] for name in VIEWS if name in found}
+    return {name: found[name] for name in KEPT} | views | more
 
 
 def _flags_in(run_dir: Path) -> list[str]:
