@@ -18,6 +18,7 @@ _FLAG_OF_ARGUMENT = {
     "peak": "learning_rate",
     "synchronized": "sync_batch_norm",
 }
+_VALUES = {("jit_compile", "=True"): "=on", ("jit_compile", "=False"): "=off", ("sync_batch_norm", "=True"): ""}
 _NO_QUOTES = str.maketrans("", "", "\"'")
 _FLAG_OF_ARGUMENT |= {field.name: field.name for field in dataclasses.fields(RunConfig)}
 
@@ -38,9 +39,9 @@ def in_flags(message: str) -> str:
     """
 
     def flag(match: re.Match[str]) -> str:
-        name = _FLAG_OF_ARGUMENT.get(match["name"])
-        return f"--{name}{match['rest'].translate(_NO_QUOTES)}" if name else match[0]
+        name, value = _FLAG_OF_ARGUMENT.get(match["name"]), match["value"].translate(_NO_QUOTES)
+        return f"--{name}{_VALUES.get((name, value), value)}" if name else match[0]
 
-    message = re.sub(r"`(?P<name>\w+)(?P<rest>(=[^`\s]*)?)`", flag, message)
+    message = re.sub(r"`(?P<name>\w+)(?P<value>(=[^`\s]*)?)`", flag, message)
     text, received, values = message.rpartition("Received: ")
-    return text + received + re.sub(r"(?<![-\w.=/])(?P<name>[a-z]\w*)(?P<rest>=)", flag, values)
+    return text + received + re.sub(r"(?<![-\w.=/])(?P<name>[a-z]\w*)(?P<value>=(True|False)?)", flag, values)

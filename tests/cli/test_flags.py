@@ -181,6 +181,10 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         ("Use `strategy=\"single\"`. Received: strategy='x'", "Use --strategy=single. Received: --strategy='x'"),
         ("`model.fit` and `no_flag` stay. Received: no_flag=1", "`model.fit` and `no_flag` stay. Received: no_flag=1"),
         ("`peak` must be above 0. Received: peak=-1", "--learning_rate must be above 0. Received: --learning_rate=-1"),
+        (
+            "Not with `synchronized=True`. Received: jit_compile=True",
+            "Not with --sync_batch_norm. Received: --jit_compile=on",
+        ),
         ("Received: KERAS_BACKEND=jax", "Received: KERAS_BACKEND=jax"),
         ("Received: --run_dir=a/seed=3", "Received: --run_dir=a/seed=3"),
     )

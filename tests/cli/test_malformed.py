@@ -21,6 +21,7 @@ from lars_keras.data.records import TFRecords
 from lars_keras.runtime import checkpoint
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
+from running.model import load_model
 from tests.data.images import jpeg
 
 # The database of examples would make a run depend on the ones before it.
@@ -71,7 +72,7 @@ class MalformedTest(tf.test.TestCase):
         self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def run_flags(self, arguments):
-        """What train.py makes of flags, without training."""
+        """Runs train.py up to its main path; returns the exit code and stderr."""
         out, err = io.StringIO(), io.StringIO()
         seen = []
         with (
@@ -206,7 +207,7 @@ class MalformedTest(tf.test.TestCase):
         self.assertEqual(folder.latest().update, 1)
 
     def test_models(self):
-        model = models.get("alexnet_small", num_classes=3, input_shape=(16, 16, 1), seed=0)
+        model = models.get("lenet1989", num_classes=3, input_shape=(16, 16, 1), seed=0)
         path = self.dir / "model.keras"
         model.save(path)
         whole = path.read_bytes()
@@ -217,7 +218,7 @@ class MalformedTest(tf.test.TestCase):
         def check(data):
             path.write_bytes(damaged(whole, data.draw))
             try:
-                train.load_model(self.dir)
+                load_model(self.dir)
             except UsageError as e:
                 refused.append(str(e))
                 self.assertIn("model.keras cannot be loaded: ", str(e))

@@ -90,6 +90,12 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(code, 0, err)
         self.assertIn("2 updates", out)
         self.assertNotIn("WARNING", "".join(line for line in out.splitlines(True) if "only 2 updates" not in line))
+        saved = keras.models.load_model(self.dir / "r/model.keras").optimizer
+        name, momentum = {"lamb": ("LAMB", 0.9), "adam": ("Adam", 0.9), "sgd": ("SGD", 0), "momentum": ("SGD", 0.9)}[
+            optimizer
+        ]
+        self.assertEqual(type(saved).__name__, name)
+        self.assertEqual(saved.get_config().get("momentum", saved.get_config().get("beta_1")), momentum)
 
     def test_bfloat16(self):
         self.check_half_precision("mixed_bfloat16")
@@ -107,6 +113,9 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             f"--run_dir={self.dir}/r",
         )
         self.assertEqual(code, 0, err)
+        saved = keras.models.load_model(self.dir / "r/model.keras", compile=False)
+        kinds = {layer.compute_dtype for layer in saved.layers if layer.name.startswith("conv")}
+        self.assertEqual(kinds, {precision.removeprefix("mixed_")})
         events = [json.loads(line) for line in (self.dir / "r/metrics.jsonl").read_text().splitlines()]
         # So short a run says little about moving statistics, so not the evaluation.
         self.assertGreater([e["top1"] for e in events if e["event"] == "update"][-1], 0.9)
@@ -194,7 +203,10 @@ with StopOnSignal() as stop:
     threading.Thread(target=send).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 """
-        started = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=200)
+        environment = {**os.environ, "KERAS_BACKEND": "jax"}  # whose import is the shorter one
+        started = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, timeout=200
+        )
         self.assertEqual(started.returncode, 128 + signal.SIGTERM, started.stderr.decode())
 
     @parameterized.parameters(
