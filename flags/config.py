@@ -185,7 +185,9 @@ class RunConfig:
     max_rollbacks: int = _whole(
         3, "Roll a diverged run back to its last checkpoint at most this often.", 0, affects_result=False
     )
-    max_bad_images: int = _whole(100, "Abort after more than this many unreadable images.", 0, affects_result=False)
+    max_unreadable_images: int = _whole(
+        100, "Abort after more than this many unreadable images.", 0, affects_result=False
+    )
 
     def __post_init__(self) -> None:
         """Check what one flag cannot know of another."""

@@ -36,7 +36,7 @@ class RunCallbacks:
 
     def __init__(self, config: RunConfig, trainer: Trainer, data: ImageData, run_dir: Path, chief: bool):
         self.progress, self.log = Progress(), MetricsLog(run_dir)
-        self.images = UnreadableImageLimit(data, config.max_bad_images, self._on_unreadable_image)
+        self.images = UnreadableImageLimit(data, config.max_unreadable_images, self._on_unreadable_image)
         self._guard = DivergenceGuard(trainer)
         self._telemetry = LayerTelemetry(trainer, self.log, config.telemetry_every) if config.telemetry_every else None
         self._unreadable, self._path, self._chief = data.unreadable_images, run_dir / BAD_IMAGES, chief

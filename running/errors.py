@@ -14,7 +14,6 @@ _FLAG_OF_ARGUMENT = {
     "keep_every_n_hours": "keep_checkpoint_hours",
     "layer_ratios": "telemetry_every",
     "max_to_keep": "keep_checkpoints",
-    "max_unreadable_images": "max_bad_images",
     "peak": "learning_rate",
     "synchronized": "sync_batch_norm",
 }

@@ -13,6 +13,7 @@ FLAGS = {
     "epsilon": "trust_epsilon",
     "updates_per_call": "steps_per_execution",
     "shard_update": "shard_optimizer_state",
+    "max_bad_images": "max_unreadable_images",
 }
 VALUES = {("strategy", "one"): "single"}
 POSITION = {"data_update": "batches_consumed"}

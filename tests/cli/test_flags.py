@@ -63,6 +63,8 @@ def made(config):
     )
     with keras.name_scope("model"):
         variables = [keras.Variable([[1.0]], name="kernel"), keras.Variable([1.0], name="bias")]
+    with keras.name_scope("batch_normalization"):  # without which a large rate of biases brings a warning
+        variables.append(keras.Variable([1.0], name="gamma"))
     options = config.optimizer_options | ({"exclude": ()} if config.exclude else {})
     return make_optimizer(config.optimizer, schedule, variables, **options).get_config(), schedule.get_config()
 

@@ -51,6 +51,7 @@ EARLIER_FLAGS = """\
 --shard_update=false
 --reduce_dtype=float32
 --updates_per_call=2
+--max_bad_images=7
 --seed=0
 """
 
@@ -238,6 +239,7 @@ class EarlierVersionTest(tf.test.TestCase):
             (config.validation_split, config.warmup, config.ema_momentum, config.strategy, config.steps_per_execution),
             (0.25, "100 steps", 0.9, "single", 2),
         )
+        self.assertEqual(config.max_unreadable_images, 7)
         self.assertEqual((config.optimizer, config.trust_epsilon, config.beta_2), ("adam", 0.0, 0.999))
         for name in (*renamed.FLAGS, "nesterov", "trust_epsilon", "power"):
             self.assertNotIn(f"--{name}=", config.as_flags())

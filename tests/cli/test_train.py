@@ -141,17 +141,17 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
                     data.unreadable_images.found["record 9 of a"] = "truncated <b>"
 
         with unittest.mock.patch.object(callbacks, "Progress", Found):
-            code, _, err = run(*SMALL, f"--run_dir={self.dir}/r", "--max_bad_images=3", data=data)
+            code, _, err = run(*SMALL, f"--run_dir={self.dir}/r", "--max_unreadable_images=3", data=data)
             self.assertEqual(code, 0, err)
             self.assertEqual(json.loads((self.dir / "r/bad_images.json").read_text())["record 9 of a"], "truncated <b>")
             self.assertEqual(json.loads((self.dir / "r/results.json").read_text())["bad_images"], 3)
             page = (self.dir / "r/report.html").read_text()
             self.assertIn("Update 4: left out an unreadable image, record 9 of a: truncated &lt;b&gt;", page)
             del data.unreadable_images.found["record 9 of a"]
-            code, _, err = run(*SMALL, f"--run_dir={self.dir}/s", "--max_bad_images=2", data=data)
+            code, _, err = run(*SMALL, f"--run_dir={self.dir}/s", "--max_unreadable_images=2", data=data)
             self.assertEqual(code, 5, err)
             self.assertIn(
-                "3 images are unreadable, more than --max_bad_images=2. The last one: record 9 of a: trunc", err
+                "3 images are unreadable, more than --max_unreadable_images=2. The last one: record 9 of a: trunc", err
             )
 
     def test_dry_run(self):

@@ -129,7 +129,12 @@ class UnreadableImagesTest(tf.test.TestCase):
         load = functools.partial(lars_keras.data.load, remote=True)
         flags = "--dataset=imagenet2012 --model=alexnet_small --image_size=24 --batch_size=8 --epochs=2"
         run_dir = pathlib.Path(self.root, "run")
-        arguments = [*flags.split(), f"--data_dir={self.root}", f"--run_dir={run_dir}", f"--max_bad_images={maximum}"]
+        arguments = [
+            *flags.split(),
+            f"--data_dir={self.root}",
+            f"--run_dir={run_dir}",
+            f"--max_unreadable_images={maximum}",
+        ]
         err = io.StringIO()
         with (
             unittest.mock.patch.object(train.datasets, "load", lambda *a, **o: load(*a, **{**o, "remote": True})),
@@ -138,7 +143,7 @@ class UnreadableImagesTest(tf.test.TestCase):
         ):
             self.assertEqual(train.run(["train.py", *arguments]), code, err.getvalue())
         if code:
-            self.assertIn("1 image is unreadable, more than --max_bad_images=0. The logs of the", err.getvalue())
+            self.assertIn("1 image is unreadable, more than --max_unreadable_images=0. The logs of the", err.getvalue())
         else:  # two, each in one of an epoch's permutations or the next: one at least
             self.assertEqual(json.loads((run_dir / "results.json").read_text())["bad_images"], 1)
 
