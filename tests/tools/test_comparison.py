@@ -243,13 +243,14 @@ class StoreTest(absltest.TestCase):
         while jobs := cell.jobs(store.outcomes):
             for job in jobs:
                 top1 = 0.3 - abs(math.log(job.rate / 4.0)) / 10 if job.tuning else 0.5 + 0.1 * job.seed
-                store.add(job.name, outcome(top1, wall_seconds=10.0, training_seconds=9.0))
+                store.add(job.name, outcome(top1, wall_seconds=10.0, training_seconds=9.0, seconds=90.0))
         found = store.write()
         page.write(self.out, found)
         html = (self.out / "compare.html").read_text()
-        for text in ("a &lt; b", "55.00 ± 7.07 %", "6 runs are left", "4 at 0.25: 30.00 %", "10.0 % of the time"):
+        for text in ("a &lt; b", "55.00 ± 7.07 %", "6 runs are left", "4 at 0.25: 30.00 %"):
             self.assertIn(text, html)
-        self.assertIn(search.RULE, html)
+        for text in ("10.0 % of the time", "<td>1.5</td>", search.RULE):
+            self.assertIn(text, html)
         self.assertIn("55.00 ± 7.07 %    –", page.text(found["table"]))
         self.assertIn("<svg", (self.out / "compare.svg").read_text())
 

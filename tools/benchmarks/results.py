@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.comparison.page import score, search_rule
+from tools.comparison.page import measures, score, search_rule
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = Path(__file__).parents[2] / "results"
@@ -54,9 +54,13 @@ def comparison_part(name: str, heading: str) -> str:
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     batch_sizes = sorted({row["batch_size"] for row in rows})
     by_cell = {(row["candidate"], row["batch_size"]): row for row in rows}
-    top1, top5 = (
-        [[f"{b:,}", *(score(by_cell[c, b], of) for c in candidates)] for b in batch_sizes] for of in ("top1", "top5")
+    first, *others = (
+        (heading, [[f"{b:,}", *(score(by_cell[c, b], of) for c in candidates)] for b in batch_sizes])
+        for of, heading in measures(rows).items()
     )
+    if any("minutes" in row for row in rows):
+        costs = [[f"{b:,}", *(_cost(by_cell[c, b]) for c in candidates)] for b in batch_sizes]
+        others.append(("Updates, and minutes of a run", costs))
     rates = []
     for b in batch_sizes:
         rates.append([f"{b:,}", *(_chosen(by_cell[c, b]) for c in candidates)])
@@ -68,12 +72,16 @@ def comparison_part(name: str, heading: str) -> str:
         f"{found['title']}; {spread} top-1 on the test split."
         f"{state} "
         f"`{found['command']}`, {found['machine']}, {found['wall_seconds'] / 60:.0f} min, commit {found['commit']}.\n\n"
-        + _table(["batch", *candidates], top1)
-        + "\nTop-5:\n\n"
-        + _table(["batch", *candidates], top5)
+        + _table(["batch", *candidates], first[1])
+        + "".join(f"\n{heading}:\n\n" + _table(["batch", *candidates], cells) for heading, cells in others)
         + f"\nThe chosen rate of each cell and its top-1 on the held-out images (*: lowest or highest tried). Rates: "
         f"{search_rule(settings)}.\n\n" + _table(["batch", *candidates], rates)
     )
+
+
+def _cost(row: dict[str, Any]) -> str:
+    """Return updates and minutes of a run of a cell."""
+    return "–" if row["minutes"] is None else f"{row['updates']:,}; {row['minutes']:.1f} min"
 
 
 def _chosen(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 
 from lars_keras.files import atomic_write_text
 from lars_keras.report.charts import GRID, inline_svg, svg_style
-from lars_keras.report.html import duration, render
+from lars_keras.report.html import duration, number, render
 from tools.committed import save_svg
 
 Rows = Sequence[dict[str, Any]]
@@ -34,6 +34,13 @@ def _arranged(rows: Rows) -> tuple[list[str], list[int], dict[tuple[str, int], d
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     by_cell = {(row["candidate"], row["batch_size"]): row for row in rows}
     return candidates, sorted({row["batch_size"] for row in rows}), by_cell
+
+
+def measures(rows: Rows) -> dict[str, str]:
+    """Return the scores that a comparison has, by their names in a row: top-1, perhaps of several views, and top-5."""
+    several = {f"top{k}_views": f"Top-{k} on several views of each image" for k in (1, 5)}
+    found = {"top1": "Top-1", "top5": "Top-5"}
+    return found | several if any(row.get("top1_views") for row in rows) else found
 
 
 def text(rows: Rows) -> str:
@@ -118,10 +125,10 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
     with svg_style():
         save_svg(figure(rows, LIGHT), out / "compare.svg")
         plot = inline_svg(figure(rows, GRID), "Accuracy over batch size", f"Top-1 over batch size. {text(rows)}")
-    top1, views, top5 = (
-        [(f"{b:,}", *(score(by_cell.get((c, b)), of) for c in candidates)) for b in batch_sizes]
-        for of in ("top1", "top1_views", "top5")
-    )
+    scores = {
+        heading: [(f"{b:,}", *(score(by_cell.get((c, b)), of) for c in candidates)) for b in batch_sizes]
+        for of, heading in measures(rows).items()
+    }
     about = [(name, str(comparison[name])) for name in ("command", "machine", "commit", "left")]
     about.append(("time", duration(comparison["wall_seconds"])))
     if (fraction := overhead(comparison["runs"])) is not None:
@@ -132,9 +139,7 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
         title=comparison["title"],
         status="Finished." if not comparison["left"] else f"Unfinished: {comparison['left']} runs are left.",
         head=("batch", *candidates),
-        top1=top1,
-        views=views if any(row.get("top1_views") for row in rows) else [],
-        top5=top5,
+        scores=scores,
         plot=plot,
         rule=f"The rates are {search_rule(settings)}",
         rates=[_rates(row) for row in rows],
@@ -151,6 +156,7 @@ def _rates(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["candidate"],
         f"{row['batch_size']:,}",
         "–" if row["updates"] is None else f"{row['updates']:,}",
+        number(row.get("minutes"), ".1f"),
         "–" if row["rate"] is None else f"{row['rate']:g}",
         "yes" if row["at_edge"] else "",
         " · ".join(map(_tried, row["tuning"])),

@@ -125,15 +125,16 @@ class GridCell:
 
         Returns:
             `candidate`, `batch_size`; `tuning`: rate, length and score of each run of the search; `rate`: the chosen
-            one, or None; `at_edge`: the chosen rate is the lowest or highest tried; `updates` of a run; `top1` and
-            `top5` of the finished runs by seed, `mean` and `std` (of the sample; None for one) of top-1, and the number
-            that `diverged`. Where runs are scored on several views of each image, `top1_views` and `top5_views`, too.
+            one, or None; `at_edge`: the chosen rate is the lowest or highest tried; `updates` and mean `minutes` of a
+            run; `top1` and `top5` of the finished runs by seed, `mean` and `std` (of the sample; None for one) of
+            top-1, and the number that `diverged`; `top1_views` and `top5_views` if runs are scored on several views.
         """
         search = self.search(outcomes)
         rate = None if search.best is None else self.job(search.best, "seed").rate
         jobs = [] if search.best is None else [self.job(search.best, "seed", seed) for seed in self.seeds]
         runs = [outcomes[job.name] for job in jobs if job.name in outcomes]
         top1 = [run["top1"] for run in runs]
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
         views = {
             f"{of}_views": [run.get(f"{of}_views", run[of]) for run in runs]  # a run that diverged has none
             for of in ("top1", "top5")
@@ -152,6 +153,7 @@ class GridCell:
             "rate": rate,
             "at_edge": bool(search.short) and search.best in (min(search.short), max(search.short)),
             "updates": next((run["updates"] for run in runs if run["updates"] is not None), None),
+            "minutes": round(statistics.fmean(seconds) / 60, 2) if seconds else None,
             "top1": top1,
             "top5": [run["top5"] for run in runs],
             "mean": statistics.fmean(top1) if top1 else None,
@@ -163,7 +165,7 @@ class GridCell:
 
 @dataclasses.dataclass(frozen=True)
 class ModeTrial:
-    """Measures whether graph mode or XLA trains a network faster on this machine.
+    """Measure whether graph mode or XLA trains a network faster on this machine.
 
     Args:
         candidate, batch_size: network and batch that are timed.
