@@ -220,6 +220,7 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         again = Whole().trainer(self.dir / "b").go(stop_after=7).restored().go()
         self.assertEqual(min(again.logs), ("epoch", 1))
         self.assertAllEqual([k for k in again.logs if k[0] == "update"], [("update", u) for u in range(7, UPDATES)])
+        self.assertEqual(again.logs, {k: v for k, v in Whole().logs.items() if k in again.logs})
         state = again.state()
         for name, value in Whole().state.items():
             self.assertAllEqual(state[name], value, name)
