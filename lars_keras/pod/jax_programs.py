@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import keras
 import numpy as np
-import tensorflow as tf
 
 from lars_keras.pod.measure import Program, program
 from lars_keras.training.forward import build_model
+from lars_keras.training.inputs import TensorSpec
 from lars_keras.training.jax.mesh import mesh_of
 from lars_keras.training.jax.step import JaxStep
 
@@ -46,7 +46,7 @@ def jax_programs(
         ValueError: if the loss does not depend on a trainable variable.
         jax.errors.JaxRuntimeError: of the compiler.
     """
-    spec = keras.tree.map_structure(lambda a: tf.TensorSpec((None, *a.shape), a.dtype), batch)
+    spec = keras.tree.map_structure(lambda a: TensorSpec((None, *a.shape), a.dtype), batch)
     build_model(model, spec)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)

@@ -12,6 +12,8 @@ import tensorflow as tf
 from lars_keras import compiled
 from lars_keras._jax_internals import compile_stablehlo
 from lars_keras.pod.measure import Program, program
+from lars_keras.training.engine import EngineOptions
+from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 from lars_keras.training.tensorflow.engine import TensorFlowEngine
 
 Tensor = Any
@@ -42,26 +44,22 @@ def tensorflow_programs(
     # It is traced on this machine's CPU, but for a TPU: no sum is written for a CPU's compiler.
     compiled.has_accelerator = lambda: True
     spec = keras.tree.map_structure(lambda a: tf.TensorSpec((None, *a.shape), a.dtype), batch)
-    engine = TensorFlowEngine(
-        model, spec, accumulation_steps=accumulation_steps, jit_compile=True, layer_norms=layer_norms
-    )
+    options = EngineOptions(microbatch_size, accumulation_steps, jit_compile=True, layer_norms=layer_norms)
+    step = TensorFlowEngine(model, TensorFlowCluster(model.distribute_strategy), options, spec).step
     data = tf.nest.map_structure(lambda s: tf.TensorSpec((microbatch_size, *s.shape[1:]), s.dtype), spec)
-    sums = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), engine._no_sums())
+    sums = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), step.zero_sums())
 
     def update(data: Any) -> Any:
-        return engine._reduce_and_apply(*engine._ghost_sums(data, tf.constant(0)))
-
-    def finish(sums: Any) -> Any:
-        return engine._reduce_and_apply(*sums)
+        return step.finish(step.ghost_sums(data, tf.constant(0)))
 
     if accumulation_steps == 1:
         return [_compile("update", 1, update, (data,), devices[0])]
     arguments = (sums, data, tf.TensorSpec((), tf.int32))
-    accumulate = _compile("accumulate", accumulation_steps, engine._add_ghost_batch, arguments, devices[0])
+    accumulate = _compile("accumulate", accumulation_steps, step.accumulate, arguments, devices[0])
     slots = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in model.optimizer.variables)
     return [
         dataclasses.replace(accumulate, resident=slots),
-        _compile("finish", 1, finish, (sums,), devices[0]),
+        _compile("finish", 1, step.finish, (sums,), devices[0]),
     ]
 
 

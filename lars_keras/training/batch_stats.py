@@ -1,4 +1,4 @@
-"""The moments of batch normalisation, in one pass over its inputs."""
+"""The batch statistics of batch normalization, in one pass over its inputs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,20 +16,22 @@ Tensor = Any
 def one_pass_moments(
     model: keras.Model, over_replicas: Callable[[list[Tensor]], list[Tensor]] | None
 ) -> Iterator[None]:
-    """Meanwhile, the model's batch normalisation reads its inputs once for their moments.
+    """Temporarily let the model's batch normalization compute its moments in one pass over its inputs.
 
-    Keras takes the mean, then the squares of what is left without it, so a compiled program reads the activations once
-    more. Here, with s near the mean, the sums of x - s and of its squares come together, where activations are made:
+    Keras computes the mean, then the mean of the squared differences from it, so a compiled program reads the
+    activations twice. Here, with s near the mean, the sums of x - s and of its squares are computed together, where the
+    activations are made:
 
         mean = s + E[x - s]        variance = E[(x - s)^2] - E[x - s]^2
 
-    s is the moving mean, and constant. With s = 0, as at the start, the variance has the error of float32 relative to
-    E[x^2]. Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance" (shifted data).
+    The shift s is the moving mean, taken as a constant. With s = 0, as at the start, the variance has the error of
+    float32 relative to E[x^2]. Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance"
+    (shifted data).
 
     Args:
         model: built.
-        over_replicas: sums each of some tensors over the replicas, for layers with `synchronized=True`. If None, those
-            keep Keras's own moments.
+        over_replicas: returns each tensor of a list summed over the replicas, for layers with `synchronized=True`. If
+            None, those layers keep Keras's own moments.
     """
     layers = [
         layer

@@ -1,16 +1,15 @@
-"""The pure function of one ghost batch: weights, state and examples in; loss, predictions and new state out.
+"""The forward computation of one ghost batch as a pure function.
 
 A *ghost batch* (Hoffer et al. 2017, arXiv 1705.08741) is the `microbatch_size` examples that one replica
 takes through the model at once. A global batch is an ordered list of ghost batches, and an update is
 defined by that list alone:
 
 - The loss is the mean over the ghost batches.
-- Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalisation) becomes
-  the mean over the ghost batches of what each of them made of it, so it moves once per update.
+- Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
+  the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
 
-So it does not matter whether the ghost batches lie on one device one after the other, or side by side on
-replicas.
+So ghost batches may run one after the other on one device, or side by side on replicas: the update is the same.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ from keras import ops
 
 from lars_keras._keras_internals import is_seed_state
 from lars_keras.training.batch_stats import one_pass_moments
+from lars_keras.training.inputs import spec_of
 
 Tensor = Any
 
@@ -31,17 +31,17 @@ _KEYS = 2**31
 
 
 class StatelessForward:
-    """The state of a built model, sorted by what an update does with it.
+    """Compute the loss of a built model as a pure function of its variables and a ghost batch.
 
     Args:
         model: built.
-        compiled: whether XLA compiles `loss`, so that batch normalisation takes its moments as `one_pass_moments` does.
+        compiled: True if XLA compiles `loss`. Batch normalization then takes its moments as `one_pass_moments` does.
         over_replicas: see `one_pass_moments`.
 
     Attributes:
         trainable: trainable variables.
-        batch_stats: floating-point state, batch_stats over ghost batches.
-        rng_state: integer state, the same after every ghost batch: seed generators and rng_state.
+        batch_stats: floating-point state, averaged over the ghost batches.
+        rng_state: integer state, the same after every ghost batch: seed generators and counters.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StatelessForward:
         sample_weight: Any,
         index: Tensor,
     ) -> tuple[Tensor, Any, list[Tensor], list[Tensor]]:
-        """Loss of ghost batch number `index` of its update, in training mode.
+        """Compute the loss of ghost batch number `index` of its update, in training mode.
 
         Returns:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, and the new values of
@@ -93,7 +93,7 @@ class StatelessForward:
 
 
 def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
-    """Moves the key of a `[key, counter]` seed state, int64 or uint32, to that of ghost batch `index`, or back."""
+    """Move the key of a `[key, counter]` seed state, int64 or uint32, to that of ghost batch `index`, or back."""
     dtype = keras.backend.standardize_dtype(seed_state.dtype)
     golden, keys = (ops.convert_to_tensor(np.array(n, dtype)) for n in (_GOLDEN, _KEYS))
     shift = ops.cast(index, dtype) * golden % keys  # in uint32 the product wraps, which leaves this rest as it is
@@ -102,8 +102,13 @@ def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
 
 
 def build_model(model: keras.Model, element_spec: Any) -> None:
-    """Creates what Keras creates on the first batch, without drawing one from the data."""
-    zeros = keras.tree.map_structure(lambda s: np.zeros([1, *s.shape[1:]], s.dtype.as_numpy_dtype), element_spec)
+    """Create what Keras creates on the first batch, without drawing one from the data.
+
+    Args:
+        model: compiled.
+        element_spec: shape and dtype of each array of a batch: `TensorSpec`s of this package or of TensorFlow.
+    """
+    zeros = keras.tree.map_structure(lambda s: np.zeros([1, *s.shape[1:]], s.dtype), spec_of(element_spec))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(ops.convert_to_tensor, zeros))
     if not model.built:
         model(x)

@@ -1,105 +1,231 @@
-"""Cuts any batched dataset into the ghost batches that replicas take."""
+"""What `Trainer` reads: batches of any size, cut into the micro-batches that replicas take.
 
-from collections.abc import Callable
+Here batches are NumPy arrays, and nothing needs TensorFlow. `lars_keras.training.tensorflow.inputs` does the same with
+a `tf.data.Dataset`.
+"""
+
+import collections
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import keras
-import tensorflow as tf
+import numpy as np
 
-# A tf.data.Dataset, or a function of tf.distribute.InputContext (and, for training, of the number of the first update)
-# that gives one worker's own. For training it must be endless: what follows the last example, the feed alone can know.
-Feed: TypeAlias = Any | Callable[..., Any]
+Batch: TypeAlias = Any
+"""`(x, y)` or `(x, y, sample_weight)`, each an array or a structure of arrays."""
 
+Data: TypeAlias = Any
+"""The examples of a run, in one of two forms.
 
-def element_spec(feed: Feed, *first_update: int) -> Any:
-    """Shapes and dtypes of the feed's batches."""
-    dataset = feed if isinstance(feed, tf.data.Dataset) else feed(tf.distribute.InputContext(), *first_update)
-    return dataset.element_spec
-
-
-def training_iterator(
-    feed: Feed, strategy: tf.distribute.Strategy, microbatch_size: int, accumulation_steps: int, first_update: int
-) -> Any:
-    """An iterator whose `next` gives each replica of a `tf.distribute` strategy its next ghost batch."""
-
-    def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        return ghost_batches(feed, context, microbatch_size, accumulation_steps, first_update)
-
-    return iter(strategy.distribute_datasets_from_function(per_replica, _FETCH))
+- Batches of any size, read by every host, which keeps its own part: a `tf.data.Dataset`, or an iterable of NumPy
+  batches that gives the same batches each time it is iterated.
+- A function of `InputContext` that returns such batches of one host's own examples. For training it also takes the
+  number of an update, and returns endless batches that begin with the examples of that update.
+"""
 
 
-def ghost_batches(
-    feed: Feed, context: tf.distribute.InputContext, microbatch_size: int, accumulation_steps: int, first_update: int
-) -> tf.data.Dataset:
-    """The ghost batches of one worker's replicas: in each pass one for each of them, in order.
+@dataclasses.dataclass(frozen=True)
+class InputContext:
+    """The place of a host among those that read the input, with the attributes of `tf.distribute.InputContext`.
+
+    Attributes:
+        num_input_pipelines: number of hosts.
+        input_pipeline_id: number of this host, from 0.
+        num_replicas_in_sync: number of replicas of all hosts.
+    """
+
+    num_input_pipelines: int = 1
+    input_pipeline_id: int = 0
+    num_replicas_in_sync: int = 1
+
+    @property
+    def local_replicas(self) -> int:
+        """Number of replicas of this host."""
+        return self.num_replicas_in_sync // self.num_input_pipelines
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of an array, without TensorFlow.
+
+    Attributes:
+        shape: None for the number of examples, then the dimensions of one example.
+        dtype: its name.
+    """
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+def element_spec(data: Data, *first_update: int) -> Any:
+    """Return a `TensorSpec` for each array of a batch. NumPy batches are opened and the first of them is looked at.
 
     Args:
-        feed: a dataset of `(x, y)` or `(x, y, sample_weight)` batches of any size, read by every worker, which
-            keeps its own part; or a function of `tf.distribute.InputContext` that returns the
-            endless dataset of one worker's own examples from an update on, in order.
-        context: which worker of how many, and how many replicas they all have.
-        microbatch_size: examples in a ghost batch.
-        accumulation_steps: ghost batches that a replica takes in an update.
-        first_update: number of the update to begin with.
+        data: for training or evaluation.
+        *first_update: 0 where `data` is for training.
+
+    Raises:
+        ValueError: if `data` is empty or can be read only once.
     """
-    replicas = context.num_replicas_in_sync // context.num_input_pipelines
-    if isinstance(feed, tf.data.Dataset):
-        dataset = _own_part(feed.repeat(), context, microbatch_size)  # the end of an epoch may lie in a block
-        dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
-        dataset = dataset.skip(first_update * accumulation_steps * replicas)
+    batches = data(InputContext(), *first_update) if callable(data) else data
+    if is_dataset(batches):
+        return spec_of(batches.element_spec)
+    if not callable(data):
+        check_readable_again(data)
+    for batch in batches:
+        return spec_of(arrays_of(batch))
+    raise ValueError(f"`data` must have at least one batch. Received: {type(data).__name__} without any")
+
+
+def spec_of(batch: Batch) -> Any:
+    """Return a `TensorSpec` for each array, or other description of an array, in a batch."""
+    return keras.tree.map_structure(
+        lambda a: TensorSpec((None, *tuple(a.shape)[1:]), keras.backend.standardize_dtype(a.dtype)), batch
+    )
+
+
+def is_dataset(batches: Any) -> bool:
+    """Return True for a `tf.data.Dataset`; does not import TensorFlow."""
+    tf: Any = sys.modules.get("tensorflow")
+    return tf is not None and isinstance(batches, tf.data.Dataset)
+
+
+def check_readable_again(data: Any) -> None:
+    """Raise ValueError for what can be read only once, or is no data."""
+    if not isinstance(data, Iterable) or isinstance(data, Iterator):
+        raise ValueError(
+            "`data` must be a tf.data.Dataset, an iterable of batches that can be read again and again, or a function "
+            f"that returns one. Received: {type(data).__name__}"
+        )
+
+
+def arrays_of(batch: Batch) -> Batch:
+    """Return a batch as a tuple of NumPy arrays."""
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    return tuple(keras.tree.map_structure(np.asarray, part) for part in parts if part is not None)
+
+
+# -- finite data -------------------------------------------------------------------------------
+
+
+def count_examples(data: Data) -> int:
+    """Return the number of examples in finite data, by reading them once.
+
+    Raises:
+        ValueError: if it is not known that they are finite: they are none of a `tf.data.Dataset` with a cardinality and
+            a sequence of NumPy batches.
+    """
+    if is_dataset(data):
+        finite = int(data.cardinality()) >= 0
     else:
-        dataset = feed(context, first_update).rebatch(microbatch_size, drop_remainder=True)
-    return dataset.prefetch(2)
+        finite = not callable(data) and hasattr(data, "__len__")
+    if not finite:
+        raise ValueError(
+            "`steps_per_epoch` is needed where the size of the data is not known. Received: steps_per_epoch=None"
+        )
+    return sum(_examples(batch) for batch in data)
 
 
-def scoring_batches(feed: Feed, strategy: tf.distribute.Strategy, batch_size: int) -> Any:
-    """An iterable that gives each replica of a `tf.distribute` strategy its batches of `scoring_examples`."""
-
-    def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        return scoring_examples(feed, context, batch_size).rebatch(batch_size, drop_remainder=True)
-
-    return strategy.distribute_datasets_from_function(per_replica, _FETCH)
+def take_updates(data: Data, microbatch_size: int, count: int) -> Data:
+    """Return the first `count` micro-batches of data that can be read again; never a global batch in one piece."""
+    if is_dataset(data):
+        return data.rebatch(microbatch_size, drop_remainder=True).take(count)
+    return _FirstMicrobatches(data, microbatch_size, count)
 
 
-def scoring_examples(feed: Feed, context: tf.distribute.InputContext, batch_size: int) -> tf.data.Dataset:
-    """Padded batches `(x, y, weight)` of one worker, `batch_size` for each of its replicas: every example once.
+@dataclasses.dataclass(frozen=True)
+class _FirstMicrobatches:
+    """An iterable of the first `count` micro-batches of `data`, which can be read again."""
 
-    The last batches are filled up with examples of weight 0, so that all have one static shape and every replica has
-    one in each step.
+    data: Iterable[Batch]
+    microbatch_size: int
+    count: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(rebatch(self.data, self.microbatch_size, drop_remainder=True), self.count)
+
+
+# -- batches of a host, in order ---------------------------------------------------------------
+
+
+def training_batches(
+    data: Data, context: InputContext, microbatch_size: int, accumulation_steps: int, first_update: int
+) -> Iterator[Batch]:
+    """Return one host's batches of one micro-batch for each of its replicas, from an update on, without an end."""
+    size = microbatch_size * context.local_replicas
+    if callable(data):
+        return rebatch(data(context, first_update), size, drop_remainder=True)
+    own = itertools.islice(
+        rebatch(_repeated(data), size, drop_remainder=True),  # the end of an epoch may lie within a batch
+        context.input_pipeline_id,
+        None,
+        context.num_input_pipelines,
+    )
+    return itertools.islice(own, first_update * accumulation_steps, None)
+
+
+def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
+    """Return one host's batches `(x, y, weight)`, with `batch_size` places for each of its replicas.
+
+    Every example comes once. The last batch is filled up with zeros of weight 0.
     """
-    whole = batch_size * context.num_replicas_in_sync
-    if isinstance(feed, tf.data.Dataset):
-        return _own_part(_padded(feed, whole), context, batch_size)
-    # Of one argument: it always begins at the start.
-    return _padded(feed(context), whole // context.num_input_pipelines)
+    size = batch_size * context.local_replicas
+    if callable(data):
+        yield from (_padded(batch, size) for batch in rebatch(data(context), size, drop_remainder=False))
+        return
+    first = context.input_pipeline_id * size
+    for batch in rebatch(data, batch_size * context.num_replicas_in_sync, drop_remainder=False):
+        padded = _padded(batch, batch_size * context.num_replicas_in_sync)
+        yield _sliced(padded, first, first + size)
 
 
-# Replicas take consecutive ghost batches, so the order of examples is that of the dataset.
-_FETCH = tf.distribute.InputOptions(experimental_fetch_to_device=False)
+def rebatch(batches: Iterable[Batch], size: int, *, drop_remainder: bool) -> Iterator[Batch]:
+    """Yield the same examples in batches of exactly `size`; a last one with fewer only without `drop_remainder`."""
+    parts: collections.deque[Batch] = collections.deque()
+    missing = size
+    for batch in map(arrays_of, batches):
+        start, stop = 0, _examples(batch)
+        while stop - start >= missing:
+            parts.append(_sliced(batch, start, start + missing))
+            start += missing
+            yield _joined(parts)
+            parts.clear()
+            missing = size
+        if start < stop:
+            parts.append(_sliced(batch, start, stop))
+            missing -= stop - start
+    if parts and not drop_remainder:
+        yield _joined(parts)
 
 
-def _own_part(feed: tf.data.Dataset, context: tf.distribute.InputContext, size: int) -> tf.data.Dataset:
-    """The examples of this worker, in blocks of one ghost batch for each of its replicas."""
-    workers = context.num_input_pipelines
-    if workers == 1:
-        return feed
-    block = size * (context.num_replicas_in_sync // workers)
-    return feed.rebatch(block, drop_remainder=True).shard(workers, context.input_pipeline_id)
+def _repeated(data: Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        yield from data
 
 
-def _padded(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """Batches of exactly `size`, with a weight for each example, 0 where it is padding."""
+def _examples(batch: Batch) -> int:
+    return len(keras.tree.flatten(batch)[0])
 
-    def pad(*data: Any) -> tuple[Any, Any, tf.Tensor]:
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(data if len(data) > 1 else data[0])
-        have = tf.shape(tf.nest.flatten(x)[0])[0]
-        if weight is None:
-            weight = tf.ones([have], tf.float32)
 
-        def fill(t: tf.Tensor) -> tf.Tensor:
-            t = tf.pad(t, [[0, size - have]] + [[0, 0]] * (t.shape.rank - 1))
-            return tf.ensure_shape(t, [size, *t.shape[1:]])
+def _sliced(batch: Batch, start: int, stop: int) -> Batch:
+    return keras.tree.map_structure(lambda a: a[start:stop], batch)
 
-        return tf.nest.map_structure(fill, (x, y, tf.cast(weight, tf.float32)))
 
-    return dataset.rebatch(size).map(pad, num_parallel_calls=2)
+def _joined(parts: Iterable[Batch]) -> Batch:
+    first, *rest = parts
+    return keras.tree.map_structure(lambda *a: np.concatenate(a), first, *rest) if rest else first
+
+
+def _padded(batch: Batch, size: int) -> Batch:
+    """Return `(x, y, weight)` with exactly `size` places; the weight of padding is 0."""
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+    have = _examples(batch)
+    weight = np.ones(have, np.float32) if weight is None else np.asarray(weight, np.float32)
+
+    def fill(a: np.ndarray) -> np.ndarray:
+        return np.concatenate([a, np.zeros((size - have, *a.shape[1:]), a.dtype)]) if have < size else a
+
+    return keras.tree.map_structure(fill, (x, y, weight))

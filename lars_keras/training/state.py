@@ -1,4 +1,4 @@
-"""What both engines save, put back and swap: variables of a model and its optimizer."""
+"""What both engines save, restore and swap: the variables of a model and its optimizer."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,55 +11,55 @@ from lars_keras import _keras_internals as keras_internals
 
 
 def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
+    """Return the optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.inner_optimizer
     return optimizer
 
 
-def shared_state(model: keras.Model) -> dict[str, keras.Variable]:
-    """The variables that are the same on every replica, of a compiled model and its optimizer."""
+def variables_by_name(model: keras.Model) -> dict[str, keras.Variable]:
+    """Return the variables of a compiled model and its optimizer: the state that all replicas have in common."""
     # By number: the paths have the names of model and optimizer, which count the models of a process.
     groups = {"model": model.variables, "optimizer": model.optimizer.variables}
     return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
 
 
-def restore_shared(model: keras.Model, state: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Puts back the values of `shared_state`.
+def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Restore the values of `variables_by_name`.
 
     Args:
         model: compiled and built.
         state: a snapshot of either engine.
 
     Returns:
-        The parts of the metrics that are in the snapshot, each with a first dimension for the replica.
+        The variables of the metrics in the snapshot, each with a first dimension for the replica.
 
     Raises:
         ValueError: if the model or optimizer has other variables; nothing is changed then.
     """
-    shared = shared_state(model)
-    known = {name: value for name, value in state.items() if not name.startswith("metric/")}
-    for name, variable in shared.items():
-        if name not in known or known[name].shape != tuple(variable.shape) or len(known) != len(shared):
+    variables = variables_by_name(model)
+    saved = {name: value for name, value in state.items() if not name.startswith("metric/")}
+    for name, variable in variables.items():
+        if name not in saved or saved[name].shape != tuple(variable.shape) or len(saved) != len(variables):
             raise ValueError(
-                f"The saved state is that of another model or optimizer: {len(known)} variables, not "
-                f"{len(shared)}, or not of the shape of {variable.path}."
+                f"The saved state is that of another model or optimizer: {len(saved)} variables, not "
+                f"{len(variables)}, or not of the shape of {variable.path}."
             )
-    for name, variable in shared.items():
-        value = known[name]
+    for name, variable in variables.items():
+        value = saved[name]
         if value.dtype.kind == "V":  # NumPy's files know no bfloat16; the bytes are there
             value = value.view(variable.dtype)
         variable.assign(value.astype(variable.dtype))
-    return [state[f"metric/{i}"] for i in range(len(state) - len(known))]
+    return [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
 
 
 @contextlib.contextmanager
 def ema_weights(optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]) -> Iterator[None]:
-    """Meanwhile the model has the moving average of its weights, where the optimizer keeps one.
+    """Temporarily swap in the EMA weights, if the optimizer keeps them.
 
     Args:
         optimizer: possibly a `LossScaleOptimizer`.
-        copy_of: the value of a variable, which does not change with it.
+        copy_of: returns the value of a variable, which does not change with it.
     """
     optimizer = inner_optimizer(optimizer)
     if not optimizer.use_ema or optimizer.ema_overwrite_frequency:

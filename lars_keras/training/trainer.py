@@ -9,19 +9,19 @@ from typing import Any
 import keras
 import numpy as np
 
-from lars_keras._keras_internals import layers_of
-from lars_keras.compiled import has_accelerator
+from lars_keras.training.backend import engine_class
 from lars_keras.training.cluster import cluster_of
-from lars_keras.training.inputs import element_spec
+from lars_keras.training.engine import Engine, EngineOptions
+from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
 
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is, between two updates.
+    """The place of a run between two updates.
 
     Attributes:
         update: updates finished.
-        batches_consumed: updates' worth of training data used or skipped.
+        batches_consumed: global batches of training data used or skipped.
         epoch: the epoch that metrics are gathered for; -1 before the first.
         losses: losses of its updates so far.
         logs: what callbacks were last told.
@@ -35,7 +35,7 @@ class Position:
 
 
 class Trainer:
-    """Trains a compiled model in global batches, cut into micro-batches and spread over replicas.
+    """Train a compiled model in global batches, cut into micro-batches and spread over replicas.
 
     It takes the place of `model.fit` and `model.evaluate`; everything else stays Keras:
 
@@ -48,8 +48,8 @@ class Trainer:
     trainer.evaluate(test_set)
     ```
 
-    One device, N replicas and k micro-batches take the same step; `lars_keras.training.forward` says how that is
-    defined. The optimizer runs once for each global batch, and schedules count those updates.
+    One device, N replicas and k micro-batches take the same step; `lars_keras.training.forward` defines it. The
+    optimizer runs once for each global batch, and schedules count those updates.
 
     On JAX (KERAS_BACKEND=jax) `keras.distribution.set_distribution(keras.distribution.DataParallel())` takes the place
     of the strategy.
@@ -57,27 +57,30 @@ class Trainer:
     Args:
         model: a compiled `keras.Model`, created under the strategy it is to run on.
         batch_size: global batch: examples in an update.
-        microbatch_size: examples that one replica takes through the model at once; a divisor of the replica's
-            share of the global batch. Default, and at most: the whole share.
+        microbatch_size: examples that one replica takes through the model at once; a divisor of
+            `batch_size / replicas`, which is the default and the maximum.
         steps_per_execution: updates that run without returning to Python. Callbacks see the last of them.
-        jit_compile: compile the gradient computation with XLA. `"auto"`: where there is a GPU or TPU.
+        jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU. JAX always compiles.
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
-        reduce_dtype: of the gradients on their way between devices. Below "float32", on JAX only, half the traffic
-            and a rounding of each device's sum.
-        layer_ratios: measure what `LARS` and `LAMB` do to each variable, too.
+        reduce_dtype: dtype of the gradients on their way between devices. Below "float32", on JAX only, it saves half
+            the traffic and rounds each device's sum.
+        layer_ratios: also measure what `LARS` and `LAMB` do to each variable.
 
     Attributes:
         cluster: the devices and processes of the run, found from the model; see `Cluster`.
-        position: where the run is; see `Position`.
-        step_losses: of the last host call, the loss of each update.
-        layer_norms: of the last host call, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
+        replicas: number of its replicas.
+        accumulation_steps: micro-batches of each replica in an update.
+        position: the place of the run; see `Position`.
+        engine: the compiled functions; None until `fit`, `evaluate` or `restore` has seen the shapes of the data.
+        step_losses: the loss of each update of the last execution.
+        layer_norms: of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
             `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
             `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
             as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times the variable's rate.
 
     Raises:
-        ValueError: if the model is not compiled, the sizes do not divide, or an option of the model
-            or optimizer has no meaning here.
+        ValueError: if the model is not compiled, the sizes do not divide, or the engine cannot do what an option, the
+            model or the optimizer asks for.
     """
 
     def __init__(
@@ -95,46 +98,53 @@ class Trainer:
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
         _check_loss(model)
-        self.model = model
-        self.batch_size = batch_size
+        if steps_per_execution < 1:
+            raise ValueError(
+                f"`steps_per_execution` must be at least 1. Received: steps_per_execution={steps_per_execution}"
+            )
+        self.model, self.batch_size, self.steps_per_execution = model, batch_size, steps_per_execution
         self.cluster = cluster_of(model)
         self.replicas = self.cluster.replicas
         self.microbatch_size, self.accumulation_steps = split_batch(batch_size, self.replicas, microbatch_size)
-        if steps_per_execution < 1:
-            raise ValueError(f"`steps_per_execution` must be at least 1. Received: {steps_per_execution}")
-        _check_engine(model, self.replicas, jit_compile, reduce_dtype, layer_ratios)
-        self.steps_per_execution = steps_per_execution
-        self._jit_compile = jit_compile
-        self._measures_norms, self._measures_ratios = layer_norms, layer_ratios
-        self._reduce_dtype = reduce_dtype
+        self._options = EngineOptions(
+            microbatch_size=self.microbatch_size,
+            accumulation_steps=self.accumulation_steps,
+            jit_compile=jit_compile,
+            reduce_dtype=reduce_dtype,
+            layer_norms=layer_norms,
+            layer_ratios=layer_ratios,
+        )
+        self._engine_class = engine_class()
+        self._engine_class.check(model, self.cluster, self._options)
+        self.engine: Engine | None = None
+        self.position = Position()
         self.step_losses: list[float] = []
         self.layer_norms: dict[str, np.ndarray] = {}
-        self.position = Position()
-        self._resumed = False
+        self._restored = False
         self._counted: tuple[Any, int] = (None, 0)
-        self._engine: Any = None
 
     def fit(
         self,
-        data: Any,
+        data: Data,
         *,
         epochs: float = 1,
         steps_per_epoch: float | None = None,
-        validation_data: Any = None,
+        validation_data: Data = None,
         validation_freq: int = 1,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int = 1,
     ) -> keras.callbacks.History:
-        """Trains until update `ceil(epochs * steps_per_epoch)`, from the start or from where `restore` has put the run.
+        """Train until update `ceil(epochs * steps_per_epoch)`, from the start or from where `restore` has put the run.
 
         Args:
-            data: a `tf.data.Dataset` of `(x, y)` or `(x, y, sample_weight)` batches of any size, finite or
-                endless, the same each time it is read; or a function of `tf.distribute.InputContext` and the
-                number of an update that gives the endless dataset of one worker's own examples from that update on.
+            data: batches of any size of `(x, y)` or `(x, y, sample_weight)`: a `tf.data.Dataset`, finite or endless, or
+                an iterable of NumPy batches, the same each time it is read. Or a function of
+                `lars_keras.training.inputs.InputContext` and the number of an update, which returns the endless batches
+                of one host's own examples from that update on.
             epochs: how many; may be a fraction.
             steps_per_epoch: updates in an epoch; may be a fraction, because batches of an endless dataset may
                 cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. Needed
-                unless `data` is a dataset of known size, whose last partial batch is then left out.
+                unless the size of `data` is known; its last partial global batch is then left out.
             validation_data: as for `evaluate`, scored at the end of epochs.
             validation_freq: epochs between evaluations; the end of the run is always evaluated.
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
@@ -147,34 +157,31 @@ class Trainer:
 
         Raises:
             ValueError: if the length of an epoch is not known; if there are validation data that `evaluate` will
-                refuse to score; for an optimizer that cannot be applied to summed gradients.
+                refuse to score; if the loss does not depend on a trainable variable.
         """
         if validation_data is not None:
             self._check_metrics()
         if steps_per_epoch is None:
-            data, steps_per_epoch = self._whole_batches(data)
-        total = math.ceil(epochs * steps_per_epoch - 1e-9)
-        ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
-        while len(ends) > 1 and ends[-2] == total:  # nothing is left for the last epoch
-            ends.pop()
+            data, steps_per_epoch = self.whole_updates(data)
+        ends = _epoch_ends(epochs, steps_per_epoch)
         engine = self._built_engine(data, 0)
-        if not self._resumed:
+        if not self._restored:
             self.position = Position()
-        self._resumed = False
+        self._restored = False
         position = self.position
         callback_list = keras.callbacks.CallbackList(
             [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
             add_history=True,
             model=self.model,
             epochs=len(ends),
-            steps=total,
+            steps=ends[-1] if ends else 0,
             steps_per_epoch=steps_per_epoch,
             batch_size=self.batch_size,
             first_update=position.update,
             verbose=verbose,
         )
         self.model.stop_training = False
-        iterator = engine.training_iterator(data, self.microbatch_size, position.batches_consumed)
+        iterator = engine.training_iterator(data, position.batches_consumed)
         callback_list.on_train_begin()
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
@@ -185,22 +192,12 @@ class Trainer:
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             while position.update < end and not self.model.stop_training:
-                count = min(self.steps_per_execution, end - position.update)
                 callback_list.on_train_batch_begin(position.update)
-                self.step_losses, rates, metrics, self.layer_norms = engine.train(iterator, count)
-                position.losses += self.step_losses
-                position.update += count
-                position.batches_consumed += count
-                position.logs = {
-                    **metrics,
-                    "loss": math.fsum(position.losses) / len(position.losses),
-                    "step_loss": self.step_losses[-1],
-                    "learning_rate": rates[-1],
-                }
+                data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
                 # Not part of the position: a resumed run waits otherwise.
-                callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": engine.data_wait})
+                callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": data_wait})
             logs = position.logs
-            if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == total):
+            if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == ends[-1]):
                 with engine.ema_weights():
                     scores = self._evaluate(validation_data, callback_list.on_test_batch_end)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
@@ -211,15 +208,31 @@ class Trainer:
         callback_list.on_train_end(position.logs)
         return self.model.history
 
-    def evaluate(self, data: Any) -> dict[str, float]:
-        """Scores every example exactly once, at any batch size and number of replicas.
+    def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
+        """Take `updates` updates, move the position, and return the seconds that the devices waited for data."""
+        result = engine.train(iterator, updates)
+        self.step_losses, self.layer_norms = result.losses, result.layer_norms
+        position = self.position
+        position.update += updates
+        position.batches_consumed += updates
+        position.losses += result.losses
+        position.logs = {
+            **result.metrics,
+            "loss": math.fsum(position.losses) / len(position.losses),
+            "step_loss": result.losses[-1],
+            "learning_rate": result.learning_rates[-1],
+        }
+        return result.data_wait
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """Score every example exactly once, at any batch size and number of replicas.
 
         Args:
-            data: a finite `tf.data.Dataset` of `(x, y)` or `(x, y, weight)` batches of any size; or a function from
-                `tf.distribute.InputContext` to one worker's own examples, as many batches on each worker.
+            data: finite batches as for `fit`; or a function of `lars_keras.training.inputs.InputContext` that returns
+                those of one host's own examples, as many batches on each host.
 
         Returns:
-            `loss`, the compiled `weighted_metrics`, and `n`, the sum of the weights: the number of examples where none
+            `loss`, the compiled `weighted_metrics`, and `n`, the sum of the weights: the number of examples if none
             were given.
 
         Raises:
@@ -227,9 +240,9 @@ class Trainer:
         """
         return self._evaluate(data, lambda batch: None)
 
-    def _evaluate(self, data: Any, after_batch: Callable[[int], None]) -> dict[str, float]:
+    def _evaluate(self, data: Data, after_batch: Callable[[int], None]) -> dict[str, float]:
         self._check_metrics()
-        return self._built_engine(data).evaluate(data, self.microbatch_size, after_batch)
+        return self._built_engine(data).evaluate(data, after_batch)
 
     def _check_metrics(self) -> None:
         if (self.model.get_compile_config() or {}).get("metrics"):
@@ -239,20 +252,21 @@ class Trainer:
             )
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The whole state of the run between two updates: weights, optimizer, random numbers, metrics and position.
+        """Return the state of the run between two updates: weights, optimizer, random numbers, metrics and position.
 
-        Every worker must call it. `fit` must have begun.
+        Collective: call it on every host. `fit` must have begun.
 
         Returns:
             Arrays, and the rest, which JSON can hold.
         """
-        return self._engine.snapshot(), dataclasses.asdict(self.position)
+        return self._running_engine().snapshot(), dataclasses.asdict(self.position)
 
-    def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
-        """Puts back what `snapshot` returned; the next `fit` goes on from there.
+    def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Data) -> None:
+        """Restore what `snapshot` returned; the next `fit` goes on from there.
 
         Args:
-            arrays, position: from `snapshot`.
+            arrays: from `snapshot`.
+            position: from `snapshot`.
             data: as for `fit`, for the shapes of its examples.
 
         Raises:
@@ -260,93 +274,64 @@ class Trainer:
         """
         self._built_engine(data, 0).restore(arrays)
         self.position = Position(**{field.name: position[field.name] for field in dataclasses.fields(Position)})
-        self._resumed = True
+        self._restored = True
 
     def save_model(self, path: str | os.PathLike, write: bool = True) -> None:
-        """Writes the model and its optimizer as a `.keras` file. `fit` must have begun.
+        """Write the model and its optimizer as a `.keras` file. `fit` must have begun.
 
-        Every worker must call it, because each may hold a share of the weights; `write` is for one of them.
+        Collective: call it on every host, because each may hold a shard of the weights.
+
+        Args:
+            path: of the file.
+            write: True on one of the hosts.
         """
-        self._engine.save_model(path, write)
+        self._running_engine().save_model(path, write)
 
-    def _built_engine(self, data: Any, *first_update: int) -> Any:
-        """The compiled functions, made on first use, when the shapes of the examples are known."""
-        if self._engine is None:
-            engine: Any
-            options: dict[str, Any] = {
-                "accumulation_steps": self.accumulation_steps,
-                "layer_norms": self._measures_norms,
-                "layer_ratios": self._measures_ratios,
-            }
-            if keras.backend.backend() == "jax":
-                from lars_keras.training.jax.engine import JaxEngine as engine
+    def whole_updates(self, data: Data) -> tuple[Data, int]:
+        """Return finite data without their last partial global batch, and the number of updates that they give.
 
-                options["reduce_dtype"] = self._reduce_dtype
-            else:
-                from lars_keras.training.tensorflow.engine import TensorFlowEngine as engine
-
-                options["jit_compile"] = self._jit_compile
-            self._engine = engine(self.model, element_spec(data, *first_update), **options)
-        return self._engine
-
-    def _whole_batches(self, data: Any) -> tuple[Any, int]:
-        """A finite dataset without its last partial batch, and the number of batches."""
-        cardinality = int(data.cardinality()) if hasattr(data, "cardinality") else -1
-        if cardinality < 0:
-            raise ValueError(
-                "`steps_per_epoch` is needed where the size of the data is not known. Received: steps_per_epoch=None"
-            )
+        Raises:
+            ValueError: if the size of the data is not known, or they have too few examples for an update.
+        """
         if self._counted[0] is not data:
-            self._counted = data, sum(len(keras.tree.flatten(batch)[0]) for batch in data)
+            self._counted = data, count_examples(data)
         examples = self._counted[1]
-        steps = examples // self.batch_size
-        if steps == 0:
+        updates = examples // self.batch_size
+        if updates == 0:
             raise ValueError(
-                f"`batch_size` must be at most the number of examples, {examples}. Received: {self.batch_size}"
+                f"`batch_size` must be at most the number of examples, {examples}. Received: "
+                f"batch_size={self.batch_size}"
             )
-        ghosts = data.rebatch(self.microbatch_size, drop_remainder=True)  # never a global batch in one piece
-        return ghosts.take(steps * self.accumulation_steps * self.replicas), steps
+        count = updates * self.accumulation_steps * self.replicas
+        return take_updates(data, self.microbatch_size, count), updates
 
+    def _built_engine(self, data: Data, *first_update: int) -> Engine:
+        """Return the engine, made on first use, when the shapes of the examples are known."""
+        if self.engine is None:
+            spec = element_spec(data, *first_update)
+            self.engine = self._engine_class(self.model, self.cluster, self._options, spec)
+        return self.engine
 
-def _check_engine(
-    model: keras.Model, replicas: int, jit_compile: bool | str, reduce_dtype: str, layer_ratios: bool
-) -> None:
-    """Refuses what the engine of this backend cannot do."""
-    if keras.backend.backend() != "jax":
-        if reduce_dtype != "float32":
-            raise ValueError(
-                "On TensorFlow gradients are reduced in float32; --reduce_dtype is for KERAS_BACKEND=jax. Received: "
-                f"reduce_dtype={reduce_dtype}"
-            )
-        synchronized = any(getattr(layer, "synchronized", False) for layer in layers_of(model))
-        if jit_compile is True and synchronized and replicas > 1 and not has_accelerator():
-            raise ValueError(
-                "XLA compiles no traffic between CPU replicas, as --sync_batch_norm asks for. Use --jit_compile=off. "
-                "Received: jit_compile=True (--jit_compile=on)"
-            )
-        return
-    if not jit_compile:
-        raise ValueError("On JAX every update is compiled. Received: jit_compile=False (--jit_compile=off)")
-    if layer_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "On JAX the telemetry of layers (--telemetry_every) does not go with dynamic loss scaling "
-            "(--precision=mixed_float16)."
-        )
+    def _running_engine(self) -> Engine:
+        if self.engine is None:
+            raise RuntimeError("`Trainer` has no state yet: call `fit`, `evaluate` or `restore` first.")
+        return self.engine
 
 
 def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> tuple[int, int]:
-    """How a global batch is cut.
+    """Split a global batch into micro-batches.
 
     Args:
         batch_size: global batch.
         replicas: number of replicas.
-        microbatch_size: examples of a replica's pass; None, or more than its share, for the whole share.
+        microbatch_size: examples that a replica takes through the model at once; None, or too many, for all of its
+            examples.
 
     Returns:
         `(microbatch_size, accumulation_steps)` with `replicas * microbatch_size * accumulation_steps == batch_size`.
 
     Raises:
-        ValueError: if that has no whole solution; the message names the nearest sizes that do.
+        ValueError: if there is no such split; the message names the nearest sizes for which there is.
     """
     if batch_size < 1 or batch_size % replicas:
         below = batch_size // replicas * replicas
@@ -354,21 +339,30 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
             f"`batch_size` must be a multiple of the {replicas} replicas, such as {max(below, replicas)}. "
             f"Received: batch_size={batch_size}"
         )
-    share = batch_size // replicas
-    if microbatch_size is None or microbatch_size > share:
-        return share, 1
-    if microbatch_size < 1 or share % microbatch_size:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
+    per_replica = batch_size // replicas
+    if microbatch_size is None or microbatch_size > per_replica:
+        return per_replica, 1
+    if microbatch_size < 1 or per_replica % microbatch_size:
+        divisors = [d for d in range(1, per_replica + 1) if per_replica % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - microbatch_size))
         raise ValueError(
-            f"`microbatch_size` must divide the {share} examples of each replica, such as {nearest}. "
+            f"`microbatch_size` must divide the {per_replica} examples of each replica, such as {nearest}. "
             f"Received: microbatch_size={microbatch_size}, batch_size={batch_size}, replicas={replicas}"
         )
-    return microbatch_size, share // microbatch_size
+    return microbatch_size, per_replica // microbatch_size
+
+
+def _epoch_ends(epochs: float, steps_per_epoch: float) -> list[int]:
+    """Return the number of the last update of each epoch, from 1."""
+    total = math.ceil(epochs * steps_per_epoch - 1e-9)
+    ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
+    while len(ends) > 1 and ends[-2] == total:  # nothing is left for the last epoch
+        ends.pop()
+    return ends
 
 
 def _check_loss(model: keras.Model) -> None:
-    """Micro-batches of a sum or of a weighted mean do not add up to that of the whole batch."""
+    """Refuse a sum or a weighted mean: those of the micro-batches do not add up to that of the global batch."""
     for loss in keras.tree.flatten(model.loss):
         reduction = getattr(loss, "reduction", "sum_over_batch_size")
         if reduction not in ("sum_over_batch_size", "mean"):

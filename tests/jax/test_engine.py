@@ -1,4 +1,4 @@
-"""The JAX engine takes the steps of the TensorFlow engine, on any number of devices, with the update in shares or not.
+"""The JAX engine takes the steps of the TensorFlow engine, on any number of devices, with the update sharded or not.
 
 Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax and eight logical CPU devices; the
 TensorFlow engine's results go with it in a file.
@@ -29,7 +29,7 @@ from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 ENGINES = 2e-6  # between the two engines, five updates in float32; the sums have other orders
-SHARES = 1e-6  # between any two ways to cut the work, in float32
+SHARDS = 1e-6  # between any two ways to shard the work, in float32
 FROM_TENSORFLOW = "TENSORFLOW_RESULTS"
 TELEMETRY = "telemetry"
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
@@ -39,7 +39,7 @@ MODELS = {
     "hidden": cases.hidden,
     "batch_norm": cases.batch_norm(),
     "synchronized": cases.batch_norm(synchronized=True),
-    "wide": lambda: keras.Sequential(  # large enough to be dims into shares
+    "wide": lambda: keras.Sequential(  # large enough to be sharded
         [
             keras.Input((cases.FEATURES,)),
             keras.layers.Dense(256, "relu"),
@@ -136,7 +136,7 @@ class SecondProcessTest(parameterized.TestCase):
         self.run_on_jax({name: CASES[name] for name in QUICK})
 
     @pytest.mark.slow
-    def test_jax_whole(self):
+    def test_jax_in_full(self):
         self.run_on_jax(CASES, "-m", "")
 
     def run_on_jax(self, table, *options):
@@ -203,18 +203,18 @@ class EngineTest(parameterized.TestCase):
         self.assertBetween(sum(waits), 0.6, elapsed)
         self.assertLess(min(waits), 0.2)
 
-    def test_shares_change_nothing(self):
-        self.check_shares("lars", None)
+    def test_shards_change_nothing(self):
+        self.check_shards("lars", None)
 
     @parameterized.parameters(("ema", 2), ("adam", None))
     @pytest.mark.slow
-    def test_shares_of_other_optimizers(self, optimizer, microbatch_size):
-        self.check_shares(optimizer, microbatch_size)
+    def test_shards_of_other_optimizers(self, optimizer, microbatch_size):
+        self.check_shards(optimizer, microbatch_size)
 
-    def check_shares(self, optimizer, microbatch_size):
-        *whole, _ = trained("wide", optimizer, 8, microbatch_size=microbatch_size)
-        *shares, trainer = trained("wide", optimizer, 8, microbatch_size=microbatch_size, shard_optimizer_state=True)
-        self.check(shares, whole, SHARES)
+    def check_shards(self, optimizer, microbatch_size):
+        *replicated, _ = trained("wide", optimizer, 8, microbatch_size=microbatch_size)
+        *sharded, trainer = trained("wide", optimizer, 8, microbatch_size=microbatch_size, shard_optimizer_state=True)
+        self.check(sharded, replicated, SHARDS)
         kernel = trainer.model.layers[2].kernel
         slots = [v for v in trainer.model.optimizer.variables if v.shape == kernel.shape]
         self.assertNotEmpty(slots)
@@ -222,11 +222,19 @@ class EngineTest(parameterized.TestCase):
             self.assertEqual(v.value.addressable_shards[0].data.size, v.value.size // 8)
 
     @pytest.mark.slow
-    def test_shares_in_bfloat16(self):
+    def test_shards_in_bfloat16(self):
         """Weights are rounded before they are gathered, not after: the same bits reach the layers."""
-        *whole, _ = trained("wide", "lars", 8, policy="mixed_bfloat16")
-        *shares, _ = trained("wide", "lars", 8, policy="mixed_bfloat16", shard_optimizer_state=True)
-        self.check(shares, whole, SHARES)
+        *replicated, _ = trained("wide", "lars", 8, policy="mixed_bfloat16")
+        *sharded, trainer = trained("wide", "lars", 8, policy="mixed_bfloat16", shard_optimizer_state=True)
+        self.check(sharded, replicated, SHARDS)
+        *exact, _ = trained("wide", "lars", 8)
+        self.assertGreater(difference(sharded[0], exact[0]), 1e-4)
+        engine = trainer.engine
+        batch = engine.on_devices(tuple(a[: cases.BATCH] for a in cases.examples()))
+        text = engine.step.single_update.lower(engine.read_state(), batch).as_text()
+        gathered = [line for line in text.splitlines() if "all_gather" in line and "reduce" not in line]
+        self.assertNotEmpty([line for line in gathered if "xbf16>" in line])
+        self.assertEmpty([line for line in gathered if "256x256xf32>" in line])
 
     @pytest.mark.slow
     def test_lower_precision_of_the_traffic(self):
@@ -240,7 +248,7 @@ class EngineTest(parameterized.TestCase):
         MODELS["dropout"] = cases.dropout
         *one, _ = trained("dropout", "lars", 0, microbatch_size=8)
         *eight, _ = trained("dropout", "lars", 8)
-        self.check(eight, one, SHARES)
+        self.check(eight, one, SHARDS)
         *other, _ = trained("dropout", "lars", 0)
         self.assertGreater(difference(other[0], one[0]), 1e-3)
 
@@ -276,33 +284,33 @@ class EngineTest(parameterized.TestCase):
 
     @parameterized.parameters((None, False), (2, False))
     @pytest.mark.slow
-    def test_one_reduction_of_whole_gradients(self, microbatch_size, shard_optimizer_state):
+    def test_one_reduction_of_replicated_gradients(self, microbatch_size, shard_optimizer_state):
         self.check_one_reduction(microbatch_size, shard_optimizer_state)
 
     def check_one_reduction(self, microbatch_size, shard_optimizer_state):
-        """In the compiled programs of an update: all gradients once, after the last pass."""
+        """In the compiled programs of an update: all gradients once, after the last micro-batch."""
         *_, trainer = trained(
             "wide", "lars", 8, microbatch_size=microbatch_size, shard_optimizer_state=shard_optimizer_state
         )
-        engine = trainer._engine
-        state = engine._read()
+        engine = trainer.engine
+        state = engine.read_state()
         x, y = (a[: trainer.microbatch_size * 8] for a in cases.examples())
-        data = engine._on_devices((x, y))
+        data = engine.on_devices((x, y))
         if microbatch_size is None:
             programs = [engine.step.single_update.lower(state, data)]
         else:
             weights, scale, sums = engine.step.begin(state)
             inputs = weights or state["trainable"], state["batch_stats"], state["rng_state"], scale, data, np.int32(0)
-            a_pass = engine.step.accumulate.lower(sums, *inputs).compile().as_text()
-            self.assertNotRegex(a_pass, "all-reduce|reduce-scatter|all-gather|all-to-all")
+            accumulate = engine.step.accumulate.lower(sums, *inputs).compile().as_text()
+            self.assertNotRegex(accumulate, "all-reduce|reduce-scatter|all-gather|all-to-all")
             programs = [engine.step.finish.lower(state, sums, state["rng_state"])]
         text = programs[0].compile().as_text()
         reduced = 0
         for line in text.splitlines():
             if found := re.search(r"= (.*?) (all-reduce|reduce-scatter)(?:-start)?\(", line):
-                share = 8 if found[2] == "reduce-scatter" else 1
+                shards = 8 if found[2] == "reduce-scatter" else 1
                 for dims in re.findall(r"f32\[([\d,]+)\]", found[1]):
-                    reduced += share * int(np.prod([int(d) for d in dims.split(",")]))
+                    reduced += shards * int(np.prod([int(d) for d in dims.split(",")]))
         kernels = sum(v.value.size for v in trainer.model.trainable_variables)
         self.assertBetween(reduced, kernels, kernels + 64)
         self.assertEqual("reduce-scatter" in text, shard_optimizer_state)
@@ -318,7 +326,7 @@ class EngineTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "jit_compile=False"):
             Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
         scaled = keras.optimizers.LossScaleOptimizer(LARS())
-        with self.assertRaisesRegex(ValueError, "--telemetry_every.*mixed_float16"):
+        with self.assertRaisesRegex(ValueError, "layer_ratios.*mixed_float16"):
             Trainer(compiled(cases.linear(), scaled), batch_size=64, layer_ratios=True).fit(data)
         x = keras.Input((cases.FEATURES,))
         model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
@@ -385,10 +393,10 @@ class EngineTest(parameterized.TestCase):
                 return trainer.snapshot()[0], seen
 
         with tempfile.TemporaryDirectory() as folder:
-            whole, logs = run(f"{folder}/a")
+            uninterrupted, logs = run(f"{folder}/a")
             run(f"{folder}/b", stop_after=8)
             again, later = run(f"{folder}/b")
         self.assertEqual(list(later), [8, 9, 10])
         self.assertEqual(later, {k: logs[k] for k in later})
-        for name, value in whole.items():
+        for name, value in uninterrupted.items():
             np.testing.assert_array_equal(again[name], value, name)

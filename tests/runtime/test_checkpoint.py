@@ -19,7 +19,7 @@ import tensorflow as tf
 import lars_keras.data
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.errors import Preempted
-from lars_keras.training.state import restore_shared, shared_state
+from lars_keras.training.state import restore_variables, variables_by_name
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -113,12 +113,12 @@ class CheckpointTest(tf.test.TestCase):
         model.compile("sgd", "mse")
         weights = [w.astype("float32") for w in model.get_weights()]
         manager = CheckpointManager(self.path)
-        manager.save(1, {name: np.array(v.numpy()) for name, v in shared_state(model).items()}, {})
+        manager.save(1, {name: np.array(v.numpy()) for name, v in variables_by_name(model).items()}, {})
         self.assertEqual({w.dtype.name for w in model.get_weights()}, {"bfloat16"})
         model.set_weights([w + 1 for w in weights])
         saved = manager.latest().arrays
         self.assertEqual([saved[f"model/{i}"].dtype.str for i in range(2)], ["|V2"] * 2)  # NumPy has no name for it
-        restore_shared(model, saved)
+        restore_variables(model, saved)
         for own, expected in zip(model.get_weights(), weights, strict=True):
             self.assertAllEqual(own.astype("float32"), expected)
 

@@ -19,9 +19,10 @@ from absl.testing import parameterized
 import models
 from lars_keras import LARS
 from lars_keras.training import Trainer
+from lars_keras.training.backend import make_engine
 from lars_keras.training.cluster import cluster_of, make_cluster
+from lars_keras.training.engine import EngineOptions
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
-from lars_keras.training.tensorflow.engine import TensorFlowEngine
 from running import exit_codes
 from tests import prepared, workers
 from tests import step_cases as cases
@@ -128,9 +129,9 @@ class XlaTest(parameterized.TestCase, tf.test.TestCase):
         model.compile(LARS(), keras.losses.CategoricalCrossentropy(from_logits=True))
         batch = tf.zeros([2, size, size, 3], tf.uint8), tf.zeros([2, 8])
         spec = tf.data.Dataset.from_tensors(batch).element_spec
-        engine = TensorFlowEngine(model, spec, accumulation_steps=2, jit_compile=True)
-        values = [[tf.convert_to_tensor(v) for v in part] for part in engine._state()]
-        hlo = engine._gradient.experimental_get_compiler_ir(*values, *batch, None, tf.constant(0), tf.constant(1.0))(
+        options = EngineOptions(microbatch_size=2, accumulation_steps=2, jit_compile=True)
+        step = make_engine(model, cluster_of(model), options, spec).step
+        hlo = step.gradient.experimental_get_compiler_ir(*step.state(), *batch, None, tf.constant(0), tf.constant(1.0))(
             stage="hlo"
         )
         self.assertNotIn("<=", hlo)  # a bound, as in f32[<=2], marks a dynamic dimension

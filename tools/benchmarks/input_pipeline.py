@@ -38,7 +38,7 @@ from lars_keras.data.cache import InMemory
 from lars_keras.data.decode import NUM_DRAWS, central_window, random_window
 from lars_keras.data.loading import prepared_dir
 from lars_keras.data.parallel_map import cores
-from lars_keras.training.inputs import training_iterator
+from lars_keras.training.tensorflow.inputs import training_iterator
 from tools.committed import write_json
 
 Candidate = Callable[[], Iterator[Any]]

@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lars_keras.training import tf_config
-from lars_keras.training.jax.mesh import mesh_of, shard_sharding, torus_order
+from lars_keras.training.jax.mesh import mesh_of, torus_order
+from lars_keras.training.jax.sharding import shard_sharding
 
 
 class ShardedDataParallel(keras.distribution.DataParallel):

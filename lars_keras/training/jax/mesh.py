@@ -1,22 +1,19 @@
-"""Where things lie on JAX: the mesh of a run's devices, and the share of a weight that each of them keeps."""
+"""The mesh of a run's devices on JAX, and the order in which they take ghost batches."""
 
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-# Thinner shares are not worth their own traffic, and lie badly in a TPU's tiles of 8 x 128.
-_THINNEST = 8
-_SMALLEST = 2**14  # elements of a weight that is cut
+from jax.sharding import Mesh
 
 
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of all devices: an axis for each direction of a TPU's torus, else one axis.
+    """Return the mesh of all devices: an axis for each direction of a TPU's torus, else one axis.
 
     A TPU reduces and scatters along one direction of its torus at a time; over all of its chips as one axis the
-    compiler makes a whole all-reduce of it.
+    compiler makes an all-reduce of full size of it. `jax.experimental.mesh_utils.create_device_mesh` would take these
+    lengths as given, refuses v4 with two devices a chip, and follows rings on small slices, off the torus's axes.
     """
     devices = torus_order(devices)
     places = [place for place in map(_coordinates, devices) if place]
@@ -29,12 +26,15 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def torus_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """By their place in the torus; else those of one process side by side, which take consecutive ghost batches."""
+    """Return the devices in the order of their coordinates in the torus.
+
+    Without a torus the devices of a process stand side by side, so that they take consecutive ghost batches.
+    """
     return sorted(devices, key=lambda device: _coordinates(device) or (device.process_index, device.id))
 
 
 def ghost_numbers(devices: Sequence[jax.Device]) -> np.ndarray:
-    """Which ghost batch of a pass each device takes, int32, in the order of `devices`.
+    """Return the number of the ghost batch in a micro-batch that each device takes, int32, in the order of `devices`.
 
     A process reads consecutive ghost batches, and its devices take them in their order here. In a torus the devices of
     several processes may alternate.
@@ -45,39 +45,7 @@ def ghost_numbers(devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _coordinates(device: jax.Device) -> tuple[int, ...]:
-    """Coordinates in the torus, and the core in a chip that has several; empty for what is no TPU."""
+    """Return the coordinates in the torus, then the core in its chip; nothing for what is no TPU."""
     if device.platform != "tpu":
         return ()
     return (*device.coords, device.core_on_chip)
-
-
-def shard_dims(shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...] | None:
-    """How a weight is dims into shares: for each axis of the mesh, the dimension cut along it; None if it stays whole.
-
-    Each axis shard_dims the dimension that is then the longest.
-    """
-    if mesh.devices.size == 1 or math.prod(shape) < _SMALLEST:
-        return None
-    left, chosen = list(shape), []
-    for length in mesh.devices.shape:
-        able = [d for d, size in enumerate(left) if size % length == 0 and size // length >= _THINNEST]
-        if not able:
-            return None
-        dimension = max(able, key=lambda d: left[d])
-        left[dimension] //= length
-        chosen.append(dimension)
-    return tuple(chosen)
-
-
-def shard_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The specification of a weight in shares, or of a whole one where it is not cut."""
-    chosen = shard_dims(shape, mesh)
-    if chosen is None:
-        return PartitionSpec()
-    names = [tuple(name for name, c in zip(mesh.axis_names, chosen, strict=True) if c == d) for d in range(len(shape))]
-    return PartitionSpec(*(name or None for name in names))
-
-
-def shard_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where a weight in shares lies."""
-    return NamedSharding(mesh, shard_spec(shape, mesh))

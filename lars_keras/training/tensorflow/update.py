@@ -14,22 +14,8 @@ from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.state import inner_optimizer
 
 
-def check_options(optimizer: keras.optimizers.Optimizer) -> None:
-    """Refuses what cannot mean anything here.
-
-    Raises:
-        ValueError: for `gradient_accumulation_steps`.
-    """
-    if inner_optimizer(optimizer).gradient_accumulation_steps:
-        raise ValueError(
-            "Accumulate with `Trainer(microbatch_size=...)`, which updates once per global batch: "
-            "`gradient_accumulation_steps` fails under tf.distribute and lets schedules count micro-batches. "
-            f"Received: gradient_accumulation_steps={inner_optimizer(optimizer).gradient_accumulation_steps}"
-        )
-
-
 def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
-    """Refuses optimizers that are more than their `update_step`, which is all that `apply_update` takes of them.
+    """Refuse optimizers that do more than their `update_step`, the only part of them that `apply_update` calls.
 
     Raises:
         ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`.
@@ -39,7 +25,7 @@ def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
     if replaced and not issubclass(own, LayerwiseOptimizer):
         raise ValueError(
             f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it has a "
-            f"{', '.join(replaced)} of its own. It can on the JAX backend."
+            f"{', '.join(replaced)} of its own. On JAX it can."
         )
 
 
@@ -49,18 +35,18 @@ def apply_update(
     variables: list[keras.Variable],
     measure: bool = False,
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Applies one update; call it in replica context with the same gradients on every replica.
+    """Apply one update; call it in replica context with the same gradients on every replica.
 
     Args:
         optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
         gradients: gradients of the scaled loss, summed over replicas and micro-batches.
         variables: their variables.
-        measure: return what a `LayerwiseOptimizer` measures of each variable.
+        measure: return what a `LayerwiseOptimizer` measures in each variable.
 
     Returns:
-        A scalar int: 1, or 0 where dynamic loss scaling found a value that is not finite and skipped the update. The
-        caller adds it to `optimizer.iterations`, in cross-replica context. And the measures of
-        `LayerwiseOptimizer.update`, 0 where it was skipped; an empty list from other optimizers.
+        A scalar int: 1, or 0 if dynamic loss scaling found a value that is not finite and skipped the update. The
+        caller adds it to `optimizer.iterations`, in cross-replica context. Then the measures of
+        `LayerwiseOptimizer.update`, 0 if it was skipped; an empty list from other optimizers.
     """
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.loss_scale_factor is not None:
@@ -94,7 +80,7 @@ def _step(
     variables: list[keras.Variable],
     measure: bool,
 ) -> list[tf.Tensor]:
-    """Clipping, decoupled decay, the rule, averaging and constraints: the order of Keras's `Optimizer.apply`."""
+    """Clip, decay, apply the rule, average and constrain, in the order of Keras's `Optimizer.apply`."""
     rate = optimizer.learning_rate
     gradients = keras_internals.clip_gradients(optimizer, gradients)
     for variable in variables:
@@ -116,7 +102,7 @@ def _step(
 
 
 def _average(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
-    """Exponential moving average of the weights, and its periodic write-back."""
+    """Update the EMA of the weights, and write it back when it is due."""
     keras_internals.update_ema(optimizer)
     if not optimizer.ema_overwrite_frequency:
         return

@@ -1,0 +1,116 @@
+"""The contract between `Trainer` and the engines of the two backends."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+
+from lars_keras.training.inputs import Data
+from lars_keras.training.state import inner_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How an engine takes a step; the same for both engines. `Trainer` documents each of them.
+
+    Attributes:
+        microbatch_size: examples that one replica takes through the model at once.
+        accumulation_steps: micro-batches of a replica in an update.
+        jit_compile: compile the gradient computation with XLA: True, False or "auto".
+        reduce_dtype: dtype of the gradients on their way between devices.
+        layer_norms: measure the norms of gradients and weights.
+        layer_ratios: measure the trust ratios and effective rates of a `LayerwiseOptimizer`.
+    """
+
+    microbatch_size: int
+    accumulation_steps: int = 1
+    jit_compile: bool | str = "auto"
+    reduce_dtype: str = "float32"
+    layer_norms: bool = False
+    layer_ratios: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What the updates of one call of `Engine.train` came to.
+
+    Attributes:
+        losses: loss of each update.
+        learning_rates: learning rate of each update.
+        metrics: the compiled metrics since their last reset.
+        layer_norms: measures by name, if asked for, float32 of shape `(updates, variables)`: "gradient" and "weight",
+            and those of `lars_keras.layerwise.MEASURES`.
+        data_wait: seconds that the devices stood idle for want of data.
+    """
+
+    losses: list[float]
+    learning_rates: list[float]
+    metrics: dict[str, float]
+    layer_norms: dict[str, np.ndarray]
+    data_wait: float
+
+
+class Engine(Protocol):
+    """The compiled functions of a model on the replicas of a cluster.
+
+    Args:
+        model: compiled.
+        cluster: where it was made: the `Cluster` of the engine's backend.
+        options: how to take a step.
+        element_spec: a `TensorSpec` for each array of a batch of the data.
+    """
+
+    def __init__(self, model: keras.Model, cluster: Any, options: EngineOptions, element_spec: Any): ...
+
+    @classmethod
+    def check(cls, model: keras.Model, cluster: Any, options: EngineOptions) -> None:
+        """Raise ValueError for what this engine cannot do, before anything is built."""
+
+    def training_iterator(self, data: Data, first_update: int = 0) -> Any:
+        """Return an iterator over the data of the updates from `first_update` on, for `train`."""
+
+    def train(self, iterator: Any, updates: int) -> StepResult:
+        """Take `updates` updates without returning to Python between them."""
+
+    def evaluate(self, data: Data, after_batch: Callable[[int], None]) -> dict[str, float]:
+        """Return loss, metrics and the number of examples `n`, each example scored once.
+
+        Args:
+            data: for evaluation.
+            after_batch: called with the number of each batch, after it.
+        """
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Return a copy of all that the next update depends on. Collective: call it on every host."""
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Restore a snapshot, of either engine.
+
+        Raises:
+            ValueError: if the model or optimizer has other variables; nothing is changed then.
+        """
+
+    def save_model(self, path: str | os.PathLike, write: bool) -> None:
+        """Write a `.keras` file, if `write`. Collective: call it on every host."""
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Temporarily swap in the EMA weights, if the optimizer keeps them."""
+
+
+def check_accumulation(optimizer: keras.optimizers.Optimizer) -> None:
+    """Refuse `gradient_accumulation_steps`, which has no meaning on either engine.
+
+    Raises:
+        ValueError: if the optimizer has them.
+    """
+    steps = inner_optimizer(optimizer).gradient_accumulation_steps
+    if steps:
+        raise ValueError(
+            "Accumulate with `Trainer(microbatch_size=...)`, which updates once per global batch: "
+            "`gradient_accumulation_steps` fails under tf.distribute and lets schedules count micro-batches. "
+            f"Received: gradient_accumulation_steps={steps}"
+        )

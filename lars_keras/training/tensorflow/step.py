@@ -1,0 +1,141 @@
+"""One replica's part of an update on TensorFlow; call these functions in the replica context of its strategy.
+
+An update of R replicas and k micro-batches takes R * k ghost batches; replica r takes number `i * R + r` in micro-batch
+`i`. Gradients are summed where they arise. Once per update they are reduced over the replicas, together with the moving
+statistics and the loss, and each replica applies the same update to its own copy.
+"""
+
+from typing import Any, TypeAlias
+
+import keras
+import tensorflow as tf
+
+from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
+from lars_keras.training.engine import EngineOptions
+from lars_keras.training.forward import StatelessForward
+from lars_keras.training.state import inner_optimizer
+from lars_keras.training.tensorflow.update import apply_update
+
+Tensor = Any
+Sums: TypeAlias = tuple[list[Tensor], list[Tensor]]
+"""The sums over micro-batches of gradients, moving statistics and loss; and the state of the random numbers."""
+
+
+class TensorFlowStep:
+    """The functions of a built model and its built optimizer on one replica.
+
+    Args:
+        model: compiled and built.
+        replicas: number of replicas.
+        options: how to take a step.
+        jit_compile: compile the gradient computation with XLA.
+
+    Attributes:
+        forward: the model as a pure function.
+        gradient: the gradient of one ghost batch, compiled if asked for.
+        measures: names of the rows that `finish` returns.
+    """
+
+    def __init__(self, model: keras.Model, replicas: int, options: EngineOptions, jit_compile: bool):
+        self.model, self.optimizer, self.replicas = model, model.optimizer, replicas
+        self.accumulation_steps = options.accumulation_steps
+        self._measure_norms = options.layer_norms
+        layerwise = isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
+        self._measure_ratios = options.layer_ratios and layerwise
+        self.measures = ["gradient", "weight"] * self._measure_norms + [*MEASURES] * self._measure_ratios
+        self.forward = StatelessForward(model, compiled=jit_compile)
+        # A pure function: XLA can compile it inside the replica's step, which as a whole it could not.
+        self.gradient = tf.function(self._gradient, jit_compile=True) if jit_compile else self._gradient
+
+    def zero_sums(self) -> Sums:
+        """Return the sums before the first micro-batch of an update."""
+        shapes = [v.shape for v in self.forward.trainable + self.forward.batch_stats] + [()]
+        return [tf.zeros(shape) for shape in shapes], [tf.convert_to_tensor(v) for v in self.forward.rng_state]
+
+    def accumulate(self, sums: Sums, data: Any, i: Tensor) -> Sums:
+        """Add this replica's ghost batch of micro-batch `i` to its sums."""
+        values, rng_state = self.ghost_sums(data, i)
+        return [total + value for total, value in zip(sums[0], values, strict=True)], rng_state
+
+    def ghost_sums(self, data: Any, i: Tensor) -> Sums:
+        """Return what this replica's ghost batch of micro-batch `i` adds to the sums."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        index = i * self.replicas + tf.cast(replica, tf.int32)
+        scale = self.optimizer.scale_loss(tf.constant(1.0))
+        trainable, batch_stats, rng_state = self.state()
+        gradients, batch_stats, rng_state, loss, y_pred = self.gradient(
+            trainable, batch_stats, rng_state, x, y, sample_weight, index, scale
+        )
+        self.model.compute_metrics(x, y, y_pred, sample_weight)
+        return [tf.cast(s, tf.float32) for s in [*gradients, *batch_stats, loss]], rng_state
+
+    def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the values of trainable variables, batch statistics and random numbers, as `gradient` takes them."""
+        groups = (self.forward.trainable, self.forward.batch_stats, self.forward.rng_state)
+        trainable, batch_stats, rng_state = ([tf.convert_to_tensor(v) for v in group] for group in groups)
+        return trainable, batch_stats, rng_state
+
+    def _gradient(
+        self,
+        trainable: list[Tensor],
+        batch_stats: list[Tensor],
+        rng_state: list[Tensor],
+        x: Any,
+        y: Any,
+        sample_weight: Any,
+        index: Tensor,
+        scale: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(trainable)
+            loss, y_pred, batch_stats, rng_state = self.forward.loss(
+                trainable, batch_stats, rng_state, x, y, sample_weight, index
+            )
+            # Keras divides the loss by the number of replicas already.
+            loss = loss / self.accumulation_steps
+            scaled = loss * tf.cast(scale, loss.dtype)
+        gradients = tape.gradient(scaled, trainable)
+        missing = [v.path for v, g in zip(self.forward.trainable, gradients, strict=True) if g is None]
+        if missing:
+            raise ValueError(
+                "The loss does not depend on these trainable variables; set `trainable = False` on their layers: "
+                + ", ".join(missing)
+            )
+        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        batch_stats = [a / (self.replicas * self.accumulation_steps) for a in batch_stats]
+        return gradients, batch_stats, rng_state, loss, y_pred
+
+    def finish(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduce the sums over the replicas, the only reduction of an update, and apply it on every replica alike.
+
+        Returns:
+            The loss; 1, or 0 if dynamic loss scaling skipped the update; and `measures`, float32 of shape
+            `(measures, variables)`.
+        """
+        # Out of a loop the sums come without a device, which the reduction asks for.
+        values, rng_state = [tf.identity(s) for s in sums[0]], sums[1]
+        values = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
+        trainable, batch_stats = self.forward.trainable, self.forward.batch_stats
+        gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
+        own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
+        scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
+        taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
+        for variable, value in zip(batch_stats, statistics, strict=True):
+            variable.assign(tf.cast(value, variable.dtype))
+        for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
+            variable.assign(value)
+        norms = self._norms(gradients, taken, scale)
+        return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
+
+    def _norms(self, gradients: list[Tensor], taken: Tensor, scale: Tensor) -> Tensor:
+        """Return the norms of the gradients, 0 if their update is skipped, and of the weights, if asked for."""
+        variables = self.forward.trainable
+        if not self._measure_norms:
+            return tf.zeros([0, len(variables)])
+
+        def norms(tensors: list[Any]) -> Tensor:
+            return tf.stack([tf.sqrt(2.0 * tf.nn.l2_loss(tf.cast(t, tf.float32))) for t in tensors])
+
+        own = tf.where(taken > 0, norms(gradients) / tf.cast(scale, tf.float32), 0.0)
+        return tf.stack([own, norms([tf.convert_to_tensor(v) for v in variables])])

@@ -1,0 +1,122 @@
+"""Batches of any size become the micro-batches of hosts and replicas, from NumPy as from `tf.data`."""
+
+import itertools
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.training import Trainer, inputs
+from lars_keras.training.inputs import InputContext, TensorSpec
+from lars_keras.training.tensorflow import inputs as tensorflow_inputs
+from tests import step_cases as cases
+
+
+def numbers(n, size):
+    """Returns the numbers below `n` as `(x, y)` batches of NumPy arrays."""
+    x = np.arange(n, dtype="float32")
+    return [(x[i : i + size, None], x[i : i + size]) for i in range(0, n, size)]
+
+
+def dataset(batches):
+    x, y = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(len(batches[0][0]))
+
+
+def listed(batches):
+    """Returns the arrays of batches as lists."""
+    return [[part.tolist() for part in batch] for batch in batches]
+
+
+class HostsTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters((1, 0, 2, 3), (2, 0, 2, 3), (2, 1, 4, 1), (3, 2, 3, 2))
+    def test_training_as_tf_data(self, hosts, host, replicas, accumulation_steps):
+        """Each host reads the same data and keeps its part, from any update on, across the end of the data."""
+        context = InputContext(hosts, host, replicas)
+        batches = numbers(23, 5)
+        for first_update in (0, 2):
+            arguments = (context, 2, accumulation_steps, first_update)
+            expected = tensorflow_inputs.numpy_training_batches(dataset(batches), *arguments)
+            actual = inputs.training_batches(batches, *arguments)
+            self.assertEqual(listed(itertools.islice(actual, 20)), listed(itertools.islice(expected, 20)))
+
+    @parameterized.parameters((1, 0, 2, 23), (2, 0, 2, 23), (2, 1, 4, 23), (2, 1, 2, 1), (1, 0, 1, 24))
+    def test_scoring_as_tf_data(self, hosts, host, replicas, n):
+        context = InputContext(hosts, host, replicas)
+        batches = numbers(n, 5)
+        expected = tensorflow_inputs.numpy_scoring_batches(dataset(batches), context, 3)
+        self.assertEqual(listed(inputs.scoring_batches(batches, context, 3)), listed(expected))
+
+    def test_hosts_score_every_example_once(self):
+        seen = []
+        for host in range(2):
+            for x, _, weight in inputs.scoring_batches(numbers(23, 5), InputContext(2, host, 4), 3):
+                self.assertEqual((x.shape, weight.dtype), ((6, 1), np.float32))
+                seen += x[weight > 0, 0].tolist()
+        self.assertCountEqual(seen, range(23))
+
+    def test_a_function_gives_a_host_its_own(self):
+        """It is told which host asks, and from which update on; its batches are not divided again."""
+        asked = []
+
+        def feed(context, *first_update):
+            asked.append((context.input_pipeline_id, *first_update))
+            return iter(numbers(12, 5))
+
+        context = InputContext(2, 1, 4)
+        batches = list(inputs.training_batches(feed, context, 2, 3, 7))
+        self.assertEqual([x[:, 0].tolist() for x, _ in batches], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+        batches = list(inputs.scoring_batches(feed, context, 4))
+        self.assertEqual([weight.tolist() for *_, weight in batches], [[1.0] * 8, [1.0] * 4 + [0.0] * 4])
+        self.assertEqual(asked, [(1, 7), (1,)])
+
+    def test_weights_are_kept(self):
+        batches = [(x, y, np.full(len(x), 0.5)) for x, y in numbers(5, 5)]
+        ((_, _, weight),) = inputs.scoring_batches(batches, InputContext(), 8)
+        self.assertEqual(weight.tolist(), [0.5] * 5 + [0.0] * 3)
+
+
+class SpecTest(tf.test.TestCase):
+    def test_shapes_and_dtypes(self):
+        expected = (TensorSpec((None, 1), "float32"), TensorSpec((None,), "float32"))
+        for data in (numbers(5, 2), dataset(numbers(5, 2)), lambda *_: iter(numbers(5, 2))):
+            self.assertEqual(inputs.element_spec(data, 0), expected)
+
+    def test_what_is_refused(self):
+        for data, message in (([], "at least one batch"), (iter(numbers(5, 2)), "again and again"), (5, "int")):
+            with self.assertRaisesRegex(ValueError, message):
+                inputs.element_spec(data)
+        for data, message in (([], "at least one batch"), (iter(()), "at least one batch"), (5, "int")):
+            with self.assertRaisesRegex(ValueError, message):
+                tensorflow_inputs.as_dataset(data)
+
+
+class NumpyTest(parameterized.TestCase, tf.test.TestCase):
+    """`Trainer` on TensorFlow takes NumPy batches, too."""
+
+    @parameterized.parameters("none", "mirrored2")
+    def test_same_update_from_numpy(self, strategy):
+        x, y = cases.examples()
+        batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)]
+        expected, _ = cases.trained(cases.hidden, cases.OPTIMIZERS["lars"], microbatch_size=16)
+        for data in (batches, lambda context, first_update: itertools.chain.from_iterable(itertools.repeat(batches))):
+            keras.utils.set_random_seed(1)
+            with cases.strategy(strategy).scope():
+                model = cases.hidden()
+                model.compile(
+                    cases.OPTIMIZERS["lars"](),
+                    keras.losses.CategoricalCrossentropy(from_logits=True),
+                    weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
+                )
+            trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16)
+            trainer.fit(data, epochs=1, steps_per_epoch=None if data is batches else cases.UPDATES, verbose=0)
+            self.assertEqual(trainer.position.update, cases.UPDATES)
+            for actual, value in zip(model.get_weights(), expected.model.get_weights(), strict=True):
+                self.assertAllClose(actual, value, rtol=1e-5, atol=1e-7)
+            for test in (batches, lambda context: iter(batches)):
+                self.assertEqual(trainer.evaluate(test)["n"], len(x))
+
+
+if __name__ == "__main__":
+    tf.test.main()
