@@ -57,10 +57,10 @@ test-all: setup
 
 # Lanes are run by hand: the tests with other versions than requirements/dev.txt pins, in an environment on top of .venv.
 LANES = keras-oldest keras-newest torch
-WITH_keras-oldest = keras==3.10.0
+WITH_keras-oldest = keras==3.10.0 tensorflow-cpu==2.20.0
 WITH_keras-newest = --upgrade keras
 WITH_torch = --require-hashes -r requirements/torch.txt
-TESTS_torch = tests/optimizers/test_backends.py
+TESTS_torch = tests/optimizers/test_backends.py -k torch
 $(LANES:%=test-%): test-%: setup
 	$(BIN)/python -m venv .venv-$*
 	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > "$$(echo .venv-$*/lib/python*/site-packages)/base.pth"

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from lars_keras import LARS, schedules
+from lars_keras._keras_internals import learning_rate_of
 from tests.reference import ReferenceLARS, round_to
 
 VARIANTS = ("paper", "norm_of_sum", "lr_outside_momentum", "ratio_on_momentum")
@@ -134,3 +135,29 @@ def relative_error(actual, expected):
     """Return the largest difference over the largest magnitude."""
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
     return np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-30)
+
+
+def follow_rule(optimizer, weights, gradients, dtype="float32"):
+    """Return weights and slots after the pure rule of a built optimizer has been applied to all gradients.
+
+    The slots come as the oracle's do: those of the first kind of every variable, then those of the second.
+    """
+    plan, kinds = optimizer.layer_plan(), len(optimizer.slots)
+    weights = [keras.ops.convert_to_tensor(w, dtype) for w in weights]
+    slots = [[keras.ops.zeros_like(w)] * kinds for w in weights]
+    rate = learning_rate_of(optimizer)
+    for t, of_update in enumerate(gradients):
+        lr = rate(t) if callable(rate) else keras.ops.convert_to_tensor(rate)
+        for i, (g, role) in enumerate(zip(of_update, plan, strict=True)):
+            scalars = keras.ops.cast(lr, dtype) * role.lr_scale, keras.ops.cast(t + 1, dtype)
+            g = keras.ops.convert_to_tensor(g, dtype)
+            weights[i], slots[i], _ = optimizer.rule(weights[i], g, slots[i], *scalars, role)
+    return weights + [of_variable[k] for k in range(kinds) for of_variable in slots]
+
+
+def step_plainly(optimizer, gradients, variables):
+    """Apply an update operation by operation, without a compiled program."""
+    optimizer.build(variables)
+    for gradient, variable in zip(gradients, variables, strict=True):
+        optimizer.update_step(gradient, variable, optimizer.learning_rate)
+    optimizer.iterations.assign_add(1)

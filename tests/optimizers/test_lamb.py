@@ -1,4 +1,4 @@
-"""LAMB against the float64 oracle and against optax, on TensorFlow; JAX and torch are in test_lars_backends.py."""
+"""LAMB against the float64 oracle and against optax, on TensorFlow; JAX and torch are in test_backends.py."""
 
 import itertools
 import os
@@ -6,6 +6,7 @@ import tempfile
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -45,8 +46,28 @@ class LAMBTest(tf.test.TestCase, parameterized.TestCase):
         for a, e in zip(actual, expected + oracle.second, strict=True):
             self.assertLess(cases.relative_error(a, e), tolerance, a.path)
 
-    @parameterized.parameters(*itertools.product(CASES, ("eager", "xla")))
+    @parameterized.parameters(*CASES)
+    def test_rule_over_twenty_updates(self, name):
+        """The rule is a pure function: every case of it, without a program."""
+        weights, gradients = cases.problem()
+        optimizer, oracle = make(name, weights)
+        optimizer.build(cases.make_variables(weights))
+        found = cases.follow_rule(optimizer, weights, gradients)
+        for g in gradients:
+            oracle.step(g)
+        for i, (actual, expected) in enumerate(zip(found, oracle.weights + oracle.slots, strict=True)):
+            self.assertLess(cases.relative_error(actual, expected), 4e-6, i)
+
+    @parameterized.parameters(("excluded_rate", "eager"), ("excluded_rate", "xla"), ("clip", "xla"))
     def test_twenty_updates(self, name, mode):
+        self.check(name, mode)
+
+    @parameterized.parameters(*itertools.product(CASES, ("eager", "xla")))
+    @pytest.mark.slow
+    def test_twenty_updates_of_every_case(self, name, mode):
+        self.check(name, mode)
+
+    def check(self, name, mode):
         weights, gradients = cases.problem()
         optimizer, oracle = make(name, weights)
         variables = cases.make_variables(weights)

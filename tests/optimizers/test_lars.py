@@ -18,6 +18,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:Variables that are not adapted t
 MODES = ("eager", "graph", "xla")
 HAND_GRADIENTS = ([-0.8, 0.6], [0.3, -0.2], [0.05, 0.1])
 
+# Name, variant, factor on the weights [3, 4], gradient, and the weights after an update.
+ZERO_NORMS = (
+    ("zero_weights", "paper", 0.0, [0.3, 0.4], [-0.6, -0.8]),
+    ("zero_weights_norm_of_sum", "norm_of_sum", 0.0, [0.3, 0.4], [-0.6, -0.8]),
+    ("zero_weights_lr_outside", "lr_outside_momentum", 0.0, [0.3, 0.4], [-0.6, -0.8]),
+    ("zero_weights_on_momentum", "ratio_on_momentum", 0.0, [0.3, 0.4], [-0.6, -0.8]),
+    # w - lr * b * w: the ratio is 1, although the denominator of the rule is b * |w|.
+    ("zero_gradient", "paper", 1.0, [0.0, 0.0], [2.4, 3.2]),
+    ("zero_gradient_lr_outside", "lr_outside_momentum", 1.0, [0.0, 0.0], [2.4, 3.2]),
+    # Here g is no zero: 0.1 * w * (1 - lr * eta / 0.1) remains of the norm rules.
+    ("zero_gradient_norm_of_sum", "norm_of_sum", 1.0, [0.0, 0.0], [2.97, 3.96]),
+    ("zero_gradient_on_momentum", "ratio_on_momentum", 1.0, [0.0, 0.0], [2.97, 3.96]),
+    # g = -b * w.
+    ("zero_sum_paper", "paper", 1.0, [-0.375, -0.5], [3.0, 4.0]),
+    ("zero_sum", "norm_of_sum", 1.0, [-0.375, -0.5], [3.0, 4.0]),
+    ("zero_momentum", "ratio_on_momentum", 1.0, [-0.375, -0.5], [3.0, 4.0]),
+)
+
 
 class TableRate(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, *rates):
@@ -70,19 +88,30 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         for a, e in zip(actual, expected, strict=True):
             self.assertLess(cases.relative_error(a, e), tolerance, f"{a.path} of {message}")
 
-    @parameterized.parameters(*itertools.product(cases.VARIANTS, ("eager", "graph")))
-    def test_twenty_updates(self, variant, mode):
-        self.check(cases.all_cases(variant), mode)
-
     @parameterized.parameters(*cases.VARIANTS)
-    def test_twenty_updates_in_xla(self, variant):
-        names = ("plain", "clip", "excluded_rate") + (("nesterov",) if variant != "ratio_on_momentum" else ())
-        self.check([cases.make_case(variant, name) for name in names], "xla")
+    def test_rule_over_twenty_updates(self, variant):
+        """The rule is a pure function: every case of it, without a program."""
+        weights, gradients = cases.problem()
+        for case in cases.all_cases(variant):
+            optimizer, oracle = case.lars(), case.reference(weights)
+            optimizer.build(cases.make_variables(weights))
+            found = cases.follow_rule(optimizer, weights, gradients)
+            for g in gradients:
+                oracle.step(g)
+            for i, (actual, expected) in enumerate(zip(found, oracle.weights + oracle.slots, strict=True)):
+                self.assertLess(cases.relative_error(actual, expected), 2e-6, f"{i} of {case.arguments}")
 
-    @parameterized.parameters(*cases.VARIANTS)
+    @parameterized.parameters(*MODES)
+    def test_twenty_updates(self, mode):
+        """The way from `apply` to the rule, in each mode: rates, roles, slots, steps that look ahead or are clipped."""
+        compared = [cases.make_case(variant, "excluded_rate") for variant in cases.VARIANTS]
+        compared += [cases.make_case(variant, "nesterov") for variant in ("paper", "lr_outside_momentum")]
+        self.check([*compared, cases.make_case("paper", "clip")], mode)
+
+    @parameterized.parameters(*itertools.product(cases.VARIANTS, MODES))
     @pytest.mark.slow
-    def test_twenty_updates_of_every_case_in_xla(self, variant):
-        self.check(cases.all_cases(variant), "xla")
+    def test_twenty_updates_of_every_case(self, variant, mode):
+        self.check(cases.all_cases(variant), mode)
 
     @parameterized.parameters("plain", "nesterov", "epsilon", "clip", "nothing_excluded")
     def test_problem_separates_the_variants(self, name):
@@ -115,7 +144,7 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         optimizer = LARS(learning_rate=TableRate(*rates), exclude=(), **arguments)
         for g in HAND_GRADIENTS:
             oracle.step([np.array(g)])
-            optimizer.apply([tf.constant(g, "float64")], [w])
+            cases.step_plainly(optimizer, [tf.constant(g, "float64")], [w])
         self.assertAllClose(oracle.weights[0], expected, rtol=1e-15, atol=0)
         self.assertAllClose(w, expected, rtol=1e-15, atol=0)
 
@@ -138,34 +167,28 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         oracle = ReferenceLARS([w], [True], [True], dtype="float16", **arguments)
         oracle.step([g])
         variable = keras.Variable(w, dtype="float16")
-        LARS(exclude=(), **arguments).apply([tf.constant(g, "float16")], [variable])
+        cases.step_plainly(LARS(exclude=(), **arguments), [tf.constant(g, "float16")], [variable])
         self.assertGreater(cases.relative_error(oracle.weights[0], w), 0.1)
         self.assertAllClose(np.asarray(variable, "float64"), oracle.weights[0], rtol=2**-10, atol=0)
 
-    @parameterized.named_parameters(
-        ("zero_weights", "paper", 0.0, [0.3, 0.4], [-0.6, -0.8]),
-        ("zero_weights_norm_of_sum", "norm_of_sum", 0.0, [0.3, 0.4], [-0.6, -0.8]),
-        ("zero_weights_lr_outside", "lr_outside_momentum", 0.0, [0.3, 0.4], [-0.6, -0.8]),
-        ("zero_weights_on_momentum", "ratio_on_momentum", 0.0, [0.3, 0.4], [-0.6, -0.8]),
-        # w - lr * b * w: the ratio is 1, although the denominator of the rule is b * |w|.
-        ("zero_gradient", "paper", 1.0, [0.0, 0.0], [2.4, 3.2]),
-        ("zero_gradient_lr_outside", "lr_outside_momentum", 1.0, [0.0, 0.0], [2.4, 3.2]),
-        # Here g is no zero: 0.1 * w * (1 - lr * eta / 0.1) remains of the norm rules.
-        ("zero_gradient_norm_of_sum", "norm_of_sum", 1.0, [0.0, 0.0], [2.97, 3.96]),
-        ("zero_gradient_on_momentum", "ratio_on_momentum", 1.0, [0.0, 0.0], [2.97, 3.96]),
-        # g = -b * w.
-        ("zero_sum_paper", "paper", 1.0, [-0.375, -0.5], [3.0, 4.0]),
-        ("zero_sum", "norm_of_sum", 1.0, [-0.375, -0.5], [3.0, 4.0]),
-        ("zero_momentum", "ratio_on_momentum", 1.0, [-0.375, -0.5], [3.0, 4.0]),
-    )
-    def test_zero_norms(self, variant, scale, gradient, expected):
-        decay = 0.125 if gradient[0] < 0 else 0.1
-        for mode in ("eager", "xla"):
-            w = keras.Variable(np.array([3.0, 4.0]) * scale, dtype="float32")
-            optimizer = LARS(2.0, variant=variant, weight_decay=decay, trust_coefficient=0.005, exclude=())
-            optimizer.build([w])
-            make_step([optimizer], mode)([tf.constant(gradient)])
-            self.assertAllClose(w, expected, rtol=1e-6, atol=0)
+    @parameterized.parameters("eager", "xla")
+    def test_zero_norms(self, mode):
+        def optimizer(variant, gradient):
+            decay = 0.125 if gradient[0] < 0 else 0.1
+            return LARS(2.0, variant=variant, weight_decay=decay, trust_coefficient=0.005, exclude=())
+
+        optimizers = [optimizer(variant, gradient) for _, variant, _, gradient, _ in ZERO_NORMS]
+        variables = [keras.Variable(np.array([3.0, 4.0]) * scale, dtype="float32") for _, _, scale, _, _ in ZERO_NORMS]
+        for made, variable in zip(optimizers, variables, strict=True):
+            made.build([variable])
+
+        def step():
+            for made, variable, (_, _, _, gradient, _) in zip(optimizers, variables, ZERO_NORMS, strict=True):
+                made.update_step(tf.constant(gradient), variable, made.learning_rate)
+
+        (tf.function(step, jit_compile=True) if mode == "xla" else step)()
+        for variable, (name, _, _, _, expected) in zip(variables, ZERO_NORMS, strict=True):
+            self.assertAllClose(variable, expected, rtol=1e-6, atol=0, msg=name)
 
     @parameterized.parameters(*itertools.product(cases.VARIANTS, (False, True), (0.0, 2.0)))
     def test_zeros_stay_finite(self, variant, clip, rate):
@@ -175,7 +198,7 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         w, optimizer = keras.Variable(np.zeros((2, 2)), dtype="float32"), LARS(**arguments)
         for g in (np.zeros((2, 2)), np.full((2, 2), 0.5), np.zeros((2, 2))):
             oracle.step([g])
-            optimizer.apply([tf.constant(g, "float32")], [w])
+            cases.step_plainly(optimizer, [tf.constant(g, "float32")], [w])
         self.assertAllClose(w, oracle.weights[0], rtol=2e-6, atol=0)
 
     @parameterized.parameters(*cases.VARIANTS)
@@ -183,7 +206,8 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         """The effective rate is then min(1, lr), not lr; and an excluded variable is not clipped."""
         for exclude, rate in (((), 1.0), ((".",), 3.0)):
             w = keras.Variable([0.0, 0.0], dtype="float32")
-            LARS(3.0, variant=variant, trust_clip=True, exclude=exclude).apply([tf.constant([0.25, 0.5])], [w])
+            optimizer = LARS(3.0, variant=variant, trust_clip=True, exclude=exclude)
+            cases.step_plainly(optimizer, [tf.constant([0.25, 0.5])], [w])
             self.assertAllClose(w, [-0.25 * rate, -0.5 * rate], rtol=1e-6, atol=0)
 
     @parameterized.parameters(*MODES)
