@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling prove-resume lint lock clean
+.PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling pod-models prove-resume lint lock clean
 
 help:
 	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
@@ -21,6 +21,7 @@ help:
 	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; about half an hour"
 	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
 	@echo "make pod-scaling compile what is missing of results/pod_scaling.json; about an hour"
+	@echo "make pod-models  compile what is missing of results/pod_models.json; about an hour; needs keras-hub"
 	@echo "make lint    check style, docstrings, format, spelling and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-LANE, caches and build output"
@@ -92,6 +93,9 @@ pod-check: setup
 
 pod-scaling: setup
 	KERAS_BACKEND=jax $(BIN)/python -m tools.benchmarks.pod_scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
+
+pod-models: setup
+	KERAS_BACKEND=jax JAX_PLATFORMS=cpu $(BIN)/python -m tools.benchmarks.pod_models --out=results/pod_models.json
 
 prove-resume: setup
 	$(BIN)/python -m tools.kill_and_resume --kills=20 --steps=200 --out=results/resume.json

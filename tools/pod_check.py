@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
         if only_jax and options.backend == "both":
             print("tensorflow: left out, --shard_optimizer_state and --reduce_dtype are for JAX")
             backends = ("jax",)
+        print(f"compiling for {options.topology} in {config.precision}, which takes minutes", flush=True)
         for backend in backends:
             reports[backend] = check(
                 topology=options.topology, backend=backend, search=not options.one_size, **check_options(config)

@@ -83,6 +83,7 @@ def main(arguments: list[str]) -> int:
         arrays = [options.x, options.y, options.sample_weight]
         if bool(options.batch_spec) == any(arrays) or not (options.batch_spec or all(arrays[:2])):
             raise ValueError("The batch must be given either by `x` and `y`, or by `batch_spec`.")
+        print(f"compiling for {options.topology}, which takes minutes", flush=True)
         reports = {
             backend: check(
                 options.make_model,

@@ -138,7 +138,7 @@ def check(
             "`make_model` must be a function that returns a compiled Keras model. Received: "
             f"{type(make_model).__name__}"
         )
-    if isinstance(batch_spec, str) and "." in batch_spec.partition(":")[0]:
+    if isinstance(batch_spec, str):
         batch_spec = Reference(batch_spec, "batch_spec")
     if not callable(batch_spec):
         from lars_keras.pod.batch import parse_batch

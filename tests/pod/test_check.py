@@ -6,8 +6,11 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -120,6 +123,18 @@ class RefusalTest(parameterized.TestCase, tf.test.TestCase):
         arguments = {"make_model": own_model.make_model, "batch_spec": BATCH, "topology": "v5e:2x2", "batch_size": 64}
         with self.assertRaisesRegex(ValueError, message), mock.patch.object(importlib.util, "find_spec"):
             pod.check(**(arguments | changes))
+
+    def test_names_go_to_the_other_process_as_names(self):
+        with (
+            mock.patch.object(importlib.util, "find_spec"),
+            mock.patch.object(driver, "_in_own_process", return_value=answer()) as asked,
+        ):
+            pod.check("mine:make_model", "mine:batch_spec", topology="v5e:1x2", batch_size=512, backend="tensorflow")
+        pickled, backend = asked.call_args.args
+        request = pickle.loads(pickled)
+        self.assertEqual(backend, "tensorflow")
+        self.assertEqual(request.make_model, driver.Reference("mine:make_model", "make_model"))
+        self.assertEqual(request.batch_spec, driver.Reference("mine:batch_spec", "batch_spec"))
 
     def test_without_the_compiler(self):
         with (
@@ -308,7 +323,7 @@ class OwnModelTest(tf.test.TestCase):
 
     def test_on_jax(self):
         make_model = functools.partial(own_model.make_model, width=64)
-        report = pod.check(make_model, BATCH, topology="v5e:2x2", batch_size=256, microbatch_size=16)
+        report = pod.check(make_model, BATCH, topology="v5e:2x2", batch_size=256, microbatch_size=16, search=False)
         weights = 3 * 9 * 64 + 64 + 2 * 64 + 14 * 14 * 64 * 10 + 10
         self.assertEqual((report.model, report.parameters, report.compute_dtype), ("own", weights, "bfloat16"))
         self.assertEqual((report.devices, report.microbatch_size, report.accumulation_steps), (4, 16, 4))
@@ -323,7 +338,7 @@ class OwnModelTest(tf.test.TestCase):
         flops = 2 * 16 * (2 * 14 * 14 * 27 * 64 + 3 * 14 * 14 * 64 * 10)
         self.assertBetween(accumulate.flops, flops, 1.5 * flops)
         self.assertTrue(report.fits)
-        self.assertEqual(report.largest_microbatch_size, 64)
+        self.assertIsNone(report.largest_microbatch_size)
         self.assertEqual(report.notes, [])
 
     @pytest.mark.slow
@@ -350,6 +365,24 @@ class OwnModelTest(tf.test.TestCase):
         self.assertRegex(report.reason, "RESOURCE_EXHAUSTED|memory")
         self.assertTrue(report.largest_is_compiled)
         self.assertBetween(report.largest_microbatch_size, 2**17, 2**20)
+
+    @pytest.mark.slow
+    def test_a_lambda_on_jax(self):
+        """In a process of its own here, because the tests run on TensorFlow."""
+        program = (
+            "from lars_keras import pod; from tests.pod import own_model\n"
+            "make_model = lambda: own_model.make_model(8)\n"
+            f"print(pod.check(make_model, {BATCH}, topology='v5e:2x2', batch_size=64, search=False))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+            cwd=pathlib.Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertIn("verdict      fits", done.stdout, done.stderr)
 
     @pytest.mark.slow
     def test_refusals_come_from_the_worker(self):

@@ -18,7 +18,7 @@ from lars_keras.pod.chips import CHIPS
 from lars_keras.pod.measure import Program
 from lars_keras.pod.roofline import roofline
 from tools import pod_check, pod_recipe
-from tools.benchmarks import pod_scaling
+from tools.benchmarks import pod_models, pod_scaling
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -139,8 +139,9 @@ class PageTest(tf.test.TestCase):
 
     def test_the_page_has_the_committed_points(self):
         page = (ROOT / "docs" / "pod.md").read_text()
-        points = json.loads((ROOT / "results" / "pod_scaling.json").read_text())["points"]
-        self.assertIn(f"\n{pod_scaling.table(points)}\n", page)
+        for tool, name in ((pod_scaling, "pod_scaling"), (pod_models, "pod_models")):
+            points = json.loads((ROOT / "results" / f"{name}.json").read_text())["points"]
+            self.assertIn(f"\n{tool.table(points)}\n", page)
 
 
 if __name__ == "__main__":
