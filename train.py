@@ -88,6 +88,7 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
             layer_norms=True,
             reduce_dtype=config.reduce_dtype,
             layer_ratios=config.telemetry_every > 0,
+            noise_scale=config.noise_scale_every > 0,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
     if config.eval_only:

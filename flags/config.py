@@ -171,6 +171,13 @@ class RunConfig:
         0,
         affects_result=False,
     )
+    noise_scale_every: int = _whole(
+        0,
+        "Estimate the gradient noise scale from each this many updates, at least 2; 0: never. An update must have "
+        "several ghost batches.",
+        0,
+        affects_result=False,
+    )
     checkpoint_minutes: float = _real(10.0, "Save a checkpoint after each this many minutes.", affects_result=False)
     checkpoint_updates: int | None = _whole(
         None, "Save a checkpoint after each this many updates, too.", affects_result=False
@@ -220,6 +227,8 @@ class RunConfig:
             )
         if self.tpu and self.strategy not in ("auto", "tpu"):
             raise ValueError(f"--tpu goes with --strategy=tpu. Received: --tpu={self.tpu} --strategy={self.strategy}")
+        if self.noise_scale_every == 1:
+            raise ValueError("--noise_scale_every must be 0 or at least 2. Received: --noise_scale_every=1")
         if self.telemetry_every and self.optimizer not in ("lars", "lamb"):
             raise ValueError(
                 "--telemetry_every needs trust ratios, so --optimizer=lars or lamb. Received: "

@@ -11,6 +11,7 @@ from flags.config import RunConfig
 from lars_keras.data import ImageData
 from lars_keras.report.layers import LayerTelemetry
 from lars_keras.report.log import MetricsLog
+from lars_keras.report.noise import NoiseScaleLog
 from lars_keras.report.progress import Progress
 from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
@@ -39,14 +40,15 @@ class RunCallbacks:
         self.images = UnreadableImageLimit(data, config.max_unreadable_images, self._on_unreadable_image)
         self._guard = DivergenceGuard(trainer)
         self._telemetry = LayerTelemetry(trainer, self.log, config.telemetry_every) if config.telemetry_every else None
+        self._noise = NoiseScaleLog(trainer, self.log, config.noise_scale_every) if config.noise_scale_every else None
         self._unreadable, self._path, self._chief = data.unreadable_images, run_dir / BAD_IMAGES, chief
 
     def in_order(self, stop: StopOnSignal) -> list[keras.callbacks.Callback]:
         """Return the callbacks in the order in which they see an update."""
         if not self._chief:
             return [self._guard, self.images, stop]
-        telemetry = [self._telemetry] if self._telemetry else []
-        return [*telemetry, self._guard, self.progress, self.log, self.images, stop]
+        measures = [callback for callback in (self._telemetry, self._noise) if callback]
+        return [*measures, self._guard, self.progress, self.log, self.images, stop]
 
     def on_rollback(self, rollback: dict[str, Any]) -> None:
         """Print and log a rollback."""

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from lars_keras.report.html import number
 from lars_keras.report.layers import as_array
@@ -135,14 +135,24 @@ def curves(updates: Events, evals: Events) -> list[Chart]:
     return [*charts, _chart("Learning rate", [_Curve.of("of each update", TRAIN, updates, "learning_rate")])]
 
 
-def _chart(title: str, lines: list[_Curve], percent: bool = False) -> Chart:
+def noise_scale_chart(events: Events) -> Chart:
+    """Draw the noise scale over updates, with its 95 % interval.
+
+    Args:
+        events: `noise_scale` events of a log.
+    """
+    interval = [_Curve.of(label, TRAIN, events, label, faint=True) for label in ("low", "high")]
+    return _chart("Noise scale", [_Curve.of("noise scale", VALIDATION, events, "noise_scale"), *interval], log=True)
+
+
+def _chart(title: str, lines: list[_Curve], percent: bool = False, log: bool = False) -> Chart:
     missing = sorted({line.label.split(",")[0] for line in lines if not line.points})
     shown = [line for line in lines if line.points]
     note = f"Nothing to draw yet for: {', '.join(missing)}." if missing else ""
-    return Chart(title, _svg(title, shown, percent) if shown else Markup(), note)
+    return Chart(title, _svg(title, shown, percent, log) if shown else Markup(), note)
 
 
-def _svg(title: str, lines: list[_Curve], percent: bool) -> Markup:
+def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
     with svg_style():
         figure = Figure(figsize=(4.3, 2.7), layout="constrained")
         axes = figure.add_subplot()
@@ -163,7 +173,12 @@ def _svg(title: str, lines: list[_Curve], percent: bool) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
         if percent:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))

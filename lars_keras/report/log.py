@@ -126,6 +126,17 @@ class MetricsLog(keras.callbacks.Callback):
         each = {f"layers/{name}/{path}": v for name, row in rounded.items() for path, v in zip(paths, row, strict=True)}
         self._scalars("train", each, update)
 
+    def noise_scale(self, update: int, values: dict[str, Any], scalars: dict[str, float]) -> None:
+        """Add a line on the noise scale; see `NoiseScaleLog`.
+
+        Args:
+            update: number of finished updates.
+            values: what the line holds.
+            scalars: what TensorBoard shows, and the line holds, too; what is not finite is null.
+        """
+        self._append({"event": "noise_scale", "update": update, **scalars, **values})
+        self._scalars("train", scalars, update)
+
     def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
         epoch = self._finished / self.params["steps_per_epoch"]
         self._append({"event": event, "update": self._finished, "epoch": epoch, **values, **more})

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lars_keras.files import atomic_write_text
-from lars_keras.report.charts import curves, heat_maps
+from lars_keras.report.charts import curves, heat_maps, noise_scale_chart
 from lars_keras.report.html import TEMPLATES, duration, number, render
 from lars_keras.report.layers import health
 from lars_keras.report.log import read_metrics
+from lars_keras.report.noise import summary
 
 Rows = list[dict[str, Any]]
 
@@ -33,8 +34,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"`run_dir` must be a run folder, with a config.json. Received: run_dir={run_dir}")
     config, results = _json(run_dir / "config.json"), _json(run_dir / "results.json")
     events = read_metrics(run_dir / "metrics.jsonl")
-    updates, evals, telemetry, notes = (
-        [e for e in events if e["event"] == k] for k in ("update", "eval", "layers", "note")
+    updates, evals, telemetry, noise, notes = (
+        [e for e in events if e["event"] == k] for k in ("update", "eval", "layers", "noise_scale", "note")
     )
     layers = config.get("layer_plan", [])
     score = results or (evals[-1] if evals else {})
@@ -52,6 +53,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         ],
         curves=curves(updates, evals),
         evaluations=_evaluations(updates, evals),
+        noise=summary(noise, layers),
+        noise_chart=noise_scale_chart(noise) if noise else None,
         health=health(telemetry, layers),
         heat_maps=heat_maps(telemetry, layers) if telemetry and layers else [],
         plan=_plan(_text(run_dir / "plan.txt")),

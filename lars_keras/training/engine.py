@@ -24,6 +24,7 @@ class EngineOptions:
         reduce_dtype: dtype of the gradients on their way between devices.
         layer_norms: measure the norms of gradients and weights.
         layer_ratios: measure the trust ratios and effective rates of a `LayerwiseOptimizer`.
+        noise_scale: measure the norms of the ghost-batch gradients; needs `layer_norms`.
     """
 
     microbatch_size: int
@@ -32,6 +33,7 @@ class EngineOptions:
     reduce_dtype: str = "float32"
     layer_norms: bool = False
     layer_ratios: bool = False
+    noise_scale: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,8 @@ class StepResult:
         losses: loss of each update.
         learning_rates: learning rate of each update.
         metrics: the compiled metrics since their last reset.
-        layer_norms: measures by name, if asked for, float32 of shape `(updates, variables)`: "gradient" and "weight",
-            and those of `lars_keras.layerwise.MEASURES`.
+        layer_norms: measures by name, if asked for, float32 of shape `(updates, variables)`: "gradient", "weight",
+            "ghost_gradient", and those of `lars_keras.layerwise.MEASURES`.
         data_wait: seconds that the devices stood idle for want of data.
     """
 

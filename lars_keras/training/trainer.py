@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.backend import engine_class
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.engine import Engine, EngineOptions
@@ -65,6 +66,8 @@ class Trainer:
         reduce_dtype: dtype of the gradients on their way between devices. Below "float32", on JAX only, it saves half
             the traffic and rounds each device's sum.
         layer_ratios: also measure what `LARS` and `LAMB` do to each variable.
+        noise_scale: measure what `lars_keras.noise_scale` needs, and `layer_norms` with it. An update must have several
+            ghost batches.
 
     Attributes:
         cluster: the devices and processes of the run, found from the model; see `Cluster`.
@@ -77,6 +80,7 @@ class Trainer:
             `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
             `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
             as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times the variable's rate.
+            With `noise_scale` also `"ghost_gradient"`, the root mean square of the norms of the ghost-batch gradients.
 
     Raises:
         ValueError: if the model is not compiled, the sizes do not divide, or the engine cannot do what an option, the
@@ -94,6 +98,7 @@ class Trainer:
         layer_norms: bool = False,
         reduce_dtype: str = "float32",
         layer_ratios: bool = False,
+        noise_scale: bool = False,
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
@@ -106,13 +111,16 @@ class Trainer:
         self.cluster = cluster_of(model)
         self.replicas = self.cluster.replicas
         self.microbatch_size, self.accumulation_steps = split_batch(batch_size, self.replicas, microbatch_size)
+        if noise_scale:
+            check_ghost_batches(self.microbatch_size, batch_size)
         self._options = EngineOptions(
             microbatch_size=self.microbatch_size,
             accumulation_steps=self.accumulation_steps,
             jit_compile=jit_compile,
             reduce_dtype=reduce_dtype,
-            layer_norms=layer_norms,
+            layer_norms=layer_norms or noise_scale,
             layer_ratios=layer_ratios,
+            noise_scale=noise_scale,
         )
         self._engine_class = engine_class()
         self._engine_class.check(model, self.cluster, self._options)

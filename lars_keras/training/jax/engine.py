@@ -38,7 +38,8 @@ class JaxEngine:
         self.model, self.optimizer, self.cluster, self.options = model, model.optimizer, cluster, options
         self._context = _input_context(cluster)
         layer_ratios = options.layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
-        self._measures = ["gradient", "weight"] * options.layer_norms + [*MEASURES] * layer_ratios
+        self._measures = ["gradient", "weight"] * options.layer_norms + ["ghost_gradient"] * options.noise_scale
+        self._measures += [*MEASURES] * layer_ratios
         with cluster.scope():
             build_model(model, element_spec)
             if not self.optimizer.built:
@@ -48,6 +49,7 @@ class JaxEngine:
             cluster.mesh,
             accumulation_steps=options.accumulation_steps,
             layer_norms=options.layer_norms,
+            noise_scale=options.noise_scale,
             layer_ratios=layer_ratios,
             shard_optimizer_state=cluster.shard_optimizer_state,
             reduce_dtype=options.reduce_dtype,

@@ -67,13 +67,14 @@ class JaxStep:
         accumulation_steps: int,
         layer_norms: bool = False,
         layer_ratios: bool = False,
+        noise_scale: bool = False,
         shard_optimizer_state: bool = False,
         reduce_dtype: str = "float32",
     ):
         self.model, self.optimizer, self.mesh = model, model.optimizer, mesh
         self.axes, self.devices = mesh.axis_names, mesh.devices.size
         self.accumulation_steps = accumulation_steps
-        self._measure_norms, self._measure_ratios = layer_norms, layer_ratios
+        self._measure_norms, self._measure_ratios, self._measure_noise = layer_norms, layer_ratios, noise_scale
         self.forward = StatelessForward(model, compiled=True, over_replicas=lambda sums: lax.psum(sums, self.axes))
         self.variables = {
             "trainable": self.forward.trainable,
@@ -106,7 +107,8 @@ class JaxStep:
         Returns:
             The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(rows, variables)`.
             With `layer_norms` two rows: the norms of the gradients, 0 if the update is skipped, and of the weights
-            after it. With `layer_ratios` those of `MEASURES`.
+            after it. With `noise_scale` a row: the root mean square of the norms of the ghost-batch gradients. With
+            `layer_ratios` those of `MEASURES`.
         """
         if self.accumulation_steps == 1:
             return self.single_update(state, next_batch(state["trainable"]))
@@ -165,7 +167,9 @@ class JaxStep:
             [jnp.zeros((self.devices, *v.shape), "float32" if group < 2 else v.dtype) for v in variables]
             for group, variables in enumerate(groups)
         )
-        return weights, self._loss_scale(state), (gradients, (batch_stats, metrics, jnp.zeros(self.devices)))
+        squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise))
+        others = (batch_stats, metrics, jnp.zeros(self.devices), squares)
+        return weights, self._loss_scale(state), (gradients, others)
 
     def _accumulate(
         self,
@@ -210,7 +214,7 @@ class JaxStep:
 
         The compiler shards the update as its arguments are.
         """
-        batch_stats, metrics, loss = others
+        batch_stats, metrics, loss, squares = others
         with measuring() as measures:  # what nobody asks for, the compiler leaves out
             trainable, optimizer = self.optimizer.stateless_apply(
                 state["optimizer"],
@@ -227,12 +231,14 @@ class JaxStep:
             "optimizer": optimizer,
             "metrics": [total + own for total, own in zip(state["metrics"], metrics, strict=True)],
         }
-        norms = jnp.zeros([0, len(trainable)])
+        rows, scale = [], self._loss_scale(state)
         if self._measure_norms:
-            scale = self._loss_scale(state)
-            norms = jnp.stack([jnp.where(taken, _norms(gradients) / scale, 0.0), _norms(trainable)])
+            rows += [jnp.where(taken, jnp.sqrt(_squares(gradients)) / scale, 0.0), jnp.sqrt(_squares(trainable))]
+        if self._measure_noise:  # each is of a gradient divided by the number of ghost batches
+            rows += [jnp.where(taken, jnp.sqrt(self.devices * self.accumulation_steps * squares) / scale, 0.0)]
         if self._measure_ratios:
-            norms = jnp.concatenate([norms, jnp.stack(measures, axis=1)])
+            rows += [*jnp.stack(measures, axis=1)]
+        norms = jnp.stack(rows) if rows else jnp.zeros([0, len(trainable)])
         with keras.StatelessScope(self._mapping("optimizer", state)):
             rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)
         return new, {"loss": loss, "learning_rate": rate, "norms": norms}
@@ -255,7 +261,7 @@ class JaxStep:
         index: Tensor,
         scale: Tensor,
     ) -> tuple[Any, list[Tensor]]:
-        """Return what a ghost batch adds to `(gradients, (batch_stats, metrics, loss))`, and the new rng_state."""
+        """Return what a ghost batch adds to `(gradients, (batch_stats, metrics, loss, squares))`, and the rng_state."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         ghosts = self.devices * self.accumulation_steps
 
@@ -269,7 +275,8 @@ class JaxStep:
         gradients = [g.astype(jnp.float32) for g in gradients]
         new_batch_stats = [a.astype(jnp.float32) / ghosts for a in new_batch_stats]
         metrics = self._metrics_from_zero(x, y, y_pred, sample_weight)
-        return (gradients, (new_batch_stats, metrics, loss.astype(jnp.float32))), new_rng_state
+        squares = _squares(gradients) if self._measure_noise else jnp.zeros(0)
+        return (gradients, (new_batch_stats, metrics, loss.astype(jnp.float32), squares)), new_rng_state
 
     def _ghost_number(self) -> Tensor:
         """Return the number of this device's ghost batch in its micro-batch."""
@@ -284,5 +291,6 @@ class JaxStep:
             return [scope.get_current_value(v) for v in variables]
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
-    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(t.astype(jnp.float32)))) for t in tensors])
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of squares of each tensor, float32 of shape `(tensors,)`."""
+    return jnp.stack([jnp.sum(jnp.square(t.astype(jnp.float32))) for t in tensors])

@@ -39,10 +39,11 @@ class TensorFlowStep:
     def __init__(self, model: keras.Model, replicas: int, options: EngineOptions, jit_compile: bool):
         self.model, self.optimizer, self.replicas = model, model.optimizer, replicas
         self.accumulation_steps = options.accumulation_steps
-        self._measure_norms = options.layer_norms
+        self._measure_norms, self._measure_noise = options.layer_norms, options.noise_scale
         layerwise = isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
         self._measure_ratios = options.layer_ratios and layerwise
-        self.measures = ["gradient", "weight"] * self._measure_norms + [*MEASURES] * self._measure_ratios
+        self.measures = ["gradient", "weight"] * self._measure_norms + ["ghost_gradient"] * self._measure_noise
+        self.measures += [*MEASURES] * self._measure_ratios
         self.forward = StatelessForward(model, compiled=jit_compile)
         # A pure function: XLA can compile it inside the replica's step, which as a whole it could not.
         self.gradient = tf.function(self._gradient, jit_compile=True) if jit_compile else self._gradient
@@ -50,6 +51,7 @@ class TensorFlowStep:
     def zero_sums(self) -> Sums:
         """Return the sums before the first micro-batch of an update."""
         shapes = [v.shape for v in self.forward.trainable + self.forward.batch_stats] + [()]
+        shapes += [(len(self.forward.trainable),)] * self._measure_noise
         return [tf.zeros(shape) for shape in shapes], [tf.convert_to_tensor(v) for v in self.forward.rng_state]
 
     def accumulate(self, sums: Sums, data: Any, i: Tensor) -> Sums:
@@ -68,7 +70,8 @@ class TensorFlowStep:
             trainable, batch_stats, rng_state, x, y, sample_weight, index, scale
         )
         self.model.compute_metrics(x, y, y_pred, sample_weight)
-        return [tf.cast(s, tf.float32) for s in [*gradients, *batch_stats, loss]], rng_state
+        squares = [_squares(gradients)] * self._measure_noise
+        return [tf.cast(s, tf.float32) for s in [*gradients, *batch_stats, loss, *squares]], rng_state
 
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the values of trainable variables, batch statistics and random numbers, as `gradient` takes them."""
@@ -117,6 +120,7 @@ class TensorFlowStep:
         values, rng_state = [tf.identity(s) for s in sums[0]], sums[1]
         values = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
         trainable, batch_stats = self.forward.trainable, self.forward.batch_stats
+        squares = values.pop() if self._measure_noise else None
         gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
@@ -125,17 +129,24 @@ class TensorFlowStep:
             variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
             variable.assign(value)
-        norms = self._norms(gradients, taken, scale)
+        norms = self._norms(gradients, squares, taken, tf.cast(scale, tf.float32))
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
 
-    def _norms(self, gradients: list[Tensor], taken: Tensor, scale: Tensor) -> Tensor:
-        """Return the norms of the gradients, 0 if their update is skipped, and of the weights, if asked for."""
-        variables = self.forward.trainable
-        if not self._measure_norms:
-            return tf.zeros([0, len(variables)])
+    def _norms(self, gradients: list[Tensor], squares: Tensor | None, taken: Tensor, scale: Tensor) -> Tensor:
+        """Return the norms that are asked for: of gradients, weights and ghost-batch gradients.
 
-        def norms(tensors: list[Any]) -> Tensor:
-            return tf.stack([tf.sqrt(2.0 * tf.nn.l2_loss(tf.cast(t, tf.float32))) for t in tensors])
+        Norms of gradients are 0 if their update is skipped. That of the ghost-batch gradients is a root mean square.
+        """
+        rows = []
+        if self._measure_norms:
+            rows = [tf.where(taken > 0, tf.sqrt(_squares(gradients)) / scale, 0.0)]
+            rows += [tf.sqrt(_squares([tf.convert_to_tensor(v) for v in self.forward.trainable]))]
+        if squares is not None:  # each is of a gradient divided by the number of ghost batches
+            ghosts = float(self.replicas * self.accumulation_steps)
+            rows += [tf.where(taken > 0, tf.sqrt(ghosts * squares) / scale, 0.0)]
+        return tf.stack(rows) if rows else tf.zeros([0, len(self.forward.trainable)])
 
-        own = tf.where(taken > 0, norms(gradients) / tf.cast(scale, tf.float32), 0.0)
-        return tf.stack([own, norms([tf.convert_to_tensor(v) for v in variables])])
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of squares of each tensor, float32 of shape `(tensors,)`."""
+    return tf.stack([2.0 * tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])

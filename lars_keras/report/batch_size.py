@@ -1,0 +1,174 @@
+"""Proposes settings for larger batches from a run that measured its noise scale.
+
+    python -m lars_keras.report.batch_size RUN_DIR 1024 4096 16384
+
+Reads the `noise_scale` lines of `RUN_DIR/metrics.jsonl`; a few hundred updates at a small batch are enough. For each
+batch size it proposes a learning rate, and the epochs and updates in which the same loss can be expected.
+
+With noise scale `N`, and `gain = (1 + N / b) / (1 + N / B)` from batch `b` to batch `B`:
+
+- Updates shrink by the gain, so epochs grow by `B / (b gain)`. Source: McCandlish et al. 2018, arXiv 1812.06162,
+  equation 2.11; the gain is AdaScale's, Johnson et al. 2020, arXiv 2007.05105.
+- The rate of SGD, with or without momentum, grows by the gain (equation 2.10).
+- The rate of LARS grows by the square root of the gain. LARS divides by the norm of the gradient, which shrinks by the
+  square root of the gain while the batch grows, so the rest comes by itself.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lars_keras.noise_scale import NoiseScale, sentence
+from lars_keras.report.log import read_metrics
+from lars_keras.report.noise import combine
+
+CAVEATS = """\
+The noise scale is a proxy derived for SGD. It starts small and grows while a network trains: measure it late in a run,
+and expect a batch that is wasteful early. With batch normalisation it holds for ghost batches of the same size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """Settings for one batch size.
+
+    Attributes:
+        batch_size: global batch.
+        efficiency: how much an example teaches, relative to a very small batch.
+        learning_rate: peak.
+        epochs: length at which the same loss can be expected.
+        updates: the same length.
+        warmup_updates: the same share of the run as before.
+    """
+
+    batch_size: int
+    efficiency: float
+    learning_rate: float
+    epochs: float
+    updates: int
+    warmup_updates: int
+
+
+def propose(
+    found: NoiseScale,
+    batch_sizes: Sequence[int],
+    *,
+    batch_size: int,
+    learning_rate: float,
+    updates: int,
+    warmup_updates: int,
+    num_train: int,
+    layerwise: bool,
+) -> list[Proposal]:
+    """Return settings for each of `batch_sizes`.
+
+    Args:
+        found: the noise scale of a run.
+        batch_sizes: global batches.
+        batch_size, learning_rate, updates, warmup_updates: of that run; the rate is the peak.
+        num_train: examples of an epoch.
+        layerwise: if true the rate is of LARS or LAMB, else of SGD.
+    """
+    proposals = []
+    for batch in batch_sizes:
+        gain = found.gain(batch_size, batch)
+        needed = max(1, math.ceil(updates / gain))
+        rate = learning_rate * (math.sqrt(gain) if layerwise else gain)
+        proposals.append(
+            Proposal(
+                batch,
+                found.efficiency(batch),
+                rate,
+                needed * batch / num_train,
+                needed,
+                round(warmup_updates * needed / updates),
+            )
+        )
+    return proposals
+
+
+def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[str], list[Proposal]]:
+    """Return what a run measured, in lines, and settings for `batch_sizes`.
+
+    Args:
+        run_dir: folder of a run that logged its noise scale.
+        batch_sizes: global batches; if empty, powers of 2 around the noise scale.
+
+    Raises:
+        ValueError: if the folder has no such run, or its lines are too few.
+    """
+    if not (run_dir / "config.json").is_file():
+        raise ValueError(f"`run_dir` must be a run folder, with a config.json. Received: run_dir={run_dir}")
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    log = read_metrics(run_dir / "metrics.jsonl")
+    events = [e for e in log if e["event"] == "noise_scale"]
+    if len(events) < 2:
+        raise ValueError(
+            "The run needs at least 2 `noise_scale` lines in its metrics.jsonl: train with `noise_scale_every`. "
+            f"Received: {len(events)} in {run_dir}"
+        )
+    rates = [e["learning_rate"] for e in log if e["event"] == "update"]
+    # The noise scale grows, so the last third of the run speaks.
+    found, last, size = combine(events[-max(2, len(events) // 3) :]).total(), events[-1], config["batch_size"]
+    updates, peak = log_length(log), rates.index(max(rates)) + 1
+    lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
+    lines += ["", sentence(found, size, last["epoch"]), "", CAVEATS]
+    if not batch_sizes:
+        middle = round(math.log2(found.value)) if math.isfinite(found.value) else round(math.log2(size))
+        batch_sizes = [2**n for n in range(middle - 2, middle + 3)]
+    per_epoch = last["update"] / last["epoch"]
+    return lines, propose(
+        found,
+        batch_sizes,
+        batch_size=size,
+        learning_rate=max(rates),
+        updates=updates,
+        warmup_updates=peak - 1,
+        num_train=round(per_epoch * size),
+        layerwise=config["optimizer"] in ("lars", "lamb"),
+    )
+
+
+def log_length(log: Sequence[dict[str, Any]]) -> int:
+    """Return the number of updates in a log."""
+    return max(e["update"] for e in log if e["event"] == "update")
+
+
+def table(proposals: Sequence[Proposal]) -> str:
+    """Return proposals as a table of text."""
+    head = f"{'batch':>8} {'teaches':>8} {'rate':>8} {'epochs':>8} {'updates':>8} {'warm-up':>8}"
+    rows = [
+        f"{p.batch_size:>8,} {100 * p.efficiency:>6.0f} % {p.learning_rate:>8.4g} {p.epochs:>8.3g} {p.updates:>8,} "
+        f"{p.warmup_updates:>8,}"
+        for p in proposals
+    ]
+    return "\n".join([head, *rows])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print proposals for the run folder and batch sizes in `arguments`, and return the exit code."""
+    if not arguments or arguments[0] in ("-h", "help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        sizes = [int(size) for size in arguments[1:]]
+        if any(size < 1 for size in sizes):
+            raise ValueError(f"Batch sizes must be at least 1. Received: {' '.join(arguments[1:])}")
+        lines, proposals = propose_from_run(Path(arguments[0]), sizes)
+    except (ValueError, OSError) as e:
+        print(f"batch_size: error: {e}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    print(f"\n{table(proposals)}")
+    return 0
+
+
+def _text(value: float | None) -> str:
+    return "no gradient stands out of the noise" if value is None else f"{value:,.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

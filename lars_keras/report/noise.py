@@ -1,0 +1,117 @@
+"""The noise scale of a run: logged while it trains, and summed up in words."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from lars_keras.noise_scale import NoiseScale, NoiseScaleEstimator, sentence
+from lars_keras.report.log import MetricsLog
+
+if TYPE_CHECKING:
+    from lars_keras.training.trainer import Trainer
+
+
+class NoiseScaleLog(keras.callbacks.Callback):
+    """Logs the noise scale every few updates, from all updates since the last line.
+
+    A line of `metrics.jsonl` has the estimate with its 95 % interval, and for each variable, in the order of the layer
+    plan, the means over these updates that it is made of: the mean square norm of the ghost-batch gradients and the
+    square norm of their mean. So lines can be put together. What is not finite is null:
+
+        {"event": "noise_scale", "update": 40, "noise_scale": 2900.0, "low": 2400.0, "high": 3500.0, "epoch": 3.0,
+         "updates": 20, "ghost_batch": 64, "batch_size": 1024, "ghost_square": [...], "mean_square": [...]}
+
+    TensorBoard gets `noise_scale`, `low` and `high`. The first line after a restart has the updates since then.
+
+    Args:
+        trainer: a `Trainer(noise_scale=True)`.
+        log: the run's metrics log.
+        update_freq: updates between two lines.
+
+    Raises:
+        ValueError: if `update_freq` is below 2.
+    """
+
+    def __init__(self, trainer: "Trainer", log: MetricsLog, update_freq: int):
+        super().__init__()
+        if update_freq < 2:
+            raise ValueError(f"`update_freq` must be at least 2. Received: update_freq={update_freq}")
+        self._trainer, self._log, self._update_freq = trainer, log, update_freq
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._estimator = self._empty()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        norms, finished = self._trainer.layer_norms, batch + 1
+        for ghost, mean in zip(norms["ghost_gradient"], norms["gradient"], strict=True):
+            if ghost.any():  # dynamic loss scaling measures nothing where it skips an update
+                self._estimator.add(np.square(ghost, dtype=np.float64), np.square(mean, dtype=np.float64))
+        due = finished // self._update_freq > (finished - len(norms["gradient"])) // self._update_freq
+        if due and len(self._estimator) > 1:
+            self._write(finished)
+            self._estimator = self._empty()
+
+    def _empty(self) -> NoiseScaleEstimator:
+        return NoiseScaleEstimator(self._trainer.microbatch_size, self._trainer.batch_size)
+
+    def _write(self, update: int) -> None:
+        found = self._estimator.total()
+        ghost, mean = self._estimator.means()
+        values = {
+            "epoch": update / self.params["steps_per_epoch"],
+            "updates": len(self._estimator),
+            "ghost_batch": self._trainer.microbatch_size,
+            "batch_size": self._trainer.batch_size,
+            "ghost_square": [float(f"{v:.9g}") for v in ghost],
+            "mean_square": [float(f"{v:.9g}") for v in mean],
+        }
+        scalars = {"noise_scale": found.value, "low": found.low, "high": found.high}
+        self._log.noise_scale(update, values, scalars)
+
+
+def combine(events: Sequence[dict[str, Any]]) -> NoiseScaleEstimator:
+    """Return the estimator over `noise_scale` lines of a log, one line in the place of an update.
+
+    Raises:
+        ValueError: if the lines are of different batch sizes.
+    """
+    sizes = sorted({(e["ghost_batch"], e["batch_size"]) for e in events})
+    if len(sizes) != 1:
+        raise ValueError(f"The noise scale needs lines of one batch size. Received: (ghost batch, batch) in {sizes}")
+    estimator = NoiseScaleEstimator(*sizes[0])
+    for e in events:
+        estimator.add(e["ghost_square"], e["mean_square"])
+    return estimator
+
+
+def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[str]:
+    """Return in words what the newest lines say: for the run, and which layers bear a larger batch.
+
+    Args:
+        events: `noise_scale` lines of a log, in order.
+        layers: rows of the layer plan.
+    """
+    if not events:
+        return []
+    last = events[-1]
+    value, low, high = (last[name] or math.inf for name in ("noise_scale", "low", "high"))  # null is infinite
+    found = NoiseScale(value, low, high, math.nan, math.nan, last["updates"])
+    lines = [sentence(found, last["batch_size"], last["epoch"])]
+    if len(events) < 2:
+        return lines
+    estimator = combine(events[-2:])
+    adapted = [
+        (scale.value, layer["path"])
+        for scale, layer in zip(estimator.by_variable(), layers, strict=True)
+        if layer["adapt"] and math.isfinite(scale.value)
+    ]
+    if len(adapted) > 1:
+        (least, first), (most, final) = min(adapted), max(adapted)
+        lines.append(
+            f"Of the adapted variables, {first} has the smallest noise scale, {least:,.0f}, and {final} the largest, "
+            f"{most:,.0f}: the layers with a large one bear a larger batch."
+        )
+    return lines

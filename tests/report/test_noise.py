@@ -1,0 +1,155 @@
+"""The noise scale in a run's log and report, and the settings that are proposed from it."""
+
+import contextlib
+import io
+import json
+import math
+import pathlib
+import tempfile
+import types
+
+import numpy as np
+import tensorflow as tf
+
+from lars_keras.noise_scale import NoiseScale
+from lars_keras.report import batch_size, noise
+from lars_keras.report.log import MetricsLog, read_metrics
+from lars_keras.report.page import write_report
+
+LAYERS = [
+    {"path": name, "shape": [3, 3], "adapt": adapt, "decay": adapt, "lr_scale": 1.0}
+    for name, adapt in (("conv/kernel", True), ("conv/bias", False), ("head/kernel", True))
+]
+
+
+class NoiseScaleLogTest(tf.test.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.run_dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (self.run_dir / "config.json").write_text(
+            json.dumps({"batch_size": 256, "optimizer": "lars", "layer_plan": LAYERS})
+        )
+
+    def log(self, updates, update_freq, per_call=1, first=0):
+        """Log `updates` updates of three variables, whose noise scales are 32, 64 and 128 times 100."""
+        rng = np.random.default_rng(first)
+        trainer = types.SimpleNamespace(microbatch_size=32, batch_size=256)
+        log = MetricsLog(self.run_dir)
+        callback = noise.NoiseScaleLog(trainer, log, update_freq)
+        for each in (callback, log):
+            each.set_params({"batch_size": 256, "first_update": first, "steps_per_epoch": 10.0})
+            each.on_train_begin()
+        for batch in range(first + per_call - 1, first + updates, per_call):
+            truth, trace = np.array([1.0, 1.0, 1.0]), np.array([3200.0, 6400.0, 12800.0])
+            wobble = rng.normal(scale=0.05, size=(2, per_call, 3)) + 1
+            trainer.layer_norms = {
+                "ghost_gradient": np.sqrt((truth + trace / 32) * wobble[0]),
+                "gradient": np.sqrt((truth + trace / 256) * wobble[1]),
+            }
+            callback.on_train_batch_end(batch)
+            log.on_train_batch_end(batch, {"loss": 1.0, "learning_rate": 5.0 if batch < 20 else 2.0})
+        return [e for e in read_metrics(self.run_dir / "metrics.jsonl") if e["event"] == "noise_scale"]
+
+    def test_lines(self):
+        events = self.log(60, 20)
+        self.assertEqual([e["update"] for e in events], [20, 40, 60])
+        for e in events:
+            self.assertEqual((e["updates"], e["ghost_batch"], e["batch_size"]), (20, 32, 256))
+            self.assertAllClose(e["ghost_square"], [101.0, 201.0, 401.0], rtol=0.1)
+            self.assertAllClose(e["mean_square"], [13.5, 26.0, 51.0], rtol=0.1)
+            self.assertEqual(e["epoch"], e["update"] / 10)
+
+    def test_lines_stand_at_the_same_updates_after_a_restart(self):
+        self.log(30, 20)
+        events = self.log(30, 20, first=30)
+        self.assertEqual([(e["update"], e["updates"]) for e in events], [(20, 20), (40, 10), (60, 20)])
+
+    def test_several_updates_a_call(self):
+        self.assertEqual(
+            [(e["update"], e["updates"]) for e in self.log(60, 20, per_call=6)], [(24, 24), (42, 18), (60, 18)]
+        )
+
+    def test_a_skipped_update_is_left_out(self):
+        trainer = types.SimpleNamespace(microbatch_size=32, batch_size=256)
+        callback = noise.NoiseScaleLog(trainer, None, 4)
+        callback.on_train_begin()
+        trainer.layer_norms = {"ghost_gradient": np.zeros([1, 3]), "gradient": np.zeros([1, 3])}
+        callback.on_train_batch_end(0)
+        self.assertEmpty(callback._estimator)
+
+    def test_summary(self):
+        self.assertEmpty(noise.summary([], LAYERS))
+        lines = noise.summary(self.log(400, 100), LAYERS)
+        self.assertRegex(lines[0], "^Noise scale [0-9,]+ .* at epoch 40: at batch 256 an example teaches")
+        self.assertRegex(lines[1], "conv/kernel has the smallest noise scale, .* and head/kernel the largest")
+
+    def test_report(self):
+        self.log(60, 20)
+        (self.run_dir / "config.json").write_text(
+            json.dumps({"model": "m", "dataset": "d", "batch_size": 256, "optimizer": "lars", "layer_plan": LAYERS})
+        )
+        page = write_report(self.run_dir).read_text()
+        self.assertIn("<h2>Noise scale</h2>", page)
+        self.assertIn("at batch 256 an example teaches", page)
+        self.assertIn('aria-label="Noise scale over optimizer updates.', page)
+
+    def test_proposals_from_a_run(self):
+        self.log(200, 50)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(batch_size.main([str(self.run_dir), "256", "1024"]), 0)
+        rows = [line.split() for line in out.getvalue().splitlines()[-2:]]
+        self.assertEqual((rows[0][0], rows[0][3], rows[0][5]), ("256", "5", "200"))  # the run itself
+        self.assertEqual(rows[1][0], "1,024")
+
+    def test_refusals(self):
+        for arguments in ([], [str(self.run_dir)], [str(self.run_dir), "word"], [str(self.run_dir / "absent")]):
+            with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(batch_size.main(arguments), 2)
+            self.assertNotIn("Traceback", err.getvalue())
+        with self.assertRaisesRegex(ValueError, "`update_freq` must be at least 2"):
+            noise.NoiseScaleLog(None, None, 1)
+
+
+class ProposalTest(tf.test.TestCase):
+    def propose(self, scale, layerwise):
+        found = NoiseScale(scale, scale, scale, 1.0, scale, 10)
+        (proposal,) = batch_size.propose(
+            found,
+            [4096],
+            batch_size=256,
+            learning_rate=1.0,
+            updates=1600,
+            warmup_updates=160,
+            num_train=25600,
+            layerwise=layerwise,
+        )
+        return proposal
+
+    def test_nothing_but_noise_scales_as_the_batch(self):
+        """Far below the noise scale 16 times the batch needs a 16th of the updates, at 16 times the rate of SGD."""
+        found = self.propose(1e9, False)
+        self.assertAllClose((found.learning_rate, found.updates, found.epochs), (16.0, 100, 16.0), rtol=0.011)
+        self.assertAllClose(self.propose(1e9, True).learning_rate, 4.0, rtol=1e-4)
+        self.assertEqual(found.warmup_updates, 10)
+
+    def test_no_noise_gains_nothing(self):
+        found = self.propose(1e-3, False)
+        self.assertAllClose((found.learning_rate, found.updates, found.epochs), (1.0, 1600, 256.0), rtol=1e-3)
+
+    def test_between(self):
+        """At noise scale 4096: gain = (1 + 16) / (1 + 1)."""
+        found = self.propose(4096.0, False)
+        self.assertAllClose((found.learning_rate, found.efficiency), (8.5, 0.5))
+        self.assertEqual(found.updates, math.ceil(1600 / 8.5))
+
+    def test_a_layerwise_step_moves_as_far_as_sgd_s(self):
+        """The step of SGD is rate x gradient; that of LARS is rate x gradient / norm, and the norm falls."""
+        scale, b, B = 3000.0, 256, 4096
+        norm = [math.sqrt(1 + scale / size) for size in (b, B)]
+        sgd, lars = self.propose(scale, False).learning_rate, self.propose(scale, True).learning_rate
+        self.assertAllClose(lars / norm[1] / (1.0 / norm[0]), sgd, rtol=1e-12)
+
+
+if __name__ == "__main__":
+    tf.test.main()

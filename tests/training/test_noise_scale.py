@@ -1,0 +1,115 @@
+"""What both engines measure for the noise scale, against the gradients of every ghost batch in float64 NumPy.
+
+The same file runs on JAX, in a process of its own.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.noise_scale import NoiseScaleEstimator
+from lars_keras.training import Trainer
+from lars_keras.training.cluster import make_cluster
+from tests import step_cases as cases
+from tests.second_process import run_on
+
+GHOST = 8
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+
+
+def measured_by_numpy():
+    """Return `(g_b, g_B)` of each update and variable of `cases.linear` at its first weights, rate 0."""
+    keras.utils.set_random_seed(1)
+    kernel, bias = (np.array(w, "float64") for w in cases.linear().get_weights())
+    ghost, mean = [], []
+    x, y = (a.astype("float64").reshape(cases.UPDATES, cases.BATCH // GHOST, GHOST, -1) for a in cases.examples())
+    for features, labels in zip(x, y, strict=True):
+        logits = features @ kernel + bias
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        error = p / p.sum(-1, keepdims=True) - labels
+        gradients = [np.einsum("gbf,gbc->gfc", features, error) / GHOST, error.mean(1)[:, None]]
+        ghost.append([np.square(g).sum((1, 2)).mean() for g in gradients])
+        mean.append([np.square(g.mean(0)).sum() for g in gradients])
+    return np.array(ghost), np.array(mean)
+
+
+class Norms(keras.callbacks.Callback):
+    """Keeps the norms of every update."""
+
+    def __init__(self):
+        super().__init__()
+        self.ghost, self.mean = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ghost += list(self.trainer.layer_norms["ghost_gradient"])
+        self.mean += list(self.trainer.layer_norms["gradient"])
+
+
+def measured(strategy="none", *, scaled=False, **options):
+    """Return `(g_b, g_B)` of each update, of a Trainer that leaves the weights as they are."""
+    keras.utils.set_random_seed(1)
+    with cases.strategy(strategy).scope():
+        model = cases.linear()
+        optimizer = keras.optimizers.SGD(0.0)
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1024.0)
+        model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+    norms = Norms()
+    norms.trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=GHOST, noise_scale=True, **options)
+    norms.trainer.fit(
+        tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50), epochs=1, callbacks=[norms], verbose=0
+    )
+    return np.square(np.array(norms.ghost, "float64")), np.square(np.array(norms.mean, "float64"))
+
+
+class NoiseScaleTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        ("none", {}),
+        ("none", {"jit_compile": True, "steps_per_execution": 2}),
+        ("none", {"scaled": True}),
+        ("mirrored2", {}),
+    )
+    def test_against_every_ghost_batch(self, strategy, options):
+        if not ON_TENSORFLOW and strategy != "none":
+            self.skipTest("tf.distribute is TensorFlow's")
+        for found, expected in zip(measured(strategy, **options), measured_by_numpy(), strict=True):
+            self.assertAllClose(found, expected, rtol=1e-5)
+
+    def test_estimate(self):
+        """The estimate from the engine is that from NumPy, per variable and in all."""
+        both = []
+        for ghost, mean in (measured(), measured_by_numpy()):
+            estimator = NoiseScaleEstimator(GHOST, cases.BATCH)
+            for update in zip(ghost, mean, strict=True):
+                estimator.add(*update)
+            both.append([estimator.total().noise, *(v.noise for v in estimator.by_variable())])
+        self.assertAllClose(*both, rtol=1e-5)
+
+    def test_one_ghost_batch_is_refused(self):
+        model = cases.linear()
+        model.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "choose a smaller `microbatch_size`"):
+            Trainer(model, batch_size=8, noise_scale=True)
+
+    @parameterized.parameters(False, True)
+    def test_eight_devices(self, sharded):
+        """The one reduction carries the squares, also where weights and gradients are sharded."""
+        if ON_TENSORFLOW:
+            self.skipTest("keras.distribution is JAX's")
+        try:
+            make_cluster("mirrored", replicas=8, shard_optimizer_state=sharded)
+            found = measured()
+        finally:
+            keras.distribution.set_distribution(None)
+        for values, expected in zip(found, measured_by_numpy(), strict=True):
+            self.assertAllClose(values, expected, rtol=1e-5)
+
+    def test_on_jax(self):
+        if not ON_TENSORFLOW:
+            self.skipTest("this is the process on JAX")
+        run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+if __name__ == "__main__":
+    tf.test.main()
