@@ -138,6 +138,9 @@ class RunConfig:
     ema_momentum: float | None = _real(
         None, "Keep an EMA of the weights with this momentum, and evaluate and save that.", high=1.0
     )
+    ema_overwrite_every: int | None = _whole(
+        None, "Put the EMA back into the weights after each this many updates, as Lookahead does."
+    )
     test_views: int = _flag(
         1,
         "integer",
@@ -227,6 +230,11 @@ class RunConfig:
             )
         if self.tpu and self.strategy not in ("auto", "tpu"):
             raise ValueError(f"--tpu goes with --strategy=tpu. Received: --tpu={self.tpu} --strategy={self.strategy}")
+        if self.ema_overwrite_every and self.ema_momentum is None:
+            raise ValueError(
+                "--ema_overwrite_every goes with --ema_momentum. "
+                f"Received: --ema_overwrite_every={self.ema_overwrite_every}"
+            )
         if self.noise_scale_every == 1:
             raise ValueError("--noise_scale_every must be 0 or at least 2. Received: --noise_scale_every=1")
         if self.telemetry_every and self.optimizer not in ("lars", "lamb"):
@@ -278,7 +286,13 @@ class RunConfig:
     def optimizer_options(self) -> dict[str, Any]:
         """Arguments of `running.optimizers.make_optimizer` beside name, rate and variables."""
         shared = {"weight_decay": self.weight_decay, "global_clipnorm": self.global_clipnorm}
-        ema = {} if self.ema_momentum is None else {"use_ema": True, "ema_momentum": self.ema_momentum}
+        ema: dict[str, Any] = {}
+        if self.ema_momentum is not None:
+            ema = {
+                "use_ema": True,
+                "ema_momentum": self.ema_momentum,
+                "ema_overwrite_frequency": self.ema_overwrite_every,
+            }
         exclude = DEFAULT_EXCLUDE if self.exclude is None else self.exclude
         own = self._arguments(OPTIMIZER_FLAGS, self.optimizer)
         return {"exclude": exclude, **{k: v for k, v in (shared | ema | own).items() if v is not None}}

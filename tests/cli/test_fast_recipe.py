@@ -140,6 +140,15 @@ class RateTest(tf.test.TestCase, parameterized.TestCase):
         scales = {role.lr_scale for role in model.optimizer.layer_plan() if "beta" in role.path}
         self.assertEqual(scales, {4.0})
 
+    def test_lookahead(self):
+        data = small_pictures()
+        config = flags.RunConfig(model="lenet1989", batch_size=20, steps=5, ema_momentum=0.5, ema_overwrite_every=3)
+        model = make_model(config, data)
+        compile_model(model, config, data)
+        self.assertEqual((model.optimizer.ema_momentum, model.optimizer.ema_overwrite_frequency), (0.5, 3))
+        with self.assertRaisesRegex(ValueError, "goes with --ema_momentum. Received: --ema_overwrite_every=3"):
+            flags.RunConfig(ema_overwrite_every=3)
+
     def test_two_last_rates(self):
         with self.assertRaisesRegex(ValueError, "give one. Received: --end_lr_scale=0.1 --end_learning_rate=1"):
             flags.RunConfig(end_lr_scale=0.1, end_learning_rate=1.0)
