@@ -1,4 +1,4 @@
-"""Strategies by name, and what a TPU asks of the step: static shapes that XLA takes."""
+"""Clusters by name, their processes, and the static shapes that a TPU asks of the step."""
 
 import json
 import os
