@@ -14,6 +14,7 @@ from lars_keras.training.backend import engine_class
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
+from lars_keras.training.overrides import check_overrides
 
 
 @dataclasses.dataclass
@@ -83,7 +84,8 @@ class Trainer:
             With `noise_scale` also `"ghost_gradient"`, the root mean square of the norms of the ghost-batch gradients.
 
     Raises:
-        ValueError: if the model is not compiled, the sizes do not divide, or the engine cannot do what an option, the
+        ValueError: if the model is not compiled, or has a `train_step`, `test_step`, `fit` or another loop of its own,
+            which would not be called; if the sizes do not divide; if the engine cannot do what an option, the
             model or the optimizer asks for.
     """
 
@@ -102,6 +104,7 @@ class Trainer:
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
+        check_overrides(model)
         _check_loss(model)
         if steps_per_execution < 1:
             raise ValueError(

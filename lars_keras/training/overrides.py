@@ -1,0 +1,38 @@
+"""Parts of a model that replace what `Trainer` replaces, too."""
+
+import keras
+
+# `Trainer` calls none of these, so what a model does in them would be lost without a word.
+_NEVER_CALLED = (
+    "train_step",
+    "test_step",
+    "make_train_function",
+    "make_test_function",
+    "train_on_batch",
+    "test_on_batch",
+    "fit",
+    "evaluate",
+    "stateless_compute_loss",
+    "compute_loss_and_updates",
+)
+
+
+def check_overrides(model: keras.Model) -> None:
+    """Refuse a model with a training or evaluation step of its own, which `Trainer` would not call.
+
+    Raises:
+        ValueError: if there is one; the message names it.
+    """
+    own = [name for name in _NEVER_CALLED if is_overridden(model, name)]
+    if own:
+        raise ValueError(
+            "`Trainer` takes the place of Keras's training and evaluation loops, and calls none of a model's own: "
+            f"{', '.join(own)}. Put the objective into `compute_loss` or `add_loss`, and metrics into `compile` or "
+            f"`compute_metrics`; or train with `model.fit`. Received: model of type {type(model).__name__}"
+        )
+
+
+def is_overridden(model: keras.Model, name: str) -> bool:
+    """Return True if a model, or its class, has another method `name` than `keras.Model`."""
+    of_keras = getattr(keras.Model, name, None)
+    return name in vars(model) or getattr(type(model), name, None) is not of_keras
