@@ -1,7 +1,38 @@
-"""Files that are written completely or not at all."""
+"""Paths of files, and files that are written completely or not at all."""
 
 import os
+import re
 from pathlib import Path
+
+# Also `gs:/bucket`, into which pathlib turns `gs://bucket`. A single letter is a drive.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: str | os.PathLike[str], argument: str) -> Path:
+    """Return a path on a local disk, with `~` and `~user` expanded.
+
+    Args:
+        path: the path.
+        argument: name of the argument that holds it, for messages.
+
+    Raises:
+        ValueError: if it is the address of a bucket or another service (`gs://...`), or its `~user` is unknown.
+    """
+    text = os.fspath(path)
+    if _SCHEME.match(text):
+        raise ValueError(
+            f"`{argument}` must be a folder on a local or mounted disk, not an address such as gs:// or file://. Mount "
+            f"the bucket (with gcsfuse, say), or copy the folder afterwards. Received: {argument}={printable(text)}"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"`{argument}` begins with ~ of an unknown user. Received: {argument}={text}") from e
+
+
+def printable(text: str) -> str:
+    r"""Return a name as text that any stream takes: bytes that are not UTF-8 become `\xe9`."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ _FLAG_OF_ARGUMENT = {
     "keep_every_n_hours": "keep_checkpoint_hours",
     "layer_ratios": "telemetry_every",
     "max_to_keep": "keep_checkpoints",
+    "out": "out",
     "peak": "learning_rate",
     "synchronized": "sync_batch_norm",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 
 from flags.config import RunConfig
-from lars_keras.files import atomic_write_text
+from lars_keras.files import atomic_write_text, local_path, printable
 from lars_keras.runtime.errors import UsageError
 from lars_keras.versions import versions
 from running.plan import Plan
@@ -30,12 +30,15 @@ def open_run_dir(config: RunConfig) -> Path:
     """Return the path of the run's folder, which is created only when the run is known to be able to start.
 
     Raises:
-        UsageError: if the run in it is finished, or, for `eval_only`, if it holds none.
+        ValueError: if it is not on a local disk.
+        UsageError: if its name is not UTF-8, if the run in it is finished, or, for `eval_only`, if it holds none.
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
         return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    path = Path(config.run_dir)
+    path = local_path(config.run_dir, "run_dir")
+    if printable(str(path)) != str(path):  # TensorFlow and the report take UTF-8 only
+        raise UsageError(f"--run_dir must be UTF-8. Received: --run_dir={printable(str(path))}")
     if config.eval_only:
         if not (path / "model.keras").is_file():
             raise UsageError(f"--eval_only found no model.keras in --run_dir={path}")

@@ -56,7 +56,7 @@ def _relative_steps(config: RunConfig, rate: np.ndarray) -> np.ndarray:
 
 
 def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.ndarray) -> list[str]:
-    found = []
+    found = [*data.warnings]
     if config.optimizer == "lars":
         step = _relative_steps(config, rate).max()
         low, high = RELATIVE_STEP_RANGE

@@ -21,11 +21,13 @@ import keras
 import flags
 from flags import RunConfig
 from lars_keras.data import ImageData
+from lars_keras.files import local_path
 from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training import Trainer
 from running import renamed
+from running.errors import usage_errors
 
 BAD_IMAGES = "bad_images.json"
 
@@ -35,8 +37,10 @@ def flags_of_run(run_dir: str) -> list[str]:
 
     Raises:
         OSError, UnicodeDecodeError: if they cannot be read.
+        UsageError: if the folder is not on a local disk.
     """
-    path = Path(run_dir) / "flags.txt"
+    with usage_errors():
+        path = local_path(run_dir, "run_dir") / "flags.txt"
     return renamed.flag_lines(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else []
 
 

@@ -43,6 +43,7 @@ class ImageData(abc.ABC):
             every second epoch; or RandAugment, mixup or cutmix, which follow crop and flip if the data set has them.
         description: one line about the data.
         reading: one line about how images are read.
+        warnings: what is probably not meant about the data, a sentence each.
         unreadable_images: the unreadable images found so far.
     """
 
@@ -56,6 +57,7 @@ class ImageData(abc.ABC):
     augment: str
     description: str
     reading: str
+    warnings: tuple[str, ...] = ()
     unreadable_images: UnreadableImages
 
     def train_batches(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lars_keras.data.orientation import is_webp, may_be_turned, number, orientation, upright
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
@@ -24,7 +26,7 @@ def random_crop(image: tf.Tensor, draws: tf.Tensor, size: int) -> tf.Tensor:
     Source: Szegedy et al. 2014 (arXiv 1409.4842), section 6.
 
     Args:
-        image: scalar string, the content of a JPEG, PNG, BMP or GIF file.
+        image: scalar string, the content of a JPEG, PNG, WebP, BMP or GIF file.
         draws: float32 `(NUM_DRAWS,)`, uniform in [0, 1).
         size: height and width of the result, in pixels.
 
@@ -102,57 +104,59 @@ def _decode(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor], size:
         pixels = tf.cond(
             tf.io.is_jpeg(image),
             lambda: tf.io.decode_jpeg(image, channels=3, dct_method=_DCT),
-            lambda: tf.io.decode_image(image, channels=3, expand_animations=False),
+            lambda: tf.cond(
+                is_webp(image),
+                lambda: _decode_webp(image),
+                lambda: tf.cond(_is_indexed_bmp(image), lambda: _decode_indexed_bmp(image), lambda: _decode_any(image)),
+            ),
         )
         pixels = upright(tf.ensure_shape(pixels, [None, None, 3]), turn)
         top, left, height, width = tf.unstack(window_of(tf.shape(pixels)[:2]))
         return pixels[top : top + height, left : left + width]
 
-    def uncommon() -> tf.Tensor:  # another format, or a JPEG with EXIF tags, which may say that it is turned
+    def uncommon() -> tf.Tensor:  # another format, or a JPEG with tags, which may say that it is turned
         turn = orientation(image)
         return tf.cond(tf.io.is_jpeg(image) & (turn == 1), part_of_jpeg, lambda: part_of_pixels(turn))
 
-    pixels = tf.cond(tf.io.is_jpeg(image) & ~_has_tags(image), part_of_jpeg, uncommon)
+    common = tf.cond(tf.io.is_jpeg(image), lambda: ~may_be_turned(image), lambda: tf.constant(False))
+    pixels = tf.cond(common, part_of_jpeg, uncommon)
     pixels = tf.ensure_shape(pixels, [None, None, 3])
     pixels = tf.image.resize(pixels, (size, size), method="bilinear")
     return tf.cast(pixels + 0.5, tf.uint8)  # rounds; bilinear values stay within 0 to 255
 
 
-def orientation(image: tf.Tensor) -> tf.Tensor:
-    """Read the orientation of a JPEG, its EXIF tag 0x0112: int32, 1 to 8. Return 1 if there is none.
-
-    Source: CIPA DC-008-2012 (EXIF 2.3), section 4.6.4.
-    """
+def _decode_any(image: tf.Tensor) -> tf.Tensor:
     import tensorflow as tf
 
-    def read() -> tf.Tensor:
-        head = tf.io.decode_raw(tf.strings.substr(image, 0, 2048), tf.uint8)
-        fields = tf.signal.frame(head, frame_length=10, frame_step=1)
-        turns = [
-            tf.where(tf.reduce_all(fields[:, : len(tag)] == tf.constant(tag, tf.uint8), axis=1), fields[:, at], 0)
-            # tag, type SHORT, count 1, value; big-endian and little-endian
-            for tag, at in (([1, 0x12, 0, 3, 0, 0, 0, 1, 0], 9), ([0x12, 1, 3, 0, 1, 0, 0, 0], 8))
-        ]
-        turns = tf.reduce_max(turns, axis=0)
-        # The first tag is that of the image. A thumbnail may have a second one.
-        turn = tf.cast(tf.concat([turns[turns > 0], tf.zeros([1], tf.uint8)], axis=0)[0], tf.int32)
-        return tf.where((turn >= 1) & (turn <= 8), turn, 1)
-
-    return tf.cond(_has_tags(image), read, lambda: tf.constant(1))
+    return tf.io.decode_image(image, channels=3, expand_animations=False)
 
 
-def _has_tags(image: tf.Tensor) -> tf.Tensor:
-    """Return True for a JPEG with EXIF tags, which come first or after a JFIF header of 18 bytes."""
+def _decode_webp(image: tf.Tensor) -> tf.Tensor:
+    """Decode a WebP that is not animated. Drop its transparency, as for other formats."""
     import tensorflow as tf
 
-    return tf.strings.regex_full_match(tf.strings.substr(image, 0, 28), r"\C{6}(\C{18})?Exif\C*")
+    extended = tf.strings.substr(image, 12, 4) == b"VP8X"
+    animated = extended & (number(image, 20, 1) // 2 % 2 == 1)
+    # TensorFlow 2.21 frees memory twice when it decodes an animated one.
+    with tf.control_dependencies([tf.debugging.Assert(~animated, ["an animated WebP"])]):
+        # It refuses three channels for an image that has four.
+        return tf.io.decode_image(tf.identity(image), channels=0, expand_animations=False)[:, :, :3]
 
 
-def upright(pixels: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
-    """Turn an image `(height, width, channels)` of EXIF orientation `turn` upright."""
+def _is_indexed_bmp(image: tf.Tensor) -> tf.Tensor:
     import tensorflow as tf
 
-    pixels = tf.cond(turn >= 5, lambda: tf.transpose(pixels, [1, 0, 2]), lambda: pixels)
-    upside_down = tf.reduce_any(turn == [3, 4, 7, 8])
-    mirrored = tf.reduce_any(turn == [2, 3, 6, 7])
-    return tf.raw_ops.Reverse(tensor=pixels, dims=tf.stack([upside_down, mirrored, False]))
+    return tf.strings.regex_full_match(image, r"BM\C*") & (number(image, 28, 2) == 8)
+
+
+def _decode_indexed_bmp(image: tf.Tensor) -> tf.Tensor:
+    """Decode a BMP of one byte a pixel, which TensorFlow takes for gray, by its table of colours."""
+    import tensorflow as tf
+
+    header, compression, offset = number(image, 14, 4), number(image, 30, 4), number(image, 10, 4)
+    with tf.control_dependencies([tf.debugging.Assert((header >= 40) & (compression == 0), ["a compressed BMP"])]):
+        indices = tf.io.decode_bmp(tf.identity(image), channels=0)[:, :, 0]
+    colours = tf.minimum(tf.maximum(offset - 14 - header, 0) // 4, 256)
+    table = tf.io.decode_raw(tf.strings.substr(image, 14 + header, 4 * colours), tf.uint8)
+    table = tf.pad(tf.reshape(table, [-1, 4])[:, 2::-1], [[0, 256 - colours], [0, 0]])
+    return tf.gather(table, tf.cast(indices, tf.int32))

@@ -40,7 +40,7 @@ class Examples(Protocol):
 
 
 class ImageFileData(ImageData):
-    """A data set of encoded images (JPEG, PNG, BMP or GIF), which are decoded when they are used.
+    """A data set of encoded images (JPEG, PNG, WebP, BMP or GIF), which are decoded when they are used.
 
     Training images take a random resized crop and a random flip (see `random_crop`). Test images take a central crop
     (see `central_crop`). Both are resized to `image_size` squared by bilinear interpolation, and become uint8 RGB.

@@ -12,11 +12,12 @@ import numpy as np
 from lars_keras.data.arrays import ArrayData
 from lars_keras.data.augment import pad_crop_flip
 from lars_keras.data.base import AUGMENTS, ImageData
-from lars_keras.data.folder import FolderExamples, read_folder
+from lars_keras.data.folder import FolderExamples, describe_left_out, empty_classes, read_folder
 from lars_keras.data.image_files import Examples, ImageFileData
 from lars_keras.data.locate import PREPARED, TEST_SPLIT, data_root, prepared_dir
 from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFRecords
 from lars_keras.data.subset import Subset, holdout
+from lars_keras.files import local_path, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,14 +70,21 @@ def load(
     root = data_root(data_dir)
     options: dict[str, Any] = {"image_size": image_size or 227, "augment": augment or "crop_flip", "remote": remote}
     if name == "folder":
+        if "://" in os.fspath(root):
+            raise ValueError(f"A folder of images must be on a local disk: copy it to one. Received: data_dir={root}")
         train_files, test_files, classes = read_folder(root)
         if cache == "disk":
             train_files, test_files = (
-                FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels)
+                FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels, files.left_out)
                 for files in (train_files, test_files)
             )
-        origin = f"in {root}"
-        return _image_file_data(name, train_files, test_files, validation_split, len(classes), origin, cache, options)
+        found = _image_file_data(
+            name, train_files, test_files, validation_split, len(classes), f"in {printable(str(root))}", cache, options
+        )
+        _mention(found, train_files, test_files, classes)
+        return found
+    if printable(os.fspath(root)) != os.fspath(root):
+        raise ValueError(f"`data_dir` must be UTF-8 for {name}. Received: data_dir={printable(os.fspath(root))}")
     builder = _builder(root, name)
     _check_access(builder, root, name, cache, remote)
     train, test = (
@@ -147,9 +155,23 @@ def _check_arguments(
             raise ValueError(str(e)) from e
 
 
+def _find(root: Any, name: str) -> Any | None:
+    """Return the folder of a prepared data set. Raise a `ValueError` for a bucket that cannot be reached."""
+    if "://" not in os.fspath(root):
+        return prepared_dir(root, name)
+    if name not in ANY_SIZE:
+        raise ValueError(f"{name} is read from a local folder: copy {root / name} to one, and set `data_dir` to that.")
+    try:
+        return prepared_dir(root, name)
+    except Exception as e:  # of TensorFlow, fsspec or a missing package
+        raise ValueError(
+            f"`data_dir` cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}. Received: data_dir={root}"
+        ) from e
+
+
 def _builder(root: Any, name: str) -> tfds.core.DatasetBuilder:
     """Return the builder of a prepared data set. Prepare the digits if they are missing."""
-    builder_dir = prepared_dir(root, name)
+    builder_dir = _find(root, name)
     if builder_dir is None and name == "digits":
         from lars_keras.data.prepare import prepare
 
@@ -160,7 +182,19 @@ def _builder(root: Any, name: str) -> tfds.core.DatasetBuilder:
 
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(builder_dir)
+    try:
+        builder = tfds.builder_from_directory(builder_dir)
+        features = builder.info.features
+        usable = {"image", "label"} <= set(features)
+        usable = usable and isinstance(features["label"], tfds.features.ClassLabel)
+    except Exception as e:  # whatever tensorflow-datasets makes of the files of another version
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(
+            f"{builder_dir} cannot be read by tensorflow-datasets {tfds.__version__}, so another version has probably "
+            f"written it: {reason}. Prepare it again in another `data_dir`, or install the version that wrote it."
+        ) from e
+    if not usable:
+        raise ValueError(f"{builder_dir} is not {name}: it has no features image and label. Set another `data_dir`.")
     for split in ("train", TEST_SPLIT[name]):
         if split not in builder.info.splits:
             raise FileNotFoundError(f"{builder_dir} has no {split} split: remove it and prepare it again.")
@@ -170,10 +204,7 @@ def _builder(root: Any, name: str) -> tfds.core.DatasetBuilder:
 def _check_access(builder: tfds.core.DatasetBuilder, root: Any, name: str, cache: str, remote: bool) -> None:
     """Raise a `ValueError` where the files cannot be read in the way asked for."""
     folder = prepared_dir(root, name)
-    in_bucket = "://" in str(folder)
-    if in_bucket and name not in ANY_SIZE:
-        raise ValueError(f"{name} is read from a local folder: copy {folder} to one, and set `data_dir` to that.")
-    if in_bucket and cache != "disk":
+    if "://" in str(folder) and cache != "disk":
         raise ValueError(
             f"{folder} is in a bucket, where single records take too long to read: set `cache` to disk, which copies "
             f"the files. Received: cache={cache}"
@@ -216,6 +247,16 @@ def _image_file_data(
     return ImageFileData(name, train, test, num_classes, description=description, **options)
 
 
+def _mention(data: ImageFileData, train_files: FolderExamples, test_files: FolderExamples, classes: list[str]) -> None:
+    """Say in the description what is in the folder but in no split, and warn of classes without training images."""
+    if empty := empty_classes(train_files, classes):
+        names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        data.description += f"; no training images of {names}"
+        data.warnings = (f"{len(empty)} of {len(classes)} classes have no training images: {names}.",)
+    if left_out := train_files.left_out + test_files.left_out:
+        data.description += f"; left out: {describe_left_out(left_out)}"
+
+
 def _counts(train: Any, test: Any) -> str:
     return f"{len(train):,} train and {len(test):,} test images"
 
@@ -224,9 +265,9 @@ def _on_disk(paths: Any, root: Any, cache_dir: str | os.PathLike | None) -> list
     """Copy files below `root` to a folder of the cache that is named after `root`. Return the paths of the copies."""
     from lars_keras.data.cache import copy_to_local
 
-    folder = pathlib.Path(cache_dir or "~/.cache/lars_keras").expanduser()
+    folder = local_path(cache_dir or "~/.cache/lars_keras", "cache_dir")
     full = os.fspath(root) if "://" in os.fspath(root) else os.path.realpath(root)
-    place = f"{os.path.basename(full)}-{hashlib.sha256(full.encode()).hexdigest()[:12]}"
+    place = f"{os.path.basename(full)}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:12]}"
     return copy_to_local([os.fspath(path) for path in paths], os.fspath(root), folder / place)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-import pathlib
+import re
 from typing import Any
+
+from lars_keras.files import local_path
 
 TEST_SPLIT = {"digits": "test", "cifar10": "test", "imagenet2012": "validation"}
 PREPARED = tuple(TEST_SPLIT)
+_BUCKETS = ("gs://", "s3://")
 
 
 def data_root(data_dir: str | os.PathLike | None) -> Any:
@@ -18,17 +21,20 @@ def data_root(data_dir: str | os.PathLike | None) -> Any:
 
     Returns:
         A `pathlib.Path`, or for a bucket an `etils.epath.Path`.
+
+    Raises:
+        ValueError: if it is the address of another service, or begins with `~` of an unknown user.
     """
     root = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if "://" in root:
+    if root.startswith(_BUCKETS):
         from etils import epath
 
         return epath.Path(root)
-    return pathlib.Path(root).expanduser()
+    return local_path(root, "data_dir")
 
 
 def prepared_dir(root: Any, name: str) -> Any | None:
     """Return the folder of the newest prepared version of a data set, or None if there is none."""
     found = [path.parent for path in (root / name).glob("*.*.*/dataset_info.json")]
-    found = [path for path in found if path.name.replace(".", "").isdigit()]
+    found = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
     return max(found, key=lambda path: [int(x) for x in path.name.split(".")], default=None)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import sys
 
 from lars_keras.data.locate import PREPARED, data_root, prepared_dir
+from lars_keras.files import local_path
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
@@ -37,10 +37,10 @@ def prepare(
         file_format: `"tfrecord"` or `"array_record"`.
 
     Raises:
-        ValueError: if `data_dir` is not writable, or holds the data set in another format.
+        ValueError: if `data_dir` is not local or not writable, or holds the data set in another format.
         FileNotFoundError: if an archive is missing.
     """
-    root = data_root(data_dir)
+    root = local_path(data_root(data_dir), "data_dir")
     if found := prepared_dir(root, name):
         import tensorflow_datasets as tfds
 
@@ -51,7 +51,7 @@ def prepare(
                 f"Received: file_format={file_format}"
             )
         return
-    archives = pathlib.Path(manual_dir or root / "downloads" / "manual").expanduser()
+    archives = local_path(manual_dir or root / "downloads" / "manual", "manual_dir")
     if name == "imagenet2012":
         for archive in _ARCHIVES:
             if not (archives / archive).is_file():

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from lars_keras.files import printable
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
@@ -134,7 +136,7 @@ class TFRecords:
     def where(self, i: int) -> str:
         """Return the location of record `i`, for messages."""
         path = self._paths[self._file[i]]
-        return f"record {i - np.searchsorted(self._file, self._file[i])} of {path}"
+        return f"record {i - np.searchsorted(self._file, self._file[i])} of {printable(path)}"
 
     @functools.cached_property
     def _tensors(self) -> tuple[tf.Tensor, ...]:
@@ -142,7 +144,11 @@ class TFRecords:
         import tensorflow as tf
 
         with tf.init_scope():
-            return tf.constant(self._paths), tf.constant(self._file), tf.constant(self._start - _HEADER.size)
+            return (
+                tf.constant([os.fsencode(path) for path in self._paths]),
+                tf.constant(self._file),
+                tf.constant(self._start - _HEADER.size),
+            )
 
     def _read(self, i: int) -> bytes:
         path, length = self._paths[self._file[i]], int(self._length[i])

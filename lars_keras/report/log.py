@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from absl import logging
 
-from lars_keras.files import atomic_write_text
+from lars_keras.files import atomic_write_text, local_path
 from lars_keras.report.throughput import Clock, Throughput
 
 
@@ -51,7 +51,7 @@ class MetricsLog(keras.callbacks.Callback):
 
     def __init__(self, run_dir: str | os.PathLike[str], clock: Clock = time.perf_counter):
         super().__init__()
-        self._run_dir = Path(run_dir)
+        self._run_dir = local_path(run_dir, "run_dir")
         self._path = self._run_dir / "metrics.jsonl"
         self._clock = clock
         self._writers: dict[str, Any] = {}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lars_keras.files import atomic_write_text
+from lars_keras.files import atomic_write_text, local_path
 from lars_keras.report.charts import curves, heat_maps, noise_scale_chart
 from lars_keras.report.html import TEMPLATES, duration, number, render
 from lars_keras.report.layers import health
@@ -27,9 +27,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: if `run_dir` has no `config.json`.
-        ValueError: if `config.json` or `results.json` is not JSON.
+        ValueError: if `config.json` or `results.json` is not JSON, or `run_dir` is not local.
     """
-    run_dir = Path(run_dir)
+    run_dir = local_path(run_dir, "run_dir")
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"`run_dir` must be a run folder, with a config.json. Received: run_dir={run_dir}")
     config, results = _json(run_dir / "config.json"), _json(run_dir / "results.json")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lars_keras.files import local_path
 from lars_keras.runtime.errors import Preempted
 
 _NAME = re.compile(r"update-(\d+)-([0-9a-f]{16})\.npz")
@@ -53,7 +54,7 @@ class CheckpointManager:
         keep_every_n_hours: also keep one older checkpoint per this many hours. None keeps no older one.
 
     Raises:
-        ValueError: if `max_to_keep` is below 1.
+        ValueError: if `max_to_keep` is below 1, or `directory` is an address (`gs://...`) and no local folder.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class CheckpointManager:
     ):
         if max_to_keep < 1:
             raise ValueError(f"`max_to_keep` must be at least 1. Received: max_to_keep={max_to_keep}")
-        self.directory = Path(directory)
+        self.directory = local_path(directory, "directory")
         self._max_to_keep, self._keep_every_n_hours = max_to_keep, keep_every_n_hours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None

@@ -93,22 +93,49 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
             square = expected[top : top + round(size * 7 / 8), left : left + round(size * 7 / 8)]
             self.assertAllEqual(decode.central_crop(data, 56), square)
 
-    def test_a_thumbnail_turns_nothing(self):
-        for first, second in ((1, 6), (6, 1)):
-            tags = [bytes([0x12, 1, 3, 0, 1, 0, 0, 0, turn, 0]) for turn in (first, second)]
-            self.assertEqual(decode.orientation(b"012345Exif" + tags[0] + bytes(20) + tags[1]), first)
-
-    def test_damaged_tags_mean_no_turn(self):
-        for data in (b"", b"Exif", b"012345Exif", b"012345Exif" + bytes([0x12, 1, 3, 0, 1, 0, 0, 0, 9, 0])):
-            self.assertEqual(decode.orientation(data), 1)
-
-    @parameterized.parameters("PNG", "BMP", "GIF")
+    @parameterized.parameters("PNG", "BMP", "GIF", "WEBP")
     def test_other_formats(self, file_format):
         colours = np.array([[200, 30, 30], [30, 60, 90], [0, 255, 0]], np.uint8)
         pixels = np.kron(colours[np.random.default_rng(0).integers(0, 3, (4, 4))], np.ones((8, 8, 1), np.uint8))
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, file_format)
+        Image.fromarray(pixels).save(file, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
         self.assertAllEqual(decode.central_crop(file.getvalue(), 28), pixels[2:30, 2:30])
+
+    def test_other_formats_equal_pillow(self):
+        """Compare files of all modes with Pillow's pixels: equal to the bit."""
+        smooth = tf.io.decode_jpeg(jpeg(32, 45)).numpy()
+        see_through = np.dstack([smooth, smooth[:, :, 0]])
+        gif = {"save_all": True, "append_images": [Image.fromarray(255 - smooth)]}
+        for file_format, image, options in (
+            ("WEBP", Image.fromarray(smooth), {"quality": 40}),
+            ("WEBP", Image.fromarray(smooth).convert("L"), {}),
+            ("WEBP", Image.fromarray(see_through), {"quality": 80}),
+            ("WEBP", Image.fromarray(see_through), {"lossless": True, "exact": True}),
+            ("PNG", Image.fromarray(see_through), {}),
+            ("PNG", Image.fromarray(smooth).quantize(9), {}),
+            ("BMP", Image.fromarray(smooth).quantize(9), {}),
+            ("BMP", Image.fromarray(smooth).quantize(256), {}),
+            ("BMP", Image.fromarray(smooth).convert("L"), {}),
+            ("BMP", Image.fromarray(see_through), {}),
+            ("GIF", Image.fromarray(smooth), gif),
+        ):
+            file = io.BytesIO()
+            image.save(file, file_format, **options)
+            expected = pillow_pixels(file.getvalue())[2:30, 8:36]
+            with self.subTest(file_format=file_format, mode=image.mode, **options):
+                self.assertAllEqual(decode.central_crop(file.getvalue(), 28), expected)
+
+    def test_files_that_tensorflow_reads_wrongly_are_refused(self):
+        smooth = tf.io.decode_jpeg(jpeg(32, 45)).numpy()
+        animated, bmp = io.BytesIO(), io.BytesIO()
+        more = [Image.fromarray(255 - smooth)]
+        Image.fromarray(smooth).save(animated, "WEBP", save_all=True, append_images=more)
+        Image.fromarray(smooth).quantize(9).save(bmp, "BMP")
+        compressed = bmp.getvalue()[:30] + b"\1" + bmp.getvalue()[31:]
+        crop = tf.function(lambda file: decode.central_crop(file, 28))
+        for file, reason in ((animated.getvalue(), "an animated WebP"), (compressed, "a compressed BMP")):
+            with self.assertRaisesRegex(tf.errors.InvalidArgumentError, reason):
+                crop(tf.constant(file))
 
 
 class PillowTest(tf.test.TestCase):

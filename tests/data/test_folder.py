@@ -2,7 +2,9 @@
 
 import collections
 import io
+import os
 import pathlib
+import shutil
 import tarfile
 import tempfile
 import unittest
@@ -14,8 +16,10 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl.testing import parameterized
+from PIL import Image
 
 import lars_keras.data
+from lars_keras.data.folder import read_folder
 from lars_keras.data.prepare import main
 from lars_keras.training import Trainer
 from tests import prepared
@@ -141,10 +145,99 @@ class FolderTest(tf.test.TestCase):
         (self.root / "labels.txt").write_text("a\n b \n\nc d\n")
         self.assertEqual(self.load().num_classes, 3)
         (self.root / "val" / "b" / "1.jpg").unlink()
-        with self.assertRaisesRegex(FileNotFoundError, "val has no images"):
+        self.write("val/b/1.tiff")
+        with self.assertRaisesRegex(FileNotFoundError, "val has no images.*It has: 1 x .tiff file, which cannot"):
             self.load()
         with self.assertRaisesRegex(ValueError, "folder needs `data_dir`.*Received: data_dir=None"):
             lars_keras.data.load("folder")
+
+    def test_hidden_folders_are_no_classes(self):
+        self.write("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.jpg")
+        hidden = (".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found")
+        for name in hidden:
+            self.write(f"train/{name}/1.jpg", f"val/{name}/1.jpg", f"train/a/{name}/1.jpg")
+        for labels in (None, "\ufeffb\na\n"):  # some editors begin a file so
+            if labels:
+                (self.root / "labels.txt").write_text(labels, encoding="utf-8")
+            train, test, classes = read_folder(self.root)
+            self.assertEqual(classes, ["b", "a"] if labels else ["a", "b"])
+            self.assertEqual((train.labels.tolist(), test.labels.tolist()), ([1, 0] if labels else [0, 1],) * 2)
+            self.assertEqual(train.left_out, {"hidden folder": 8})
+            self.assertIn("; left out: 12 x hidden folder", self.load().description)
+        (self.root / "labels.txt").write_text("a\nb\n@eaDir\n")  # unless the user says so
+        self.assertEqual(read_folder(self.root)[0].labels.tolist(), [2, 0, 1])
+
+    def test_only_hidden_in_one_split(self):
+        self.write("train/a/1.jpg", "val/a/1.jpg", "val/.ipynb_checkpoints/1.jpg")
+        self.assertEqual((self.load().num_test, self.load().num_classes), (1, 1))
+
+    def test_what_is_left_out_is_counted(self):
+        self.write("train/a/1.jpg", "val/a/1.jpg", "train/a/._1.jpg", "val/a/.DS_Store", "train/stray.jpg")
+        self.write("train/a/2.tiff", "train/a/3.TIF", "train/a/notes.txt", "train/a/README", "train/.hidden.png")
+        self.write("train/a/sub/1.jpg", "train/a/sub/deep/1.jpg", "train/a/sub/.2.jpg")
+        (self.root / "train/a/folder.jpg").mkdir()
+        (self.root / "train/a/gone.jpg").symlink_to("/nonexistent")
+        (self.root / "train/a/loop.png").symlink_to("loop.png")
+        (self.root / "train/a/good.JPE").symlink_to(self.root / "val/a/1.jpg")
+        data = self.load()
+        self.assertEqual((data.num_train, data.num_test), (2, 1))
+        self.assertEqual(
+            data.description.partition("; left out: ")[2],
+            "1 x .tif file, which cannot be decoded, 1 x .tiff file, which cannot be decoded, 1 x .txt file, "
+            "2 x broken link, 1 x empty folder inside the folder of a class, 1 x file beside the folders of the "
+            "classes, 2 x file in a folder inside the folder of a class, 1 x file without a suffix, 3 x hidden file",
+        )
+        _, _, mask = next(data.train_batches(2).as_numpy_iterator())
+        self.assertAllEqual(mask, [1, 1])
+        self.assertEmpty(data.unreadable_images.found)
+
+    def test_every_suffix_that_can_be_read(self):
+        self.write("val/a/1.jpg", *(f"train/a/{s}.{s}" for s in ("jpg", "JPEG", "jpe", "Jfif")))
+        image = Image.fromarray(np.full((20, 30, 3), 9, np.uint8))
+        for suffix in ("png", "bmp", "gif", "webp", "WEBP"):
+            image.save(self.root / "train" / "a" / f"2.{suffix}")
+        data = self.load()
+        _, _, mask = next(data.train_batches(9).as_numpy_iterator())
+        self.assertAllEqual(mask, np.ones(9))
+        self.assertNotIn("left out", data.description)
+
+    def test_classes_without_images_are_named(self):
+        self.write("train/a/1.jpg", "val/a/1.jpg", "val/c/1.jpg", "train/d/1.tiff")
+        (self.root / "train" / "c").mkdir()
+        data = self.load()
+        self.assertIn("; no training images of c, d", data.description)
+        self.assertEqual(data.warnings, ("2 of 3 classes have no training images: c, d.",))
+        (self.root / "labels.txt").write_text("a\nc\nd\n" + "\n".join(map(str, range(7))))
+        self.assertIn("9 of 10 classes have no training images: c, d, 0, 1, 2 and 4 more.", self.load().warnings)
+        (self.root / "labels.txt").write_text("a\nb\na\n")
+        with self.assertRaisesRegex(ValueError, "labels.txt lists a class twice: a"):
+            self.load()
+
+    def test_names_that_are_not_utf_8(self):
+        self.write("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg")
+        root = os.fsencode(self.root)
+        for old, new in ((b"train/a", b"train/caf\xe9"), (b"val/a", b"val/caf\xe9")):
+            os.rename(os.path.join(root, old), os.path.join(root, new))
+        shutil.copy(os.path.join(root, b"train/b/1.jpg"), os.path.join(root, b"train/b/\xff.jpg"))
+        with open(os.path.join(root, b"train/caf\xe9/\xe8.jpg"), "wb") as file:
+            file.write(b"damaged")
+        os.mkdir(os.path.join(root, b"train/\xfc"))
+        renamed = pathlib.Path(f"{self.root}-\udce9")
+        self.root = self.root.rename(renamed)
+        self.addCleanup(shutil.rmtree, renamed)
+        for cache in ("none", "disk"):
+            copies = {"cache": cache, "cache_dir": self.root / "copies"} if cache == "disk" else {}
+            data = lars_keras.data.load("folder", data_dir=self.root, image_size=16, **copies)
+            with self.assertLogs(level="ERROR") as logs:
+                _, labels, mask = next(data.train_batches(4).as_numpy_iterator())
+            self.assertEqual((sum(labels), sum(mask)), (1, 3))  # of b twice, of the other once
+            found = list(data.unreadable_images.found)
+            self.assertRegex(found[0], r"caf\\xe9/\\xe8\.jpg$")
+            for text in (data.description, *data.warnings, *found, *logs.output):
+                text.encode()  # any stream takes it
+            self.assertIn(r"\xfc", data.warnings[0])
+            data.unreadable_images.save(self.root / "bad.json")
+            data.unreadable_images.load(self.root / "bad.json")
 
 
 if __name__ == "__main__":

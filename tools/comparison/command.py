@@ -15,6 +15,7 @@ from absl import logging
 import flags
 from lars_keras import data as datasets
 from lars_keras.data.parallel_map import cores
+from lars_keras.files import local_path
 from lars_keras.runtime.errors import UsageError
 from lars_keras.versions import versions
 from running import exit_codes
@@ -165,6 +166,7 @@ def prepare(own: absl_flags.FlagValues) -> Comparison:
     Raises:
         UsageError: if a flag or file is refused.
     """
+    out = local_path(own.out, "out")
     candidates = candidates_of(own)
     config = candidates[0].config
     batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [config.batch_size]
@@ -190,7 +192,6 @@ def prepare(own: absl_flags.FlagValues) -> Comparison:
         found = data[c.config.dataset, c.config.data_dir]
         candidates[i] = dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train)
     cells = grid(candidates, batch_sizes, own.tuning_runs, own.factor, seeds)
-    out = Path(own.out)
     for cell in cells:  # a flag may be bad for this number of images
         for stage in ("short", "seed"):
             cell.job(0.0, stage).config(out, own.validation_split)
