@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from lars_keras.files import local_path
-from lars_keras.runtime.errors import Preempted
+from lars_keras.runtime.errors import Preempted, UsageError
 
 _NAME = re.compile(r"update-(\d+)-([0-9a-f]{16})\.npz")
 _METADATA = "info"  # its entry in the file
@@ -66,14 +67,33 @@ class CheckpointManager:
         self._max_to_keep, self._keep_every_n_hours = max_to_keep, keep_every_n_hours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: concurrent.futures.Future[None] | None = None
+        self._damaged: set[Path] = set()
+
+    def check_newest(self, update: int) -> None:
+        """Refuse to save an update if the folder has undamaged checkpoints of later ones.
+
+        Raises:
+            UsageError: if it has. They are of another run, or this run was not restored.
+        """
+        newer = [path for path in self._paths() if _update(path) > update and path not in self._damaged]
+        if newer:
+            raise UsageError(
+                f"{self.directory} holds a checkpoint of update {_update(newer[0])}, and this run is at update "
+                f"{update}. Restore the newest checkpoint to go on with that run, or name another folder. "
+                "Checkpoints of another run are never deleted."
+            )
 
     def save(self, update: int, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
         """Start to write a checkpoint in the background.
 
         Waits first until the checkpoint before is written. The caller must not change `arrays` afterwards.
+
+        Raises:
+            UsageError: if the folder has checkpoints of later updates.
         """
         with contextlib.suppress(OSError):  # logged by the thread
             self.wait()
+        self.check_newest(update)
         self._writing = self._writer.submit(self._write, update, dict(arrays), dict(metadata))
 
     def wait(self) -> None:
@@ -99,6 +119,7 @@ class CheckpointManager:
                 return _read(path)
             except ValueError as e:
                 logging.error("Skipped checkpoint %s: %s", path, e)
+                self._damaged.add(path)
         return None
 
     def _paths(self) -> list[Path]:
@@ -108,7 +129,7 @@ class CheckpointManager:
 
     def _write(self, update: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
         contents: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(json.dumps(metadata).encode(), np.uint8)}
-        temporary = self.directory / f".writing-{os.getpid()}"
+        temporary = self.directory / f".writing-{_host()}-{os.getpid()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with open(temporary, "w+b") as file:
@@ -133,11 +154,12 @@ class CheckpointManager:
             raise
 
     def _prune(self, newest: int) -> None:
-        for leftover in self.directory.glob(".writing-*"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
-        for path in self._paths():
-            if _update(path) > newest:  # damaged, or the run would have continued from it
-                path.unlink()
+        for leftover in self.directory.glob(".writing-*"):
+            if _is_abandoned(leftover):
+                leftover.unlink(missing_ok=True)
+        for path in self._damaged:
+            if _update(path) > newest:
+                path.unlink(missing_ok=True)
         hours, kept_at = self._keep_every_n_hours, -math.inf
         for path in reversed(self._paths()[self._max_to_keep :]):  # the oldest first
             written = path.stat().st_mtime
@@ -145,6 +167,26 @@ class CheckpointManager:
                 kept_at = written
             else:
                 path.unlink()
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
+def _is_abandoned(leftover: Path) -> bool:
+    """Return True if the process that began to write a file is gone."""
+    host, _, pid = leftover.name.removeprefix(".writing-").rpartition("-")
+    if host not in ("", _host()) or not pid.isdecimal():  # of another machine: after a day
+        with contextlib.suppress(OSError):
+            return time.time() - leftover.stat().st_mtime > 24 * 3600
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return int(pid) == os.getpid()  # this process writes one file at a time, and has renamed it
 
 
 def _update(path: Path) -> int:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,30 +11,40 @@ import keras
 from lars_keras.runtime.errors import Preempted
 from lars_keras.training.cluster import cluster_of
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ALWAYS = (signal.SIGTERM, signal.SIGINT)  # a shell lets its background jobs ignore SIGINT
+SIGNALS = (*_ALWAYS, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 class StopOnSignal(keras.callbacks.Callback):
-    """Raises `Preempted` after the training or evaluation batch in which SIGTERM or SIGINT arrives.
+    """Raises `Preempted` after the training or evaluation batch in which a signal arrives.
 
-    All hosts stop after the same update. A second signal ends the process at once.
+    All hosts stop after the same update. A second signal ends the process at once. A signal other than SIGTERM and
+    SIGINT that the process ignores stays ignored, such as SIGHUP under `nohup`.
 
     ```python
     with StopOnSignal() as stop:
         trainer.fit(..., callbacks=[stop])
     ```
+
+    Args:
+        signals: signals to stop for. The default covers the warnings of batch systems: SIGTERM, SIGINT, SIGHUP, SIGUSR1
+            and SIGXCPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Sequence[int] = SIGNALS) -> None:
         super().__init__()
-        self._received = threading.Event()
+        self._signals, self._received = tuple(signals), threading.Event()
 
     def __enter__(self) -> "StopOnSignal":
         # Python runs its signal handlers between bytecode instructions, and an update is one instruction. Python's C
         # handler writes to this pipe immediately.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in self._signals
+            if number in _ALWAYS or signal.getsignal(number) != signal.SIG_IGN
+        }
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -49,7 +60,7 @@ class StopOnSignal(keras.callbacks.Callback):
 
     def _listen(self) -> None:
         while number := os.read(self._read, 1):
-            if number[0] not in SIGNALS:
+            if number[0] not in self._handlers:
                 continue
             if self._received.is_set():
                 os._exit(128 + number[0])

@@ -1,10 +1,12 @@
 """Training that saves itself, continues after a kill, and rolls back after a divergence."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager, SavePolicy
 from lars_keras.runtime.errors import Diverged, Preempted, UsageError
@@ -13,7 +15,11 @@ from lars_keras.training.trainer import Trainer
 
 
 class CheckpointCallback(keras.callbacks.Callback):
-    """Saves the state of a `Trainer` before the first update and whenever the policy asks for it.
+    """Saves the state of a `Trainer` before the first update, when the policy asks for it, and after the last update.
+
+    The last state is that of the weights which would go on, not of their average. It is saved before it is evaluated: a
+    restart finds that no update is left, and evaluates. A last update whose loss is not finite is not saved. If a
+    callback may stop the run at the end of an epoch, the state after each epoch is held in memory until then.
 
     ```python
     manager = CheckpointManager("run/checkpoints")
@@ -49,20 +55,62 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._policy = policy
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self._policy.reset(self.trainer.position.update)
-        if self.trainer.position.batches_consumed == 0:
+        position = self.trainer.position
+        self._refuse_newer(position.update)
+        self._policy.reset(position.update)
+        self._saved = position.update
+        self._held: tuple[Mapping[str, np.ndarray], Mapping[str, Any]] | None = None
+        if position.batches_consumed == 0:
             self.save()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self.trainer.cluster.any_across_hosts(self._policy.due(batch + 1)):
             self.save()
 
+    def on_updates_end(self, last: bool) -> None:
+        """Save the last state, or hold it for `on_train_end`. The trainer calls it before an evaluation."""
+        position = self.trainer.position
+        if position.update == self._saved or not math.isfinite(position.logs["step_loss"]):
+            return
+        if last:
+            self.save()
+        elif self.trainer.cluster.any_across_hosts(any(_may_stop(c) for c in self.trainer.callbacks)):
+            self._held = self.trainer.snapshot()
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        # Stopped at the end of an epoch. By now the weights may be their average, or those of the best epoch.
+        if self._held and self._held[1]["update"] == self.trainer.position.update != self._saved:
+            self._write(*self._held)
+        self._held = None
+
     def save(self) -> None:
         """Save the state now, in the background. Collective: call it on every host."""
-        arrays, position = self.trainer.snapshot()
+        self._write(*self.trainer.snapshot())
+
+    def _write(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any]) -> None:
         if self.trainer.cluster.is_chief:
             self.manager.save(position["update"], arrays, {**self.metadata, "position": position})
+        self._saved = position["update"]
         self._policy.reset(position["update"])
+
+    def _refuse_newer(self, update: int) -> None:
+        """Raise on every host if the folder has checkpoints that this run has not reached."""
+        try:
+            self.manager.check_newest(update)
+            refused = None
+        except ValueError as e:
+            refused = e
+        if self.trainer.cluster.any_across_hosts(refused is not None):
+            raise refused or UsageError("Another host found checkpoints of later updates in its folder.")
+
+
+def _may_stop(callback: keras.callbacks.Callback) -> bool:
+    """Return True if a callback may set `model.stop_training` at the end of an epoch."""
+    kind, lambdas = type(callback), isinstance(callback, keras.callbacks.LambdaCallback)
+    if kind.__module__.startswith("keras.") and not lambdas:
+        return isinstance(callback, keras.callbacks.EarlyStopping)
+    ours = kind.__module__.startswith("lars_keras.")
+    return not ours and (lambdas or kind.on_epoch_end is not keras.callbacks.Callback.on_epoch_end)
 
 
 def fit_with_recovery(
@@ -94,7 +142,7 @@ def fit_with_recovery(
         Diverged: if the run diverges after `max_rollbacks` rollbacks. All checkpoints precede the divergence.
         Preempted: after the state is saved.
         OSError: if the last state cannot be saved.
-        UsageError: if hosts find different checkpoints for a rollback.
+        UsageError: if hosts find different checkpoints for a rollback, or the folder has checkpoints of later updates.
     """
     trainer, manager = checkpoints.trainer, checkpoints.manager
     cluster = trainer.cluster

@@ -78,12 +78,15 @@ class Engine(Protocol):
     def train(self, iterator: Any, updates: int) -> StepResult:
         """Take `updates` updates without returning to Python between them."""
 
-    def evaluate(self, data: Data, after_batch: Callable[[int], None]) -> dict[str, float]:
+    def evaluate(
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+    ) -> dict[str, float]:
         """Return loss, metrics and the number of examples `n`, each example scored once.
 
         Args:
             data: for evaluation.
-            after_batch: called with the number of each batch, after it.
+            before_batch: called with the index of each batch, before it.
+            after_batch: called with the index of each batch, after it.
         """
 
     def snapshot(self) -> dict[str, np.ndarray]:

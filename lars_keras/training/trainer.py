@@ -11,6 +11,7 @@ import numpy as np
 
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.backend import engine_class
+from lars_keras.training.callback_memory import memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
@@ -27,6 +28,7 @@ class Position:
         epoch: the epoch that metrics are gathered for; -1 before the first.
         losses: losses of its updates so far.
         logs: what callbacks were last told.
+        callbacks: what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint` remember; None if not known.
     """
 
     update: int = 0
@@ -34,6 +36,7 @@ class Position:
     epoch: int = -1
     losses: list[float] = dataclasses.field(default_factory=list)
     logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    callbacks: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -75,6 +78,7 @@ class Trainer:
         replicas: number of its replicas.
         accumulation_steps: micro-batches of each replica in an update.
         position: the place of the run; see `Position`.
+        callbacks: those of the last `fit`.
         engine: the compiled functions; None until `fit`, `evaluate` or `restore` has seen the shapes of the data.
         step_losses: the loss of each update of the last execution.
         layer_norms: of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
@@ -132,6 +136,7 @@ class Trainer:
         self.step_losses: list[float] = []
         self.layer_norms: dict[str, np.ndarray] = {}
         self._restored = False
+        self.callbacks: Sequence[keras.callbacks.Callback] = ()
         self._counted: tuple[Any, int] = (None, 0)
 
     def fit(
@@ -161,6 +166,8 @@ class Trainer:
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
                 whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
+                A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
+                they are evaluated; `last` is True if no update follows.
             verbose: 0 for silence, else a progress bar.
 
         Returns:
@@ -176,9 +183,9 @@ class Trainer:
             data, steps_per_epoch = self.whole_updates(data)
         ends = _epoch_ends(epochs, steps_per_epoch)
         engine = self._built_engine(data, 0)
-        if not self._restored:
+        restored, self._restored = self._restored, False
+        if not restored:
             self.position = Position()
-        self._restored = False
         position = self.position
         callback_list = keras.callbacks.CallbackList(
             [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
@@ -193,7 +200,11 @@ class Trainer:
         )
         self.model.stop_training = False
         iterator = engine.training_iterator(data, position.batches_consumed)
+        self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
+        self.callbacks = callback_list.callbacks
+        if restored and position.update:
+            restore_memory(self.callbacks, position.callbacks)
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
@@ -207,10 +218,18 @@ class Trainer:
                 data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
                 # Not part of the position: a resumed run waits otherwise.
                 callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": data_wait})
+            last = position.update == ends[-1] or self.model.stop_training
+            for callback in self.callbacks:
+                if hasattr(callback, "on_updates_end"):
+                    callback.on_updates_end(last)
             logs = position.logs
             if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == ends[-1]):
                 with engine.ema_weights():
-                    scores = self._evaluate(validation_data, callback_list.on_test_batch_end)
+                    callback_list.on_test_begin()
+                    scores = self._evaluate(
+                        validation_data, callback_list.on_test_batch_begin, callback_list.on_test_batch_end
+                    )
+                    callback_list.on_test_end(scores)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
             callback_list.on_epoch_end(epoch, logs)
             if self.model.stop_training:
@@ -249,11 +268,13 @@ class Trainer:
         Raises:
             ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch.
         """
-        return self._evaluate(data, lambda batch: None)
+        return self._evaluate(data, lambda batch: None, lambda batch: None)
 
-    def _evaluate(self, data: Data, after_batch: Callable[[int], None]) -> dict[str, float]:
+    def _evaluate(
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+    ) -> dict[str, float]:
         self._check_metrics()
-        return self._built_engine(data).evaluate(data, after_batch)
+        return self._built_engine(data).evaluate(data, before_batch, after_batch)
 
     def _check_metrics(self) -> None:
         if (self.model.get_compile_config() or {}).get("metrics"):
@@ -270,6 +291,8 @@ class Trainer:
         Returns:
             Arrays, and the rest, which JSON can hold.
         """
+        if self.callbacks:
+            self.position.callbacks = memory_of(self.callbacks)
         return self._running_engine().snapshot(), dataclasses.asdict(self.position)
 
     def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Data) -> None:
@@ -284,7 +307,9 @@ class Trainer:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
         self._built_engine(data, 0).restore(arrays)
-        self.position = Position(**{field.name: position[field.name] for field in dataclasses.fields(Position)})
+        fields = {field.name for field in dataclasses.fields(Position)}
+        self.position = Position(**{name: value for name, value in position.items() if name in fields})
+        self.callbacks = ()
         self._restored = True
 
     def save_model(self, path: str | os.PathLike, write: bool = True) -> None:

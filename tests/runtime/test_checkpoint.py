@@ -18,7 +18,7 @@ import tensorflow as tf
 
 import lars_keras.data
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
-from lars_keras.runtime.errors import Preempted
+from lars_keras.runtime.errors import Preempted, UsageError
 from lars_keras.training.state import restore_variables, variables_by_name
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,9 +102,31 @@ class CheckpointTest(tf.test.TestCase):
                 path.write_bytes(b"damaged")
             with self.assertLogs(level="ERROR"):
                 self.assertIsNone(manager.latest())
-            self.saved([7], max_to_keep=keep)
+            manager.save(7, arrays(7), {"position": {}})
+            manager.wait()
             self.assertEqual([p.name[:15] for p in self.path.iterdir()], ["update-00000007"])
             self.assertEqual(manager.latest().update, 7)
+
+    def test_checkpoints_of_another_run_are_kept(self):
+        self.saved([100, 140])
+        names = sorted(p.name for p in self.path.iterdir())
+        with self.assertRaisesRegex(UsageError, "holds a checkpoint of update 140, and this run is at update 0. Rest"):
+            self.saved([0])
+        damaged = self.path / names[-1]
+        damaged.write_bytes(b"damaged")
+        with self.assertRaisesRegex(UsageError, "update 140"):  # nobody has looked at it
+            self.saved([120])
+        self.assertEqual(sorted(p.name for p in self.path.iterdir()), names)
+
+    def test_what_a_living_writer_writes_is_left_alone(self):
+        self.saved([1])
+        for name, removed in ((f".writing-{os.getppid()}", False), (".writing-elsewhere-1", False)):
+            (self.path / name).write_bytes(b"half")
+            self.saved([2])
+            self.assertEqual(not (self.path / name).exists(), removed, name)
+        os.utime(self.path / ".writing-elsewhere-1", (0, 0))
+        self.saved([3])
+        self.assertFalse((self.path / ".writing-elsewhere-1").exists())
 
     def test_bfloat16(self):
         keras.config.set_dtype_policy("bfloat16")
@@ -158,7 +180,7 @@ class CheckpointTest(tf.test.TestCase):
 
     def test_what_a_killed_writer_leaves_is_removed(self):
         self.saved([1])
-        (self.path / ".writing-1234").write_bytes(b"half")
+        (self.path / ".writing-99999999").write_bytes(b"half")
         (self.path / "notes.txt").write_bytes(b"mine")
         self.saved([2])
         self.assertEqual(sorted(p.name for p in self.path.iterdir() if p.suffix != ".npz"), ["notes.txt"])

@@ -389,6 +389,24 @@ class KerasFitTest(tf.test.TestCase):
             fit("mse", signal_at_3, stop)
         self.assertEqual([signal.getsignal(number) for number in SIGNALS], handlers)
 
+    def test_signals_of_batch_systems(self):
+        def stopped_by(number, **options):
+            with StopOnSignal(**options) as stop:
+                stop._cluster = types.SimpleNamespace(any_across_hosts=bool)
+                os.kill(os.getpid(), number)
+                time.sleep(0.2)
+                try:
+                    stop.on_train_batch_end(3)
+                except Preempted as e:
+                    return str(e)
+
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
+            self.assertEqual(stopped_by(number), "stopped after update 4")
+        self.assertEqual(stopped_by(signal.SIGUSR2, signals=[signal.SIGUSR2]), "stopped after update 4")
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
+        self.assertIsNone(stopped_by(signal.SIGHUP))
+        self.assertEqual(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
+
     def test_a_loss_that_explodes_late_in_an_epoch_of_keras_own_fit(self):
         """Keras tells the mean over the epoch so far, here 86."""
         x = np.full((96, 1), 3.0, "f4")

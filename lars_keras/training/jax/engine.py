@@ -194,7 +194,9 @@ class JaxEngine:
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def evaluate(self, data: Data, after_batch: Callable[[int], None]) -> dict[str, float]:
+    def evaluate(
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+    ) -> dict[str, float]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         data, as_arrays = self._opened(data)
         if as_arrays:
@@ -208,6 +210,7 @@ class JaxEngine:
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
         totals = jax.device_put((metrics, jnp.zeros([]), jnp.zeros([])), self.step.replicated)
         for i, batch in enumerate(batches):
+            before_batch(i)
             totals = self._score_fn(weights, totals, self.on_devices(batch))
             after_batch(i)
         metrics, loss, n = totals

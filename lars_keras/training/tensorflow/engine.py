@@ -157,12 +157,15 @@ class TensorFlowEngine:
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def evaluate(self, data: Data, after_batch: Callable[[int], None]) -> dict[str, float]:
+    def evaluate(
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+    ) -> dict[str, float]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         self.model.reset_metrics()
         self._scored_loss.assign(0.0)
         self._scored.assign(0.0)
         for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
+            before_batch(i)
             self._score_fn(batch)
             after_batch(i)
         return {name: float(value) for name, value in self._results_fn().items()}

@@ -1,0 +1,59 @@
+"""What Keras's callbacks remember from epoch to epoch, so that a resumed run decides as one that was never stopped."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+from absl import logging
+
+# Plain values only. Each of these classes resets them, or begins without them, in a new process.
+_REMEMBERED: dict[type, tuple[str, ...]] = {
+    keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_epoch"),
+    keras.callbacks.ReduceLROnPlateau: ("wait", "cooldown_counter", "best"),
+    keras.callbacks.ModelCheckpoint: ("best",),
+}
+
+
+def memory_of(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
+    """Return what the callbacks remember, by class and number within the class, as values that JSON can hold."""
+    return {
+        key: {name: _plain(getattr(callback, name, None)) for name in names}
+        for key, callback, names in _with_memory(callbacks)
+    }
+
+
+def restore_memory(
+    callbacks: Sequence[keras.callbacks.Callback], memory: Mapping[str, Mapping[str, Any]] | None
+) -> None:
+    """Restore what `memory_of` returned. Call it after `on_train_begin`, which resets the callbacks.
+
+    A warning names what cannot be restored.
+
+    Args:
+        callbacks: of the resumed run, those of one class in the same order as before.
+        memory: None if the checkpoint has none, because an earlier version has written it.
+    """
+    for key, callback, names in _with_memory(callbacks):
+        if memory is None or key not in memory:
+            logging.warning("The checkpoint does not say what %s remembered. It begins anew.", key)
+            continue
+        for name in names:
+            setattr(callback, name, memory[key].get(name))
+        if isinstance(callback, keras.callbacks.EarlyStopping) and callback.restore_best_weights:
+            logging.warning(
+                "A checkpoint does not hold the best weights of EarlyStopping(restore_best_weights=True). It restores "
+                "the best of the epochs from here on. Keep the best model with ModelCheckpoint(save_best_only=True)."
+            )
+
+
+def _with_memory(
+    callbacks: Sequence[keras.callbacks.Callback],
+) -> Iterator[tuple[str, keras.callbacks.Callback, tuple[str, ...]]]:
+    for kind, names in _REMEMBERED.items():
+        found = [callback for callback in callbacks if isinstance(callback, kind)]
+        for i, callback in enumerate(found):
+            yield f"{kind.__name__}/{i}", callback, names
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, int) else float(value)
