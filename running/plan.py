@@ -13,6 +13,7 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
 from lars_keras.layerwise import LayerwiseOptimizer
+from lars_keras.training.averages import long_averages
 from lars_keras.training.trainer import Trainer
 
 RELATIVE_STEP_RANGE = (0.02, 0.51)
@@ -76,6 +77,7 @@ def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.n
         found.append(f"--batch_size={config.batch_size} is more than the {data.num_train} training examples.")
     if len(rate) < 10:
         found.append(f"The run has only {len(rate)} updates.")
+    found += long_averages(model, len(rate))
     return found
 
 

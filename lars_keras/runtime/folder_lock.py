@@ -17,13 +17,14 @@ _UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, *, must_be_new: bool = False) -> Iterator[None]:
+def lock_folder(folder: Path, argument: str, *, must_be_new: bool = False) -> Iterator[None]:
     """Hold a folder for this process. It is created, and removed again if nothing was written to it.
 
     The operating system gives the lock back when the process ends, however it ends. A lock is therefore never stale.
 
     Args:
         folder: path of the folder.
+        argument: name of the argument that holds it, for messages.
         must_be_new: refuse a folder that exists.
 
     Raises:
@@ -34,8 +35,10 @@ def lock_folder(folder: Path, *, must_be_new: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=not must_be_new)
     except FileExistsError as e:
-        raise UsageError(f"{folder} exists already, and another process may have made it. Start again.") from e
-    descriptor = _acquired(folder)
+        if not must_be_new:
+            raise
+        raise UsageError(f"`{argument}` exists already: another process made it. Received: {argument}={folder}") from e
+    descriptor = _acquired(folder, argument)
     try:
         yield
     finally:
@@ -47,7 +50,7 @@ def lock_folder(folder: Path, *, must_be_new: bool = False) -> Iterator[None]:
                 path.rmdir()
 
 
-def _acquired(folder: Path) -> int:
+def _acquired(folder: Path, argument: str) -> int:
     """Return the descriptor of the locked file."""
     path = folder / _NAME
     while True:
@@ -60,7 +63,10 @@ def _acquired(folder: Path) -> int:
         except BlockingIOError as e:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise UsageError(f"{folder} is in use by {owner}. Wait for it, or name another folder.") from e
+            raise UsageError(
+                f"`{argument}` is in use by {owner}. Wait for its end, or name another folder. "
+                f"Received: {argument}={folder}"
+            ) from e
         except OSError as e:
             if e.errno not in _UNSUPPORTED:
                 os.close(descriptor)

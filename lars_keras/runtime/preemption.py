@@ -43,7 +43,7 @@ class StopOnSignal(keras.callbacks.Callback):
         self._handlers = {
             number: signal.signal(number, lambda *_: None)
             for number in self._signals
-            if number in _ALWAYS or signal.getsignal(number) != signal.SIG_IGN
+            if number in _ALWAYS or signal.getsignal(number) not in (signal.SIG_IGN, None)
         }
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)

@@ -24,6 +24,59 @@ def variables_by_name(model: keras.Model) -> dict[str, keras.Variable]:
     return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
 
 
+def identity_of(model: keras.Model) -> dict[str, Any]:
+    """Return what tells a compiled, built model and its optimizer from others whose variables have the same shapes.
+
+    Returns:
+        "optimizer": the class; "model": the path of each variable. Keras numbers the layers of a process. A number at
+        the end of a name is therefore replaced by its rank among those of the same name.
+    """
+    paths = [v.path.removeprefix(f"{model.name}/").split("/") for v in model.variables]
+    numbers: dict[str, set[int]] = {}
+    for name in (name for path in paths for name in path):
+        base, number = _numbered(name)
+        numbers.setdefault(base, set()).add(number)
+
+    def ranked(name: str) -> str:
+        base, number = _numbered(name)
+        rank = sorted(numbers[base]).index(number)
+        return f"{base}_{rank}" if rank else base
+
+    kind = type(inner_optimizer(model.optimizer)).__name__
+    return {"optimizer": kind, "model": ["/".join(map(ranked, path)) for path in paths]}
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    base, _, number = name.rpartition("_")
+    return (base, int(number)) if base and number.isdecimal() else (name, -1)
+
+
+def check_identity(model: keras.Model, saved: Mapping[str, Any] | None) -> None:
+    """Refuse the state of another model or optimizer.
+
+    Args:
+        model: compiled and built.
+        saved: from `identity_of`; None if an earlier version has written the state.
+
+    Raises:
+        ValueError: if a class or a path differs.
+    """
+    if saved is None:
+        return
+    own = identity_of(model)
+    if saved["optimizer"] != own["optimizer"]:
+        raise ValueError(
+            "The saved state is that of another model or optimizer: the optimizer is of class "
+            f"{saved['optimizer']}, not {own['optimizer']}."
+        )
+    for there, here in zip(saved["model"], own["model"], strict=False):
+        if there != here:
+            raise ValueError(
+                f"The saved state is that of another model or optimizer: it has the variable {there} where the model "
+                f"has {here}."
+            )
+
+
 def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Restore the values of `variables_by_name`.
 

@@ -8,14 +8,18 @@ from typing import Any
 
 import keras
 import numpy as np
+from absl import logging
 
+from lars_keras._keras_internals import learning_rate_of
 from lars_keras.noise_scale import check_ghost_batches
+from lars_keras.training.averages import long_averages
 from lars_keras.training.backend import engine_class
 from lars_keras.training.callback_memory import memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
 from lars_keras.training.overrides import check_overrides
+from lars_keras.training.state import check_identity, identity_of, inner_optimizer
 
 
 @dataclasses.dataclass
@@ -183,6 +187,8 @@ class Trainer:
             data, steps_per_epoch = self.whole_updates(data)
         ends = _epoch_ends(epochs, steps_per_epoch)
         engine = self._built_engine(data, 0)
+        for warning in long_averages(self.model, ends[-1] if ends else 0):
+            logging.warning("%s", warning)
         restored, self._restored = self._restored, False
         if not restored:
             self.position = Position()
@@ -293,7 +299,8 @@ class Trainer:
         """
         if self.callbacks:
             self.position.callbacks = memory_of(self.callbacks)
-        return self._running_engine().snapshot(), dataclasses.asdict(self.position)
+        position = dataclasses.asdict(self.position) | {"identity": identity_of(self.model)}
+        return self._running_engine().snapshot(), position
 
     def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Data) -> None:
         """Restore what `snapshot` returned; the next `fit` goes on from there.
@@ -304,13 +311,26 @@ class Trainer:
             data: as for `fit`, for the shapes of its examples.
 
         Raises:
-            ValueError: if the model or optimizer has other variables; nothing is changed then.
+            ValueError: if the model or optimizer has other variables, or variables with the same shapes and other
+                paths, or the optimizer is of another class; nothing is changed then.
         """
-        self._built_engine(data, 0).restore(arrays)
+        engine = self._built_engine(data, 0)
+        check_identity(self.model, position.get("identity"))
+        before = self._set_rate()
+        engine.restore(arrays)
+        if before != self._set_rate():
+            logging.warning(
+                "The learning rate is the saved one, %g. The optimizer was compiled with %g.", self._set_rate(), before
+            )
         fields = {field.name for field in dataclasses.fields(Position)}
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.callbacks = ()
         self._restored = True
+
+    def _set_rate(self) -> float | None:
+        """Return the learning rate that is stored in a variable; None if a schedule sets it."""
+        rate = learning_rate_of(inner_optimizer(self.model.optimizer))
+        return float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
 
     def save_model(self, path: str | os.PathLike, write: bool = True) -> None:
         """Write the model and its optimizer as a `.keras` file. `fit` must have begun.
