@@ -1,6 +1,6 @@
 """Private names of Keras, TensorFlow and JAX: a version that renames one fails here, and the failure names it.
 
-Run by pytest on TensorFlow, this file starts itself again on JAX, where it looks at JAX's names and at Keras's again.
+`test_backends.py` runs this file on JAX, where it looks at JAX's names and at Keras's again.
 """
 
 import ast
@@ -14,7 +14,6 @@ import numpy as np
 from absl.testing import parameterized
 
 from lars_keras import LARS, _keras_internals
-from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[2]
@@ -216,10 +215,6 @@ if BACKEND == "tensorflow":
             for found, expected in zip(twice(x), ([1.0, 2.0], [2.0, 4.0]), strict=True):
                 np.testing.assert_array_equal(found, expected)
             self.assertIn("opt-barrier", twice.experimental_get_compiler_ir(x)(stage="hlo"))
-
-    class SecondProcessTest(parameterized.TestCase):
-        def test_on_jax(self):
-            run_on("jax", self, __file__)
 
 
 if BACKEND == "jax":

@@ -7,6 +7,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras import LARS
+from lars_keras._keras_internals import APPLY_PARTS
 from lars_keras.training import Trainer
 from tests import step_cases as cases
 from tests.training.test_step import difference
@@ -45,6 +46,9 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters(keras.optimizers.Nadam, keras.optimizers.Muon)
     def test_optimizers_that_are_more_than_their_step(self, optimizer):
+        base = keras.optimizers.Optimizer
+        if all(getattr(optimizer, name) is getattr(base, name) for name in APPLY_PARTS):
+            self.skipTest(f"in Keras {keras.__version__}, {optimizer.__name__} is no more than its update_step")
         with self.assertRaisesRegex(ValueError, f"cannot take {optimizer.__name__}"):
             cases.trained(cases.hidden, optimizer)
 
