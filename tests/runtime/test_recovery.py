@@ -400,10 +400,12 @@ class KerasFitTest(tf.test.TestCase):
                 except Preempted as e:
                     return str(e)
 
+        # The process may have been started under nohup.
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_DFL))
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
             self.assertEqual(stopped_by(number), "stopped after update 4")
         self.assertEqual(stopped_by(signal.SIGUSR2, signals=[signal.SIGUSR2]), "stopped after update 4")
-        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))  # nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.assertIsNone(stopped_by(signal.SIGHUP))
         self.assertEqual(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
 
