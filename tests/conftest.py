@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """The TPU build of TensorFlow has no XLA for the CPU: there, a test that asks for it is skipped."""
+    """Skip a test that asks the TPU build of TensorFlow for XLA on the CPU, which it does not have."""
     report = yield
     if TPU_BUILD and report.failed and "for platform Host" in report.longreprtext:
         report.outcome = "skipped"

@@ -21,7 +21,7 @@ OPTIMIZERS = {
 
 
 def strategy(name):
-    """Returns a strategy by the name the tests use, with as many of the eight logical devices."""
+    """Return a strategy by the name the tests use, with as many of the eight logical devices."""
     if isinstance(name, tf.distribute.Strategy):
         return name
     if name == "none":
@@ -35,14 +35,14 @@ def strategy(name):
 
 
 def examples(updates=UPDATES):
-    """Returns features and one-hot labels for `updates` global batches."""
+    """Return features and one-hot labels for `updates` global batches."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(BATCH * updates, FEATURES)).astype("float32")
     return x, np.eye(CLASSES, dtype="float32")[rng.integers(0, CLASSES, len(x))]
 
 
 def linear():
-    """A model whose gradient NumPy can say."""
+    """Return a model whose gradient NumPy can say."""
     return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(CLASSES)])
 
 
@@ -77,13 +77,13 @@ PAIRS = tuple(TABLE[i] for i in (0, 3, 5, 6))
 
 
 def trained_row(strategy_name, replicas, accumulation_steps, optimizer, policy):
-    """Returns what `trained` does, for a row of `TABLE`."""
+    """Return what `trained` does, for a row of `TABLE`."""
     size = BATCH // replicas // accumulation_steps
     return trained(hidden, OPTIMIZERS[optimizer], strategy_name, microbatch_size=size, policy=policy)
 
 
 def trained(make_model, optimizer, strategy_name="none", *, microbatch_size=None, policy="float32", **trainer):
-    """Returns the trainer after `UPDATES` updates from the same start on the same global batches, and the history."""
+    """Return the trainer after `UPDATES` updates from the same start on the same global batches, and the history."""
     keras.utils.set_random_seed(1)
     keras.config.set_dtype_policy(policy)
     try:
@@ -103,13 +103,13 @@ def trained(make_model, optimizer, strategy_name="none", *, microbatch_size=None
 
 
 def state(trainer):
-    """Returns every weight and optimizer variable, by number and last word of its name."""
+    """Return every weight and optimizer variable, by number and last word of its name."""
     variables = [*trainer.model.weights, *trainer.model.optimizer.variables]
     return {f"{i} {v.name.rpartition('_')[2]}": v.numpy() for i, v in enumerate(variables)}
 
 
 def oracle():
-    """Returns weights, slots and losses of `linear` under `OPTIMIZERS["lars"]`, in float64 NumPy."""
+    """Return weights, slots and losses of `linear` under `OPTIMIZERS["lars"]`, in float64 NumPy."""
     keras.utils.set_random_seed(1)
     start = [np.array(w, "float64") for w in linear().get_weights()]
     lars = ReferenceLARS(

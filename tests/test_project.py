@@ -36,7 +36,7 @@ print(json.dumps(found))
 
 
 def imports_in_new_process(backend, *more):
-    """Returns the top-level modules that `import lars_keras` adds to keras's, and those of TensorFlow after `more`."""
+    """Return the top-level modules that `import lars_keras` adds to keras's, and those of TensorFlow after `more`."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", IMPORTS, *more],
         cwd=ROOT,
@@ -51,7 +51,7 @@ def imports_in_new_process(backend, *more):
 
 
 def library():
-    """Returns the syntax tree of every module of the library, by its dotted name."""
+    """Return the syntax tree of every module of the library, by its dotted name."""
     trees = {}
     for path in sorted((ROOT / "lars_keras").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -60,7 +60,7 @@ def library():
 
 
 def imported(tree, anywhere):
-    """Yields the dotted names that a module imports when it is loaded, or `anywhere` in it."""
+    """Yield the dotted names that a module imports when it is loaded, or `anywhere` in it."""
     for node in ast.walk(tree) if anywhere else at_load(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -70,7 +70,7 @@ def imported(tree, anywhere):
 
 
 def at_load(tree):
-    """Yields the nodes that run when a module is loaded, so not those in functions and under TYPE_CHECKING."""
+    """Yield the nodes that run when a module is loaded, so not those in functions and under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -81,7 +81,7 @@ def at_load(tree):
 
 
 def circles(graph):
-    """Returns the modules that import themselves by way of others."""
+    """Return the modules that import themselves by way of others."""
 
     def reached(name, seen):
         for other in graph[name] - seen:
@@ -93,7 +93,7 @@ def circles(graph):
 
 
 def texts(tree):
-    """Yields line and text of every string, an f-string as one with {} for its values."""
+    """Yield line and text of every string, an f-string as one with {} for its values."""
     parts = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -106,7 +106,7 @@ def texts(tree):
 
 
 def flags_in(text):
-    """Returns what looks like a flag in a text of the library.
+    """Return what looks like a flag in a text of the library.
 
     Allowed are flags in a command of the library's own programs (`python -m lars_keras...`, to the end of its line) and
     in fenced examples.
@@ -118,7 +118,7 @@ def flags_in(text):
 
 class ProjectTest(tf.test.TestCase):
     def tracked_files(self):
-        """Returns the files of the checkout that git does not ignore."""
+        """Return the files of the checkout that git does not ignore."""
         if not (ROOT / ".git").exists():
             self.skipTest("not a git checkout")
         listing = subprocess.run(
@@ -158,7 +158,7 @@ class ProjectTest(tf.test.TestCase):
         self.expect([f"lars_keras.training or runtime: {name}" for name in found["tensorflow"]])
 
     def expect(self, offences):
-        """Checks that there are no offences."""
+        """Check that there are no offences."""
         self.assertEqual(list(offences), [])
 
     def test_the_library_imports_nothing_above_it(self):

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def start(count, command, **more):
-    """Starts `command` as `count` workers of one cluster, with `more` in their environment."""
+    """Start `command` as `count` workers of one cluster, with `more` in their environment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:
@@ -30,7 +30,7 @@ def start(count, command, **more):
 
 
 def wait(processes, seconds=300):
-    """Returns what each process printed; none outlives the call."""
+    """Return what each process printed; none outlives the call."""
     try:
         return [p.communicate(timeout=seconds)[0] for p in processes]
     finally:

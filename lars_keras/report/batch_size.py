@@ -68,7 +68,10 @@ def propose(
     Args:
         found: the noise scale of a run.
         batch_sizes: global batches.
-        batch_size, learning_rate, updates, warmup_updates: of that run; the rate is the peak.
+        batch_size: global batch of that run.
+        learning_rate: its peak learning rate.
+        updates: number of its updates.
+        warmup_updates: updates of its warm-up.
         num_train: examples of an epoch.
         layerwise: if true the rate is of LARS or LAMB, else of SGD.
     """

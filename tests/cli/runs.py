@@ -1,4 +1,4 @@
-"""Runs of `train.py` in the process of a test, on data that load at once."""
+"""Run of `train.py` in the process of a test, on data that load at once."""
 
 import functools
 import io
@@ -36,12 +36,12 @@ def _digits():
 
 
 def few_digits():
-    """Returns 160 training and 37 test images in two easy classes."""
+    """Return 160 training and 37 test images in two easy classes."""
     return ArrayData("digits", *_digits(), 10, description="two easy classes")
 
 
 def run(*arguments, data=None):
-    """Runs train.py on `data`; returns exit code, stdout and stderr."""
+    """Run train.py on `data`; returns exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with (
         unittest.mock.patch.object(datasets, "load", lambda *_, **__: data or few_digits()),
@@ -53,7 +53,7 @@ def run(*arguments, data=None):
 
 
 def parse_only(*arguments):
-    """Runs train.py up to its main path; returns exit code, the `RunConfig` or None, stdout and stderr."""
+    """Run train.py up to its main path; returns exit code, the `RunConfig` or None, stdout and stderr."""
     seen = []
     with unittest.mock.patch.object(train, "main", seen.append):
         code, out, err = run(*arguments)

@@ -46,14 +46,14 @@ def as_flag(name, value):
 
 
 def config_of(*arguments):
-    """Returns the `RunConfig` of flags that are accepted."""
+    """Return the `RunConfig` of flags that are accepted."""
     values, rest = flags.parse(["train.py", *arguments])
     assert not rest, rest
     return flags.read(values)
 
 
 def made(config):
-    """Returns the configs of the optimizer and of the schedule of a run."""
+    """Return the configs of the optimizer and of the schedule of a run."""
     schedule = make_schedule(
         config.schedule,
         peak=config.learning_rate,

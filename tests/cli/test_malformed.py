@@ -36,7 +36,7 @@ VALUES = st.one_of(
 
 
 def damaged(data, draw):
-    """Some bytes cut off, flipped, put in or left out."""
+    """Return text with some bytes cut off, flipped, put in or left out."""
     kind = draw(st.sampled_from(["cut", "flip", "insert", "remove", "replace"]))
     if not data or kind == "replace":
         return draw(st.binary(max_size=64))
@@ -72,7 +72,7 @@ class MalformedTest(tf.test.TestCase):
         self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def run_flags(self, arguments):
-        """Runs train.py up to its main path; returns the exit code and stderr."""
+        """Run train.py up to its main path; returns the exit code and stderr."""
         out, err = io.StringIO(), io.StringIO()
         seen = []
         with (

@@ -68,7 +68,7 @@ class Stop(keras.callbacks.Callback):
 
 
 def metrics(run_dir):
-    """Returns the log without its times and notes."""
+    """Return the log without its times and notes."""
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "images_per_second", "data_wait")
     return [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] != "note"]
@@ -80,7 +80,7 @@ def by_earlier_names(values, names):
 
 
 def make_earlier(run_dir):
-    """Writes a run folder again with the names of before the renames."""
+    """Write a run folder again with the names of before the renames."""
     path = run_dir / "flags.txt"
     flags = dict(line.removeprefix("--").split("=", 1) for line in path.read_text().splitlines())
     flags = by_earlier_names(flags | {"strategy": "one", "nesterov": "false"}, renamed.FLAGS)

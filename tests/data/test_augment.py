@@ -109,7 +109,7 @@ class ImageFilesTest(tf.test.TestCase, parameterized.TestCase):
     @classmethod
     @functools.cache
     def examples(cls, augment):
-        """Returns images and labels of two batches of 32."""
+        """Return images and labels of two batches of 32."""
         batches = cls.load(augment).train_batches(32, count=2).as_numpy_iterator()
         return [np.concatenate(part) for part in list(zip(*batches, strict=True))[:2]]
 

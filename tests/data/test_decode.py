@@ -24,7 +24,7 @@ from tests.data.images import (
 
 class CropTest(tf.test.TestCase, parameterized.TestCase):
     def plain_jpeg(self, height, width, seed=0):
-        """A JPEG whose every crop decodes to the same pixels: no chroma is shared by neighbours."""
+        """Return a JPEG whose every crop decodes to the same pixels: no chroma is shared by neighbours."""
         image = tf.io.decode_jpeg(jpeg(height, width, seed=seed))
         return tf.io.encode_jpeg(image, quality=95, chroma_downsampling=False)
 
@@ -139,7 +139,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class PillowTest(tf.test.TestCase):
-    """Compares crops, resized and flipped, with those of Pillow's pixels in float64: equal within rounding.
+    """Compare crops, resized and flipped, with those of Pillow's pixels in float64: equal within rounding.
 
     The two outermost pixels of a window differ, because Pillow interpolates their colours from pixels outside of it.
     """

@@ -58,12 +58,12 @@ OPTIMIZERS = {
 
 
 def on(backend):
-    """Returns a decorator that keeps a test class on one backend."""
+    """Return a decorator that keeps a test class on one backend."""
     return lambda test: test if BACKEND == backend else None
 
 
 def distribution(devices, shard_optimizer_state=False):
-    """Returns a context in which models and trainers are on so many devices; 0 for none."""
+    """Return a context in which models and trainers are on so many devices; 0 for none."""
     if not devices:
         return contextlib.nullcontext()
     import jax
@@ -75,7 +75,7 @@ def distribution(devices, shard_optimizer_state=False):
 
 
 def start(model):
-    """Returns the same first weights on every backend."""
+    """Return the same first weights on every backend."""
     rng = np.random.default_rng(5)
     return [w if w.ndim < 2 else rng.normal(size=w.shape).astype("f4") / np.sqrt(len(w)) for w in model.get_weights()]
 
@@ -92,7 +92,7 @@ def trained(
     updates=cases.UPDATES,
     **options,
 ):
-    """Returns weights and slots after `updates` updates, the loss of each, and the trainer."""
+    """Return weights and slots after `updates` updates, the loss of each, and the trainer."""
     keras.config.set_dtype_policy(policy)
     try:
         scope = (
@@ -123,7 +123,7 @@ def trained(
 
 
 def difference(actual, expected):
-    """Returns the largest relative L2 difference of two lists of arrays."""
+    """Return the largest relative L2 difference of two lists of arrays."""
     pairs = [(np.float64(a), np.float64(e)) for a, e in zip(actual, expected, strict=True)]
     return max(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30) for a, e in pairs)
 

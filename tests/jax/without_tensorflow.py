@@ -34,12 +34,12 @@ Y = np.eye(CLASSES, dtype="float32")[RNG.integers(0, CLASSES, len(X))]
 
 
 def batches(size, x=X, y=Y):
-    """Returns the examples in batches of another size than any that the trainer takes."""
+    """Return the examples in batches of another size than any that the trainer takes."""
     return [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
 
 
 def endless(context, first_update):
-    """The training feed: a generator of the examples from an update on, again and again."""
+    """Return the training feed: a generator of the examples from an update on, again and again."""
     start = first_update * BATCH
     while True:
         yield X[start : start + 7], Y[start : start + 7]
@@ -47,7 +47,7 @@ def endless(context, first_update):
 
 
 def finite(context):
-    """The feed of an evaluation: a generator that ends."""
+    """Return the feed of an evaluation: a generator that ends."""
     yield from batches(10)
 
 

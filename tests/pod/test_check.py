@@ -39,7 +39,7 @@ def needs_compiler(test):
 
 
 def answer(**changes):
-    """What a worker answers for a batch of 512 on two chips with two micro-batches of 128."""
+    """Return the answer of a worker for a batch of 512 on two chips with two micro-batches of 128."""
     program = {
         "name": "accumulate",
         "times": 2,

@@ -26,7 +26,7 @@ def event(update, weight=(1.0, 1.0, 1.0), gradient=(1.0, 1.0, 1.0), ratio=(0.1, 
 
 
 def adam_step(gradients):
-    """The step of Adam after these gradients, with the betas and the epsilon of LAMB's defaults."""
+    """Return the step of Adam after these gradients, with the betas and the epsilon of LAMB's defaults."""
     m, v, t = 0.0, 0.0, len(gradients)
     for g in gradients:
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2

@@ -38,7 +38,7 @@ def logs_of(update: int) -> dict[str, float]:
 
 
 def drive(callbacks, clock, *, first=0, stop=STEPS, compiling=30.0, seconds=2.0, evaluating=50.0):
-    """Calls what a trainer calls: one update a call, an evaluation after each epoch."""
+    """Call what a trainer calls: one update a call, an evaluation after each epoch."""
     callback_list = keras.callbacks.CallbackList(
         callbacks,
         epochs=STEPS / PER_EPOCH,

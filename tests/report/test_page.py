@@ -74,7 +74,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         (self.run_dir / name).write_text(text)
 
     def write_run(self) -> None:
-        """A finished run, with metrics as `MetricsLog` leaves them."""
+        """Make a finished run, with metrics as `MetricsLog` leaves them."""
         clock = FakeClock()
         drive([log_module.MetricsLog(self.run_dir, clock)], clock)
         self.write("flags.txt", "--run_dir=<script>alert(1)</script>\n--seed=7\n")

@@ -161,11 +161,11 @@ class Whole:
         self.positions = sorted(int(p.name[7:15]) for p in pathlib.Path(self._folder.name).iterdir())
 
     def copied(self, folder):
-        """Copies its checkpoints into a new folder."""
+        """Copy its checkpoints into a new folder."""
         return shutil.copytree(self._folder.name, folder)
 
     def trainer(self, folder, **policy):
-        """Returns its run, put back to the start, to be used again with another folder."""
+        """Return its run, put back to the start, to be used again with another folder."""
         with tempfile.TemporaryDirectory() as start:
             self._run.at(self.copied(pathlib.Path(start, "c"))).restored(0)
         return self._run.at(folder, **policy)
@@ -263,7 +263,7 @@ class RollbackTest(tf.test.TestCase):
         self.dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def poisoned(self, run, updates):
-        """A callback that poisons the gradient of one layer in these updates of training data."""
+        """Return a callback that poisons the gradient of one layer in these updates of training data."""
         on = run.model.get_layer("poison").on
 
         def begin(batch, logs):

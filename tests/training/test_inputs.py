@@ -14,7 +14,7 @@ from tests import step_cases as cases
 
 
 def numbers(n, size):
-    """Returns the numbers below `n` as `(x, y)` batches of NumPy arrays."""
+    """Return the numbers below `n` as `(x, y)` batches of NumPy arrays."""
     x = np.arange(n, dtype="float32")
     return [(x[i : i + size, None], x[i : i + size]) for i in range(0, n, size)]
 
@@ -25,7 +25,7 @@ def dataset(batches):
 
 
 def listed(batches):
-    """Returns the arrays of batches as lists."""
+    """Return the arrays of batches as lists."""
     return [[part.tolist() for part in batch] for batch in batches]
 
 

@@ -24,7 +24,7 @@ BFLOAT16 = 2**-5  # eight roundings to 8 bits; the sums over a batch cancel
 
 
 def difference(actual, expected):
-    """Returns the largest relative L2 difference of a variable, and its path."""
+    """Return the largest relative L2 difference of a variable, and its path."""
     assert actual.keys() == expected.keys()
     return max(
         (np.linalg.norm(np.float64(actual[path] - expected[path])) / max(np.linalg.norm(np.float64(v)), 1e-30), path)
@@ -39,7 +39,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         cls.single = {}
 
     def reference(self, make_model, optimizer, policy):
-        """The same updates on one device, each of one micro-batch."""
+        """Return the same updates on one device, each of one micro-batch."""
         key = (make_model, optimizer, policy)
         if key not in self.single:
             trainer, history = cases.trained(make_model, cases.OPTIMIZERS[optimizer], policy=policy)
@@ -47,7 +47,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         return self.single[key]
 
     def check(self, state, history, optimizer, policy):
-        """Compares weights, optimizer state and metrics with the single device's."""
+        """Compare weights, optimizer state and metrics with the single device's."""
         expected, expected_history = self.reference(cases.hidden, optimizer, policy)
         tolerance = FLOAT32 if policy == "float32" else BFLOAT16
         self.assertLess(difference(state, expected), (tolerance,))
@@ -129,7 +129,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         self.check_synchronized_batch_norm("mirrored8")
 
     def check_synchronized_batch_norm(self, strategy):
-        """The statistics of a micro-batch over all replicas are those of the global batch."""
+        """Check that the statistics of a micro-batch over all replicas are those of the global batch."""
         make_model = cases.batch_norm(synchronized=True)
         trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy)
         expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"])
@@ -145,7 +145,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         self.check_ghost_batches(make_model, "mirrored8")
 
     def check_ghost_batches(self, make_model, strategy):
-        """An update depends on the ghost batches, not on whether they lie in time or on replicas."""
+        """Check that an update depends on the ghost batches, not on whether they lie in time or on replicas."""
         trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy, microbatch_size=8)
         expected, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], microbatch_size=8)
         self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
