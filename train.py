@@ -10,6 +10,7 @@ The same --run_dir resumes a run that was interrupted. All flags: `python train.
 6 the disk took no checkpoint or result; 75 stopped by a signal and saved.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -32,21 +33,29 @@ from running import command_line
 from running.callbacks import RunCallbacks
 from running.errors import usage_errors
 from running.feeds import make_feeds
-from running.folder import open_run_dir, write_plan
+from running.folder import hold_run_dir, is_unfinished, open_run_dir, write_plan
 from running.model import compile_model, load_model, make_model
 from running.plan import make_plan
 from running.rehearsal import rehearse
 from running.results import final_scores, report_of_failure, scores_line, write_results
-from running.resume import RunCheckpoints, resume
+from running.resume import RunCheckpoints, latest_state, resume, set_results_aside
 from running.views import score_views
 
 
 def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> None:
     """Train a model, or score one, as the flags ask for. `running/` holds what is called here."""
+    with contextlib.ExitStack() as held:
+        _main(config, more_callbacks, held)
+
+
+def _main(
+    config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback], held: contextlib.ExitStack
+) -> None:
     if config.eval_only:  # on the test split, also where rates were chosen on held-out training images
         config = dataclasses.replace(config, validation_split=0.0)
     with usage_errors():
         run_dir = open_run_dir(config)
+        unfinished = config.eval_only and is_unfinished(run_dir)
 
         # ---- Cluster: first of all, because a TPU must be initialised before any tensor exists.
         cluster = make_cluster(
@@ -56,6 +65,8 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
             shard_optimizer_state=config.shard_optimizer_state,
         )
         chief = cluster.is_chief  # of several hosts, one prints and writes
+        if chief and not (config.eval_only or config.dry_run):
+            held.enter_context(hold_run_dir(run_dir, config))
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.precision)
 
@@ -75,7 +86,7 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
 
         # ---- Model, with its optimizer, schedule, loss and metrics
         with cluster.scope():
-            model = load_model(run_dir) if config.eval_only else make_model(config, data)
+            model = load_model(run_dir) if config.eval_only and not unfinished else make_model(config, data)
             compile_model(model, config, data)
 
         # ---- Trainer: takes the place of `model.fit`
@@ -92,7 +103,11 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
     if config.eval_only:
-        scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
+        with contextlib.ExitStack() as restored:
+            if unfinished:
+                update = restored.enter_context(latest_state(config, run_dir, trainer, train_feed))
+                print(f"after update {update}:")
+            scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
         print(scores_line(scores, data.num_test))
         return
 
@@ -108,6 +123,7 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
             return
     callbacks = RunCallbacks(config, trainer, data, run_dir, chief)
     if chief:
+        set_results_aside(run_dir, trainer.position.update)
         write_plan(run_dir, config, plan, model.optimizer)
         print(plan.text, flush=True)
         for note in resumed.notes:

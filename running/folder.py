@@ -1,8 +1,11 @@
 """The run folder: what was asked for."""
 
+import contextlib
 import dataclasses
 import json
+import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -10,6 +13,7 @@ import keras
 from flags.config import RunConfig
 from lars_keras.files import atomic_write_text, local_path, printable
 from lars_keras.runtime.errors import UsageError
+from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.versions import versions
 from running.plan import Plan
 from running.resume import refuse_finished
@@ -27,7 +31,7 @@ _PACKAGES = (
 
 
 def open_run_dir(config: RunConfig) -> Path:
-    """Return the path of the run's folder, which is created only when the run is known to be able to start.
+    """Return the path of the run's folder. `hold_run_dir` creates it.
 
     Raises:
         ValueError: if it is not on a local disk.
@@ -35,18 +39,43 @@ def open_run_dir(config: RunConfig) -> Path:
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
-        return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+        return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(4)}"
     path = local_path(config.run_dir, "run_dir")
     if printable(str(path)) != str(path):  # TensorFlow and the report take UTF-8 only
         raise UsageError(f"--run_dir must be UTF-8. Received: --run_dir={printable(str(path))}")
     if config.eval_only:
-        if not (path / "model.keras").is_file():
-            raise UsageError(f"--eval_only found no model.keras in --run_dir={path}")
+        if not ((path / "model.keras").is_file() or any(path.glob("checkpoints/update-*.npz"))):
+            raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={path}")
         return path
-    refuse_finished(path)
+    refuse_finished(path, config)
     if path.exists() and not path.is_dir():
         raise UsageError(f"--run_dir={path} is not a folder.")
     return path
+
+
+@contextlib.contextmanager
+def hold_run_dir(path: Path, config: RunConfig) -> Iterator[None]:
+    """Hold the folder for this process. A folder with the default name must be new.
+
+    Raises:
+        UsageError: if it cannot be written, another process holds it, or its run has been finished in the meantime.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock_folder(path, "run_dir", must_be_new=not config.run_dir))
+        except OSError as e:
+            raise UsageError(f"--run_dir={path} cannot be written: {e.strerror}") from e
+        refuse_finished(path, config)
+        yield
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return True if the newest state of a run is in its checkpoints, not in `model.keras`."""
+    model = path / "model.keras"
+    if not model.is_file():
+        return True
+    saved = [checkpoint.stat().st_mtime for checkpoint in path.glob("checkpoints/update-*.npz")]
+    return not (path / "results.json").is_file() and max(saved, default=0.0) > model.stat().st_mtime
 
 
 def write_plan(path: Path, config: RunConfig, plan: Plan, optimizer: keras.optimizers.Optimizer) -> None:

@@ -11,12 +11,15 @@
    with the plan and shown in the report.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 import flags
 from flags import RunConfig
@@ -28,6 +31,7 @@ from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training import Trainer
 from running import renamed
 from running.errors import usage_errors
+from running.optimizers import make_schedule
 
 BAD_IMAGES = "bad_images.json"
 
@@ -50,17 +54,28 @@ def config_of_flags(lines: Sequence[str]) -> RunConfig:
     return dataclasses.replace(flags.read(values), run_dir=None)
 
 
-def refuse_finished(run_dir: Path) -> None:
-    """Refuse a folder whose run is finished.
+def refuse_finished(run_dir: Path, config: RunConfig | None = None) -> None:
+    """Refuse a folder whose run is finished, unless the flags ask for another length than it had.
 
     Raises:
         UsageError: if it is.
     """
-    if (run_dir / "results.json").exists():
+    if not (run_dir / "results.json").exists():
+        return
+    lines = flags_of_run(str(run_dir))
+    before = config_of_flags(lines) if config and lines else config
+    if config is None or before is None or (config.epochs, config.steps) == (before.epochs, before.steps):
         raise UsageError(
-            f"--run_dir={run_dir} holds a finished run, and nothing is written over. Name another folder, or give "
-            "--eval_only to score its model."
+            f"--run_dir={run_dir} holds a finished run, and nothing is written over. Name another folder, give "
+            "--eval_only to score its model, or more --epochs to go on with it."
         )
+
+
+def set_results_aside(run_dir: Path, update: int) -> None:
+    """Rename the results of a finished run, which goes on after `update`."""
+    path = run_dir / "results.json"
+    if path.exists():
+        path.rename(run_dir / f"results-{update:08d}.json")
 
 
 class RunCheckpoints(CheckpointManager):
@@ -114,18 +129,22 @@ def resume(
     checkpoint = None if config.dry_run else checkpoints.latest()
     require_same_checkpoint(trainer.cluster, checkpoint)
     data.unreadable_images.load(run_dir / BAD_IMAGES)
+    finished = None if config.dry_run else _finished_updates(run_dir)
+    if finished is not None and (checkpoint is None or checkpoint.update < finished):
+        raise UsageError(f"--run_dir={config.run_dir} holds a finished run without a checkpoint of its last state.")
     if checkpoint is None:
         return Resumed(record, [])
-    changes = _changes(config, trainer, checkpoint.metadata)
+    changes = _changes(config, trainer, checkpoint, data.num_train)
     if changes and not config.allow_inexact_resume:
         raise UsageError(
             f"--run_dir={config.run_dir} was started with different flags: {'; '.join(changes)}. Give it the same "
             "flags, or none, to go on exactly, another --run_dir to start anew, or --allow_inexact_resume."
         )
     total = config.total_updates(data.num_train)
-    if checkpoint.update > total:
+    if checkpoint.update > total or checkpoint.update == total == finished:
+        relation = "all of" if checkpoint.update == total else "more than"
         raise UsageError(
-            f"--run_dir={config.run_dir} holds a run that has taken {checkpoint.update} updates, more than the "
+            f"--run_dir={config.run_dir} holds a run that has taken {checkpoint.update} updates, {relation} the "
             f"{total} that the flags now ask for. Give more --epochs, or another --run_dir."
         )
     trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
@@ -135,10 +154,62 @@ def resume(
     return Resumed({**record, "rollbacks": checkpoint.metadata["rollbacks"]}, notes)
 
 
-def _changes(config: RunConfig, trainer: Trainer, before: dict[str, Any]) -> list[str]:
-    """Return what makes this run another than the one of a checkpoint, a phrase each."""
-    found = []
+@contextlib.contextmanager
+def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed: Any) -> Iterator[int]:
+    """Restore the newest checkpoint of an unfinished run, to be scored as the run would score it.
+
+    Yields:
+        The number of its update.
+
+    Raises:
+        UsageError: if there is no undamaged checkpoint, or it is of another model.
+    """
+    with usage_errors():
+        checkpoint = RunCheckpoints(run_dir, config).latest()
+        require_same_checkpoint(trainer.cluster, checkpoint)
+        if checkpoint is None:
+            raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={run_dir}")
+        trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
+    assert trainer.engine
+    with trainer.engine.ema_weights():
+        yield checkpoint.update
+
+
+def _finished_updates(run_dir: Path) -> int | None:
+    """Return the updates of a finished run; None if it is not finished."""
+    try:
+        return int(json.loads((run_dir / "results.json").read_text(encoding="utf-8"))["updates"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError) as e:
+        raise UsageError(f"--run_dir={run_dir} has a damaged results.json: {e!r}") from e
+
+
+def _rates(config: RunConfig, num_train: int, updates: int) -> np.ndarray:
+    """Return the learning rates of the first updates."""
+    schedule = make_schedule(
+        config.schedule,
+        peak=config.learning_rate,
+        warmup_updates=config.warmup_updates(num_train),
+        total_updates=config.total_updates(num_train),
+        **config.schedule_options,
+    )
+    return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))))
+
+
+def _changes(config: RunConfig, trainer: Trainer, checkpoint: Checkpoint, num_train: int) -> list[str]:
+    """Return what makes this run another than the one of a checkpoint, a phrase each.
+
+    Another length is no change if it leaves the learning rates of the finished updates as they were.
+    """
+    found, before = [], checkpoint.metadata
+    length = {name: before["flags"].get(name, getattr(config, name)) for name in ("epochs", "steps")}
+    earlier = dataclasses.replace(config, **length)
+    rates, rates_then = (_rates(c, num_train, checkpoint.update) for c in (config, earlier))
+    same_rates = np.array_equal(rates, rates_then)
     for field in dataclasses.fields(config):
+        if field.name in length and same_rates:
+            continue
         now, then = getattr(config, field.name), before["flags"].get(field.name, field.default)
         then = tuple(then) if isinstance(then, list) else then
         if now != then and field.metadata["affects_result"] and config.applies(field.name):

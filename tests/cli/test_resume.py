@@ -17,6 +17,7 @@ from absl.testing import parameterized
 from flags import RunConfig
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
+from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.training import Trainer
 from running import callbacks, renamed
 from running.resume import RunCheckpoints, config_of_flags, flags_of_run, refuse_finished, resume
@@ -128,6 +129,35 @@ class RunTest(tf.test.TestCase):
         self.check_resumed(self.dir / "earlier")
         self.assertEqual(*((self.dir / name / "flags.txt").read_text() for name in ("earlier", "whole")))
 
+    def test_an_unfinished_run_is_scored(self):
+        code, out, err = run(f"--run_dir={self.dir}/stopped", "--eval_only")
+        self.assertEqual(code, 0, err)
+        self.assertRegex(out, r"after update 5:\ntop-1 .*n=37")
+
+    def test_a_finished_run_goes_on(self):
+        path = self.dir / "extended"
+        shutil.copytree(self.dir / "whole", path)
+        self.assertLen(list(path.glob("checkpoints/update-00000015-*.npz")), 1)
+        code, _, err = run(f"--run_dir={path}")
+        self.assertEqual(code, 2)
+        self.assertIn("holds a finished run", err)
+        code, _, err = run(f"--run_dir={path}", "--epochs=8")
+        self.assertEqual(code, 2)
+        self.assertIn("--epochs=8.0 was 6.0", err)  # the rates of the finished updates would have been others
+        code, out, err = run(f"--run_dir={path}", "--epochs=8", "--allow_inexact_resume")
+        self.assertEqual(code, 0, err)
+        self.assertIn("went on after update 15", out)
+        self.assertEqual(json.loads((path / "results.json").read_text())["updates"], 20)
+        self.assertEqual(json.loads((path / "results-00000015.json").read_text())["updates"], 15)
+
+    def test_a_folder_in_use(self):
+        path = self.dir / "used"
+        with lock_folder(path, "run_dir"):
+            code, _, err = run(*RUN, f"--run_dir={path}")
+        self.assertEqual(code, 2)
+        self.assertIn(f"--run_dir is in use by process {os.getpid()} on ", err)
+        self.assertFalse(path.exists())
+
     def check_resumed(self, run_dir):
         code, out, err = run(f"--run_dir={run_dir}")
         self.assertEqual(code, 0, err)
@@ -202,6 +232,28 @@ class RefusalTest(parameterized.TestCase, tf.test.TestCase):
         self.refuse("--optimizer=adam was lars", optimizer="adam")
         resumed = self.resume(weight_decay=0.01, allow_inexact_resume=True)
         self.assertEqual(resumed.notes[1:], ["went on inexactly: --weight_decay=0.01 was 0.0005"])
+
+    def test_another_length_with_the_same_rates(self):
+        """The rate is the same throughout, whatever the length."""
+        self.config = RunConfig(
+            run_dir=str(self.dir), batch_size=64, warmup="0", learning_rate=0.1, end_learning_rate=0.1
+        )
+        self.save()
+        self.assertLen(self.resume(epochs=7.0).notes, 1)
+
+    def test_a_finished_run_without_its_last_state(self):
+        self.save()
+        (self.dir / "results.json").write_text('{"updates": 9}')
+        self.refuse("holds a finished run without a checkpoint of its last state", epochs=70.0)
+
+    def test_a_finished_run_of_another_length(self):
+        (self.dir / "results.json").write_text('{"updates": 5}')
+        (self.dir / "flags.txt").write_text("--epochs=2.0\n")
+        with self.assertRaisesRegex(UsageError, "or more --epochs to go on with it"):
+            refuse_finished(self.dir, RunConfig(epochs=2.0))
+        refuse_finished(self.dir, RunConfig(epochs=3.0))
+        self.save()
+        self.refuse("has taken 5 updates, all of the 5 that the flags", steps=5, allow_inexact_resume=True)
 
     def test_other_replicas_and_backend(self):
         self.save(replicas=2)

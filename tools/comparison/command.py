@@ -1,5 +1,6 @@
 """The command line of `compare.py`: flags, candidates, data, the grid, then the runs and the page."""
 
+import contextlib
 import dataclasses
 import platform
 import subprocess
@@ -17,6 +18,7 @@ from lars_keras import data as datasets
 from lars_keras.data.parallel_map import cores
 from lars_keras.files import local_path
 from lars_keras.runtime.errors import UsageError
+from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.versions import versions
 from running import exit_codes
 from running.errors import in_flags, usage_errors
@@ -160,8 +162,8 @@ class Comparison:
     plan: Sequence[str]
 
 
-def prepare(own: absl_flags.FlagValues) -> Comparison:
-    """Check the flags, prepare the data and read the results so far.
+def prepare(own: absl_flags.FlagValues, held: contextlib.ExitStack) -> Comparison:
+    """Check the flags, prepare the data and read the results so far. `held` holds the folder for this process.
 
     Raises:
         UsageError: if a flag or file is refused.
@@ -199,7 +201,7 @@ def prepare(own: absl_flags.FlagValues) -> Comparison:
     by_model = {c.config.model: c for c in reversed(candidates)}
     trials = [ModeTrial(c, batch_sizes[0]) for c in by_model.values()] if timed else []
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock_folder(out, "out"))
     except OSError as e:
         raise UsageError(f"--out={out} cannot be written: {e.strerror}") from e
     names = ", ".join(c.name for c in candidates)
@@ -270,6 +272,11 @@ def run(argv: Sequence[str], usage: str | None = None) -> int:
         The exit code of the process.
     """
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
+    with contextlib.ExitStack() as held:
+        return _run(argv, usage, held)
+
+
+def _run(argv: Sequence[str], usage: str | None, held: contextlib.ExitStack) -> int:
     own = define()
     try:
         arguments = own(argv)[1:]
@@ -279,7 +286,7 @@ def run(argv: Sequence[str], usage: str | None = None) -> int:
         with usage_errors():
             if arguments:
                 raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
-            ready = prepare(own)
+            ready = prepare(own, held)
     except (absl_flags.Error, UsageError) as e:
         print(f"compare.py: error: {in_flags(str(e))}", file=sys.stderr)
         return exit_codes.USAGE
