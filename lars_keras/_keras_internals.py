@@ -3,7 +3,10 @@
 `tests/optimizers/test_internals.py` names the one that a new version of Keras has renamed.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -116,3 +119,44 @@ def reduction_axes(layer: keras.layers.BatchNormalization) -> list[int]:
 def is_seed_state(variable: keras.Variable) -> bool:
     """Return whether a variable is the state of a `keras.random.SeedGenerator`."""
     return variable.path.endswith("seed_generator_state")
+
+
+_threads = threading.local()
+
+
+@contextlib.contextmanager
+def losses_of_one_replica() -> Iterator[None]:
+    """Temporarily compute losses, in this thread, as on one device.
+
+    Under `tf.distribute` Keras divides a part of them by the number of replicas: its own losses, but not what an
+    overridden `compute_loss` adds.
+    """
+    module = sys.modules[keras.losses.Loss.__module__]
+    for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
+        scaling = getattr(module, name)
+        if not hasattr(scaling, "of_keras"):  # once and for all: replicas are threads, which take turns
+            setattr(module, name, _unless_of_one_replica(scaling))
+    before = getattr(_threads, "one_replica", False)
+    _threads.one_replica = True
+    try:
+        yield
+    finally:
+        _threads.one_replica = before
+
+
+def _unless_of_one_replica(scaling: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def scaled(value: Tensor) -> Tensor:
+        return value if getattr(_threads, "one_replica", False) else scaling(value)
+
+    scaled.of_keras = scaling  # type: ignore[attr-defined]
+    return scaled
+
+
+def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:
+    """Return the model's loss, as Keras's steps call for it: with `training` only if an override takes it."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def mask_of(tensor: Tensor) -> Tensor | None:
+    """Return the mask that Keras's layers have attached to a tensor."""
+    return getattr(tensor, "_keras_mask", None)

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lars_keras._keras_internals import is_seed_state
+from lars_keras._keras_internals import compute_loss, is_seed_state, losses_of_one_replica
 from lars_keras.training.batch_stats import one_pass_moments
 from lars_keras.training.inputs import spec_of
 
@@ -42,6 +42,7 @@ class StatelessForward:
         trainable: trainable variables.
         batch_stats: floating-point state, averaged over the ghost batches.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
+        metrics: variables of all metrics, which a loss, layer or `compute_loss` may update.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StatelessForward:
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
         self.rng_state = [v for v in state if not keras.backend.is_float_dtype(v.dtype)]
+        self.metrics = [v for metric in model.metrics for v in metric.variables]
         self._is_seed = [is_seed_state(v) for v in self.rng_state]
 
     def loss(
@@ -68,28 +70,30 @@ class StatelessForward:
         y: Any,
         sample_weight: Any,
         index: Tensor,
-    ) -> tuple[Tensor, Any, list[Tensor], list[Tensor]]:
+        metrics: list[Tensor],
+    ) -> tuple[Tensor, Any, list[Tensor], list[Tensor], list[Tensor]]:
         """Compute the loss of ghost batch number `index` of its update, in training mode.
 
         Returns:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, and the new values of
-            `batch_stats` and `rng_state`.
+            `batch_stats`, `rng_state` and `metrics`.
         """
         keyed = [
             _with_key(value, index, +1) if seed else value for value, seed in zip(rng_state, self._is_seed, strict=True)
         ]
-        variables = self.trainable + self.batch_stats + self.rng_state
-        mapping = list(zip(variables, trainable + batch_stats + keyed, strict=True))
-        with self._moments(), keras.StatelessScope(mapping, collect_losses=True) as scope:
+        variables = self.trainable + self.batch_stats + self.rng_state + self.metrics
+        mapping = list(zip(variables, trainable + batch_stats + keyed + metrics, strict=True))
+        with self._moments(), losses_of_one_replica(), keras.StatelessScope(mapping, collect_losses=True) as scope:
             y_pred = self.model(x, training=True)
-            loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+            loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=True)
             new_batch_stats = [scope.get_current_value(v) for v in self.batch_stats]
             new_rng_state = [scope.get_current_value(v) for v in self.rng_state]
+            metrics = [scope.get_current_value(v) for v in self.metrics]
         new_rng_state = [
             _with_key(value, index, -1) if seed else value
             for value, seed in zip(new_rng_state, self._is_seed, strict=True)
         ]
-        return loss, y_pred, new_batch_stats, new_rng_state
+        return loss, y_pred, new_batch_stats, new_rng_state, metrics
 
 
 def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
@@ -112,5 +116,8 @@ def build_model(model: keras.Model, element_spec: Any) -> None:
     x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(ops.convert_to_tensor, zeros))
     if not model.built:
         model(x)
-    with keras.StatelessScope():
-        model.compute_metrics(x, y, model(x), weight)
+    values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
+    with keras.StatelessScope(values, collect_losses=True):
+        y_pred = model(x)
+        compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
+        model.compute_metrics(x, y, y_pred, weight)

@@ -168,11 +168,15 @@ def training_batches(
 
 
 def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
-    """Return one host's batches `(x, y, weight)`, with `batch_size` places for each of its replicas.
+    """Return one host's batches for evaluation, of `batch_size` examples for each of its replicas.
 
-    Every example comes once. The last batch is filled up with zeros of weight 0.
+    Every example comes once. One host's last batch may have fewer examples. With several hosts batches are
+    `(x, y, weight)`, and the last one is filled up with copies of a real example, of weight 0.
     """
     size = batch_size * context.local_replicas
+    if context.num_input_pipelines == 1:
+        yield from rebatch(data(context) if callable(data) else data, size, drop_remainder=False)
+        return
     if callable(data):
         yield from (_padded(batch, size) for batch in rebatch(data(context), size, drop_remainder=False))
         return
@@ -223,9 +227,13 @@ def _padded(batch: Batch, size: int) -> Batch:
     """Return `(x, y, weight)` with exactly `size` places; the weight of padding is 0."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     have = _examples(batch)
-    weight = np.ones(have, np.float32) if weight is None else np.asarray(weight, np.float32)
+    weight = np.ones(have, np.float32) if weight is None else weight
 
     def fill(a: np.ndarray) -> np.ndarray:
-        return np.concatenate([a, np.zeros((size - have, *a.shape[1:]), a.dtype)]) if have < size else a
+        return np.concatenate([a, np.repeat(a[:1], size - have, axis=0)]) if have < size else a
 
-    return keras.tree.map_structure(fill, (x, y, weight))
+    def fill_weight(a: np.ndarray) -> np.ndarray:
+        return np.concatenate([a, np.zeros((size - have, *a.shape[1:]))]).astype(np.float32)
+
+    x, y = keras.tree.map_structure(fill, (x, y))
+    return x, y, keras.tree.map_structure(fill_weight, weight)

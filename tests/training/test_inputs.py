@@ -73,8 +73,27 @@ class HostsTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_weights_are_kept(self):
         batches = [(x, y, np.full(len(x), 0.5)) for x, y in numbers(5, 5)]
-        ((_, _, weight),) = inputs.scoring_batches(batches, InputContext(), 8)
+        ((_, _, weight),) = inputs.scoring_batches(batches, InputContext(2, 0, 2), 8)
         self.assertEqual(weight.tolist(), [0.5] * 5 + [0.0] * 3)
+
+    def test_padding_is_a_copy_of_a_real_example(self):
+        """Zeros may give a NaN, which no weight of 0 takes back."""
+        for batches in (inputs.scoring_batches, tensorflow_inputs.numpy_scoring_batches):
+            data = dataset(numbers(5, 5)) if batches is tensorflow_inputs.numpy_scoring_batches else numbers(5, 5)
+            data = (
+                data.map(lambda x, y: (x + 3, y))
+                if isinstance(data, tf.data.Dataset)
+                else [(data[0][0] + 3, data[0][1])]
+            )
+            ((x, y, weight),) = batches(data, InputContext(2, 0, 2), 8)
+            self.assertEqual(x[:, 0].tolist(), [3, 4, 5, 6, 7, 3, 3, 3])
+            self.assertEqual(y.tolist(), [0, 1, 2, 3, 4, 0, 0, 0])
+            self.assertEqual(weight.tolist(), [1.0] * 5 + [0.0] * 3)
+
+    def test_a_single_host_pads_nothing(self):
+        for batches in (inputs.scoring_batches, tensorflow_inputs.numpy_scoring_batches):
+            data = numbers(5, 5) if batches is inputs.scoring_batches else dataset(numbers(5, 5))
+            self.assertEqual([len(x) for x, _ in batches(data, InputContext(1, 0, 2), 2)], [4, 1])
 
 
 class SpecTest(tf.test.TestCase):

@@ -19,6 +19,7 @@ from lars_keras.training.inputs import Data, InputContext
 from lars_keras.training.jax.cluster import JaxCluster
 from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
+from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
 
 Tensor = Any
@@ -208,36 +209,37 @@ class JaxEngine:
         self.model.reset_metrics()
         weights = [jax.device_put(v.value, s) for v, s in self._model_state()]
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
-        totals = jax.device_put((metrics, jnp.zeros([]), jnp.zeros([])), self.step.replicated)
+        scores = []
         for i, batch in enumerate(batches):
             before_batch(i)
-            totals = self._score_fn(weights, totals, self.on_devices(batch))
+            metrics, score = self._score_fn(weights, metrics, self._for_scoring(batch))
+            scores.append(score)
             after_batch(i)
-        metrics, loss, n = totals
         for variable, value in zip(self.step.variables["metrics"], metrics, strict=True):
             variable.assign(value)
-        results = self._results_fn(metrics)
-        return {name: float(value) for name, value in {**results, "loss": loss / n, "n": n}.items()}
+        results = {name: float(value) for name, value in self._results_fn(metrics).items()}
+        return results | summary(*np.sum(jax.device_get(scores), axis=0, dtype="float64", initial=0.0).tolist())
+
+    def _for_scoring(self, arrays: Any) -> Any:
+        """Return a batch on the devices; each has all of a last one that does not divide by their number."""
+        size = len(keras.tree.flatten(arrays)[0])
+        if size % self.step.devices:
+            return jax.device_put(tuple(arrays), self.step.replicated)
+        return self.on_devices(arrays)
 
     def _model_state(self) -> list[tuple[keras.Variable, jax.sharding.Sharding]]:
         groups = ("trainable", "batch_stats", "rng_state")
         return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
 
-    def _score(self, weights: list[Tensor], totals: Any, batch: Any) -> Any:
-        """Add a padded batch over all devices to the totals; padding has weight 0."""
-        metrics, total_loss, n = totals
-        x, y, weight = batch
+    def _score(self, weights: list[Tensor], metrics: list[Tensor], batch: Any) -> tuple[list[Tensor], Tensor]:
+        """Score a batch over all devices; return the metrics' variables after it, and what `score_batch` returns."""
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         variables = [v for v, _ in self._model_state()] + self.step.variables["metrics"]
         mapping = list(zip(variables, [*weights, *metrics], strict=True))
         with keras.StatelessScope(mapping, collect_losses=True) as scope:
-            y_pred = self.model(x, training=False)
-            loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=weight)
-            own = sum((jnp.asarray(term, loss.dtype) for term in self.model.losses), jnp.zeros([], loss.dtype))
-            self.model.compute_metrics(x, y, y_pred, weight)
+            scores = score_batch(self.model, x, y, weight, self._context.num_input_pipelines > 1)
             metrics = [scope.get_current_value(v) for v in self.step.variables["metrics"]]
-        here = jnp.sum(weight.astype(loss.dtype))
-        # Keras's loss is the sum over the batch, padding included, divided by its size.
-        return metrics, total_loss + (loss - own) * weight.shape[0] + own * here, n + here
+        return metrics, jnp.stack(scores)
 
     def _results(self, metrics: list[Tensor]) -> dict[str, Tensor]:
         with keras.StatelessScope(list(zip(self.step.variables["metrics"], metrics, strict=True))):

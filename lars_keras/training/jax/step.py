@@ -81,7 +81,7 @@ class JaxStep:
             "batch_stats": self.forward.batch_stats,
             "rng_state": self.forward.rng_state,
             "optimizer": list(self.optimizer.variables),
-            "metrics": [v for metric in model.metrics for v in metric.variables],
+            "metrics": self.forward.metrics,
         }
         self._weights = WeightSharding(model, self.forward.trainable, mesh, shard_optimizer_state, reduce_dtype)
         self.replicated = everywhere = NamedSharding(mesh, _REPLICATED)
@@ -127,7 +127,8 @@ class JaxStep:
 
         def loss(trainable: list[Tensor], batch_stats: list[Tensor], rng_state: list[Tensor], data: Any) -> Tensor:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            return self.forward.loss(trainable, batch_stats, rng_state, x, y, sample_weight, jnp.int32(0))[0]
+            metrics = _zeros(self.forward.metrics)
+            return self.forward.loss(trainable, batch_stats, rng_state, x, y, sample_weight, jnp.int32(0), metrics)[0]
 
         arguments = (shapes["trainable"], shapes["batch_stats"], shapes["rng_state"], data)
         used = used_inputs(loss, list(zip(self.axes, self.mesh.devices.shape, strict=True)), *arguments)
@@ -266,15 +267,17 @@ class JaxStep:
         ghosts = self.devices * self.accumulation_steps
 
         def loss_of(weights: list[Tensor]) -> tuple[Tensor, Any]:
-            loss, y_pred, *state = self.forward.loss(weights, batch_stats, rng_state, x, y, sample_weight, index)
+            loss, y_pred, *state = self.forward.loss(
+                weights, batch_stats, rng_state, x, y, sample_weight, index, _zeros(self.forward.metrics)
+            )
             loss = loss / ghosts
             return loss * scale.astype(loss.dtype), (loss, y_pred, *state)
 
         (_, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(weights)
-        loss, y_pred, new_batch_stats, new_rng_state = aux
+        loss, y_pred, new_batch_stats, new_rng_state, metrics = aux
         gradients = [g.astype(jnp.float32) for g in gradients]
         new_batch_stats = [a.astype(jnp.float32) / ghosts for a in new_batch_stats]
-        metrics = self._metrics_from_zero(x, y, y_pred, sample_weight)
+        metrics = self._with_compiled_metrics(metrics, x, y, y_pred, sample_weight)
         squares = _squares(gradients) if self._measure_noise else jnp.zeros(0)
         return (gradients, (new_batch_stats, metrics, loss.astype(jnp.float32), squares)), new_rng_state
 
@@ -282,13 +285,18 @@ class JaxStep:
         """Return the number of this device's ghost batch in its micro-batch."""
         return jnp.asarray(ghost_numbers(list(self.mesh.devices.flat)))[lax.axis_index(self.axes)]
 
-    def _metrics_from_zero(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> list[Tensor]:
-        """Return what a batch adds to the metrics' variables, which are sums."""
+    def _with_compiled_metrics(
+        self, metrics: list[Tensor], x: Any, y: Any, y_pred: Any, sample_weight: Any
+    ) -> list[Tensor]:
+        """Return the metrics' variables after the compiled metrics have seen a batch."""
         variables = self.variables["metrics"]
-        zeros = [(v, jnp.zeros(v.shape, v.dtype)) for v in variables]
-        with keras.StatelessScope(zeros) as scope:
+        with keras.StatelessScope(list(zip(variables, metrics, strict=True))) as scope:
             self.model.compute_metrics(x, y, y_pred, sample_weight)
             return [scope.get_current_value(v) for v in variables]
+
+
+def _zeros(variables: list[keras.Variable]) -> list[Tensor]:
+    return [jnp.zeros(v.shape, v.dtype) for v in variables]
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

@@ -14,9 +14,10 @@ from lars_keras.compiled import has_accelerator
 from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
+from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
-from lars_keras.training.tensorflow.inputs import scoring_batches, training_iterator
+from lars_keras.training.tensorflow.inputs import pads, scoring_batches, training_iterator
 from lars_keras.training.tensorflow.step import TensorFlowStep
 from lars_keras.training.tensorflow.update import check_rule
 
@@ -40,8 +41,7 @@ class TensorFlowEngine:
         with self.strategy.scope():
             if not self.optimizer.built:
                 self.optimizer.build(self.step.forward.trainable)
-            self._scored_loss = tf.Variable(0.0, trainable=False, **_LOCAL)
-            self._scored = tf.Variable(0.0, trainable=False, **_LOCAL)
+            self._scored = tf.Variable(np.zeros(5), trainable=False, **_LOCAL)  # float64: n may be above 2**24
         self._train_fn = tf.function(self._train)
         self._score_fn = tf.function(self._score)
         self._results_fn = tf.function(self._results)
@@ -162,39 +162,32 @@ class TensorFlowEngine:
     ) -> dict[str, float]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         self.model.reset_metrics()
-        self._scored_loss.assign(0.0)
-        self._scored.assign(0.0)
+        self._scored.assign(np.zeros(5))
         for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
             before_batch(i)
             self._score_fn(batch)
             after_batch(i)
-        return {name: float(value) for name, value in self._results_fn().items()}
+        metrics, sums = self._results_fn()
+        return {name: float(value) for name, value in metrics.items()} | summary(*sums.numpy().tolist())
 
     def _score(self, batch: Any) -> None:
-        """Score one padded batch on each replica; padding has weight 0."""
+        """Score one batch on each replica."""
         self.strategy.run(self._score_replica, args=(batch,))
 
     def _score_replica(self, batch: Any) -> None:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        y_pred = self.model(x, training=False)
-        loss = self.model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=weight)
-        own = tf.add_n([tf.cast(term, loss.dtype) for term in self.model.losses]) if self.model.losses else 0.0
-        examples = tf.cast(tf.shape(weight)[0], loss.dtype)
-        self.model.compute_metrics(x, y, y_pred, weight)
-        total = tf.reduce_sum(tf.cast(weight, loss.dtype))
-        # Keras's loss is the sum over the batch, padding included, divided by its size and by the replicas.
-        self._scored_loss.assign_add((loss * self.replicas - own) * examples + own * total)
-        self._scored.assign_add(total)
+        if tf.nest.flatten(x)[0].shape[0] != 0:  # at the end, nothing may be left for some replicas
+            scores = score_batch(self.model, x, y, weight, pads(self.strategy))
+            self._scored.assign_add(tf.stack([tf.cast(s, tf.float64) for s in scores]))
 
-    def _results(self) -> dict[str, Tensor]:
-        """Return loss, metrics and `n` since the start of the evaluation."""
+    def _results(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the metrics and the sums of what `score_batch` returned since the start of the evaluation."""
 
-        def sums() -> list[Tensor]:
-            local = [tf.identity(self._scored_loss), tf.identity(self._scored)]
+        def sums() -> Tensor:
+            local = tf.identity(self._scored)
             return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, local)
 
-        loss, n = (self.strategy.experimental_local_results(s)[0] for s in self.strategy.run(sums))
-        return {**self.model.get_metrics_result(), "loss": loss / n, "n": n}
+        return self.model.get_metrics_result(), self.strategy.experimental_local_results(self.strategy.run(sums))[0]
 
 
 # Every replica reads and writes its own copy, and no write waits for another replica.

@@ -32,9 +32,16 @@ def scoring_batches(data: Data, strategy: tf.distribute.Strategy, batch_size: in
     """Return an iterable that gives each replica of the strategy its batches of `scoring_examples`."""
 
     def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        return scoring_examples(data, context, batch_size).rebatch(batch_size, drop_remainder=True)
+        if pads(strategy):
+            return scoring_examples(data, context, batch_size).rebatch(batch_size, drop_remainder=True)
+        return as_dataset(data(context) if callable(data) else data).rebatch(batch_size)
 
     return strategy.distribute_datasets_from_function(per_replica, _FETCH)
+
+
+def pads(strategy: tf.distribute.Strategy) -> bool:
+    """Return True if the last batches of an evaluation are filled up, because hosts or TPU cores must keep step."""
+    return isinstance(strategy, tf.distribute.TPUStrategy | tf.distribute.MultiWorkerMirroredStrategy)
 
 
 # -- as NumPy arrays, for the JAX engine -------------------------------------------------------
@@ -54,7 +61,10 @@ def numpy_training_batches(
 
 def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
     """Return what `lars_keras.training.inputs.scoring_batches` does, of a `tf.data.Dataset`."""
-    return scoring_examples(data, context, batch_size).as_numpy_iterator()
+    if context.num_input_pipelines > 1:
+        return scoring_examples(data, context, batch_size).as_numpy_iterator()
+    size = batch_size * context.num_replicas_in_sync
+    return as_dataset(data(context) if callable(data) else data).rebatch(size).as_numpy_iterator()
 
 
 # -- of one host, in order ---------------------------------------------------------------------
@@ -85,8 +95,8 @@ def ghost_batches(
 def scoring_examples(data: Data, context: Any, batch_size: int) -> tf.data.Dataset:
     """Return padded batches `(x, y, weight)` of one host, `batch_size` places for each of its replicas.
 
-    Every example comes once. The last batches are filled up with examples of weight 0, so that all have one static
-    shape and every replica has one in each step.
+    Every example comes once. The last batches are filled up with copies of a real example, of weight 0, so that all
+    have one static shape and every replica has one in each step.
     """
     size = batch_size * context.num_replicas_in_sync
     if callable(data):  # evaluation always starts at example 0, so the function takes the context only
@@ -133,9 +143,15 @@ def _padded(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset:
             weight = tf.ones([have], tf.float32)
 
         def fill(t: tf.Tensor) -> tf.Tensor:
-            t = tf.pad(t, [[0, size - have]] + [[0, 0]] * (t.shape.rank - 1))
+            t = tf.concat([t, tf.repeat(t[:1], size - have, axis=0)], axis=0)
             return tf.ensure_shape(t, [size, *t.shape[1:]])
 
-        return tf.nest.map_structure(fill, (x, y, tf.cast(weight, tf.float32)))
+        def fill_weight(t: tf.Tensor) -> tf.Tensor:
+            t = fill(tf.cast(t, tf.float32))
+            real = tf.reshape(tf.range(size) < have, [size] + [1] * (t.shape.rank - 1))
+            return tf.where(real, t, 0.0)
+
+        x, y = tf.nest.map_structure(fill, (x, y))
+        return x, y, tf.nest.map_structure(fill_weight, weight)
 
     return dataset.rebatch(size).map(pad, num_parallel_calls=2)

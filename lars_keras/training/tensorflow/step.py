@@ -66,9 +66,12 @@ class TensorFlowStep:
         index = i * self.replicas + tf.cast(replica, tf.int32)
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         trainable, batch_stats, rng_state = self.state()
-        gradients, batch_stats, rng_state, loss, y_pred = self.gradient(
-            trainable, batch_stats, rng_state, x, y, sample_weight, index, scale
+        metrics = [tf.convert_to_tensor(v) for v in self.forward.metrics]
+        gradients, batch_stats, rng_state, loss, y_pred, metrics = self.gradient(
+            trainable, batch_stats, rng_state, x, y, sample_weight, index, scale, metrics
         )
+        for variable, value in zip(self.forward.metrics, metrics, strict=True):
+            variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
         squares = [_squares(gradients)] * self._measure_noise
         return [tf.cast(s, tf.float32) for s in [*gradients, *batch_stats, loss, *squares]], rng_state
@@ -89,14 +92,14 @@ class TensorFlowStep:
         sample_weight: Any,
         index: Tensor,
         scale: Tensor,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any]:
+        metrics: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any, list[Tensor]]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trainable)
-            loss, y_pred, batch_stats, rng_state = self.forward.loss(
-                trainable, batch_stats, rng_state, x, y, sample_weight, index
+            loss, y_pred, batch_stats, rng_state, metrics = self.forward.loss(
+                trainable, batch_stats, rng_state, x, y, sample_weight, index, metrics
             )
-            # Keras divides the loss by the number of replicas already.
-            loss = loss / self.accumulation_steps
+            loss = loss / (self.replicas * self.accumulation_steps)
             scaled = loss * tf.cast(scale, loss.dtype)
         gradients = tape.gradient(scaled, trainable)
         missing = [v.path for v, g in zip(self.forward.trainable, gradients, strict=True) if g is None]
@@ -107,7 +110,7 @@ class TensorFlowStep:
             )
         gradients = [tf.convert_to_tensor(g) for g in gradients]
         batch_stats = [a / (self.replicas * self.accumulation_steps) for a in batch_stats]
-        return gradients, batch_stats, rng_state, loss, y_pred
+        return gradients, batch_stats, rng_state, loss, y_pred, metrics
 
     def finish(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce the sums over the replicas, the only reduction of an update, and apply it on every replica alike.

@@ -1,0 +1,83 @@
+"""The score of one batch in evaluation, on either engine.
+
+Without padding it is what Keras's `evaluate` computes. The numbers that Keras divides by come with it, so that batches
+of any size add up to the score of all data at once.
+"""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from lars_keras import _keras_internals as keras_internals
+from lars_keras.training.overrides import is_overridden
+
+Tensor = Any
+
+
+def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -> list[Tensor]:
+    """Score a batch, and update the metrics with it.
+
+    Args:
+        model: built.
+        x: inputs.
+        y: targets, or None.
+        weight: None; or one for each example, or for each element of the outputs, or a structure of these by output.
+        padded: True if `weight` is 0 for examples that only fill up the batch.
+
+    Returns:
+        Scalars, to be summed over batches for `summary`: the compiled loss times what it is divided by; the sum of
+        weights, in units of examples; the model's own losses times their number of examples; that number; and `n`.
+    """
+    y_pred = model(x, training=False)
+    loss_weight = _aligned(weight, y_pred) if padded else weight
+    with keras_internals.losses_of_one_replica():
+        loss = keras_internals.compute_loss(model, x, y, y_pred, loss_weight, training=False)
+        model.compute_metrics(x, y, y_pred, weight)
+    size = next(ops.shape(a)[0] for a in keras.tree.flatten(x) if a is not None)
+    count, total, n = _units(y_pred, weight, ops.cast(size, loss.dtype), loss.dtype)
+    size = n if padded else ops.cast(size, loss.dtype)
+    zero = ops.zeros([], loss.dtype)
+    if is_overridden(model, "compute_loss"):  # only the model knows its parts
+        return [zero, zero, loss * (count if padded else size), size, n]
+    own = sum((ops.cast(ops.sum(term), loss.dtype) for term in model.losses), zero)
+    return [(loss - own) * count, total, own * size, size, n]
+
+
+def summary(compiled: float, total: float, own: float, size: float, n: float) -> dict[str, float]:
+    """Return `loss` and `n`, of the sums of what `score_batch` returns."""
+    loss = (compiled / total if total else 0.0) + (own / size if size else 0.0)
+    return {"loss": loss if size else math.nan, "n": n}
+
+
+def _units(y_pred: Any, weight: Any, size: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what Keras's loss is divided by, the sum of weights, and that without a mask; all in units of examples."""
+    if keras.tree.is_nested(weight):  # each output has its own sum; the loss stays on the scale of Keras's
+        return size, size, size
+    n = size if weight is None else size * ops.mean(ops.cast(weight, dtype))
+    mask = None if keras.tree.is_nested(y_pred) else keras_internals.mask_of(y_pred)
+    if mask is None:
+        return size, n, n
+    mask = ops.cast(mask, dtype)
+    weighted = mask
+    if weight is not None:
+        rank = max(len(mask.shape), len(weight.shape))
+        weighted = _of_rank(mask, rank) * _of_rank(ops.cast(weight, dtype), rank)
+    return size * ops.mean(mask), size * ops.mean(weighted), n
+
+
+def _aligned(weight: Any, y_pred: Any) -> Any:
+    """Return weights that broadcast to the losses of each element, which have a dimension less than the output."""
+    if keras.tree.is_nested(weight):
+        return weight
+    ranks = {max(len(p.shape) - 1, len(weight.shape)) for p in keras.tree.flatten(y_pred)}
+    if ranks == {len(weight.shape)}:
+        return weight
+    return keras.tree.map_structure(lambda p: _of_rank(weight, max(len(p.shape) - 1, len(weight.shape))), y_pred)
+
+
+def _of_rank(tensor: Tensor, rank: int) -> Tensor:
+    for _ in range(rank - len(tensor.shape)):
+        tensor = ops.expand_dims(tensor, -1)
+    return tensor
