@@ -159,4 +159,5 @@ def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
 
 def mask_of(tensor: Tensor) -> Tensor | None:
     """Return the mask that Keras's layers have attached to a tensor."""
-    return getattr(tensor, "_keras_mask", None)
+    # Not an attribute of every tensor: JAX's take none.
+    return sys.modules["keras.src.backend.common.masking"].get_keras_mask(tensor)
