@@ -62,7 +62,7 @@ class OverrideTest(parameterized.TestCase, tf.test.TestCase):
 
 
 def replicas(count):
-    """Returns a context in which models are on so many devices."""
+    """Return a context in which models are on so many devices."""
     if BACKEND == "tensorflow":
         if count == 1:
             return tf.distribute.OneDeviceStrategy("/cpu:0").scope()
@@ -94,7 +94,7 @@ def divides_by_its_norm():
 
 
 def two_outputs():
-    """Returns a model of two outputs of different rank, each with a loss and a weight."""
+    """Return a model of two outputs of different rank, each with a loss and a weight."""
     inputs = keras.Input((10, 4))
     steps = keras.layers.Dense(1, name="steps")(inputs)
     whole = keras.layers.Dense(1, name="whole")(keras.layers.Flatten()(inputs))
