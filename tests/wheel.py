@@ -43,14 +43,12 @@ def main():
         loaded = keras.saving.load_model(path)
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
-    try:
-        from lars_keras.training import Trainer
-    except ModuleNotFoundError as e:
-        print(f"not tried: Trainer ({e})")
-    else:
-        model, x, y = made()
-        history = Trainer(model, batch_size=32, microbatch_size=8).fit(x, y, epochs=20, verbose=0).history
-        assert history["accuracy"][-1] > 0.95, history["accuracy"]
+    from lars_keras.training import Trainer
+
+    model, x, y = made()
+    batches = [(x[i : i + 32], y[i : i + 32]) for i in range(0, len(x), 32)]
+    history = Trainer(model, batch_size=32, microbatch_size=8).fit(batches, epochs=20, verbose=0).history
+    assert history["accuracy"][-1] > 0.9, history["accuracy"]
     print(f"lars_keras {lars_keras.__version__}, Keras {keras.__version__}, {keras.backend.backend()}: works")
 
 
