@@ -103,10 +103,7 @@ def _main(
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
     if config.eval_only:
-        with contextlib.ExitStack() as restored:
-            if unfinished:
-                update = restored.enter_context(latest_state(config, run_dir, trainer, train_feed))
-                print(f"after update {update}:")
+        with latest_state(config, run_dir, trainer, train_feed) if unfinished else contextlib.nullcontext():
             scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
         print(scores_line(scores, data.num_test))
         return
@@ -150,16 +147,7 @@ def _main(
     scores = final_scores(history) | score_views(config, data, trainer, test_feed)
     if not chief:
         return
-    write_results(
-        run_dir,
-        scores,
-        updates=total_updates,
-        seconds=round(callbacks.log.seconds, 3),
-        images_per_second=callbacks.progress.images_per_second,
-        data_wait=callbacks.progress.data_wait,
-        rollbacks=resumed.record["rollbacks"],
-        bad_images=callbacks.images.count,
-    )
+    write_results(run_dir, scores, total_updates, callbacks, resumed.record["rollbacks"])
     print(scores_line(scores, data.num_test))
     print(f"report: {write_report(run_dir)}")
 

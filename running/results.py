@@ -11,6 +11,7 @@ import keras
 from lars_keras.files import atomic_write_text
 from lars_keras.report.page import write_report
 from lars_keras.runtime.errors import Diverged, TooManyUnreadableImages
+from running.callbacks import RunCallbacks
 from running.folder import all_versions
 
 
@@ -19,9 +20,29 @@ def final_scores(history: keras.callbacks.History) -> dict[str, float]:
     return {name: history.history[f"val_{name}"][-1] for name in ("top1", "top5", "loss", "n")}
 
 
-def write_results(run_dir: Path, scores: dict[str, float], **measured: Any) -> None:
-    """Write `results.json`: the last scores, what was measured on the way, and the versions of everything."""
-    results = {**scores, "n": round(scores["n"]), **measured, "versions": all_versions()}
+def write_results(
+    run_dir: Path, scores: dict[str, float], updates: int, callbacks: RunCallbacks, rollbacks: list[dict[str, Any]]
+) -> None:
+    """Write `results.json`: the last scores, what was measured on the way, and the versions of everything.
+
+    Args:
+        run_dir: folder of the run.
+        scores: of the last evaluation.
+        updates: of the whole run.
+        callbacks: of the run; they measured.
+        rollbacks: what was undone.
+    """
+    results = {
+        **scores,
+        "n": round(scores["n"]),
+        "updates": updates,
+        "seconds": round(callbacks.log.seconds, 3),
+        "images_per_second": callbacks.progress.images_per_second,
+        "data_wait": callbacks.progress.data_wait,
+        "rollbacks": rollbacks,
+        "bad_images": callbacks.images.count,
+        "versions": all_versions(),
+    }
     atomic_write_text(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
 

@@ -155,11 +155,8 @@ def resume(
 
 
 @contextlib.contextmanager
-def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed: Any) -> Iterator[int]:
-    """Restore the newest checkpoint of an unfinished run, to be scored as the run would score it.
-
-    Yields:
-        The number of its update.
+def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed: Any) -> Iterator[None]:
+    """Restore the newest checkpoint of an unfinished run, to be scored as the run would score it; print its update.
 
     Raises:
         UsageError: if there is no undamaged checkpoint, or it is of another model.
@@ -171,8 +168,9 @@ def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed:
             raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={run_dir}")
         trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
     assert trainer.engine
+    print(f"after update {checkpoint.update}:")
     with trainer.engine.ema_weights():
-        yield checkpoint.update
+        yield
 
 
 def _finished_updates(run_dir: Path) -> int | None:

@@ -17,6 +17,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 import pytest  # noqa: E402
+from absl import logging  # noqa: E402
 
 from tests.prepared import SESSION_FOLDER  # noqa: E402
 
@@ -39,6 +40,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Drop `tf.test.TestCase.test_session`, which looks like a test and is none."""
     items[:] = [item for item in items if getattr(item, "originalname", item.name) != "test_session"]
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged():
+    """Log warnings in each test; `train.py`, run in the same process, leaves errors only."""
+    logging.set_verbosity(logging.WARNING)
 
 
 @pytest.hookimpl(wrapper=True)

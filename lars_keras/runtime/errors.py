@@ -17,8 +17,11 @@ class Diverged(RuntimeError):
         self.update = update
 
 
-class Preempted(RuntimeError):
-    """A signal asked the run to stop."""
+class Preempted(BaseException):
+    """A signal asked the run to stop.
+
+    Like `KeyboardInterrupt`, it is no `Exception`: code that mends what a library raises must let it through.
+    """
 
 
 class TooManyUnreadableImages(RuntimeError):

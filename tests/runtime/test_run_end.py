@@ -6,7 +6,6 @@ import tempfile
 import keras
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from lars_keras import LARS
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
@@ -184,9 +183,6 @@ class CallbackMemoryTest(tf.test.TestCase):
         self.assertAllClose(score, min(first), rtol=1e-5)
 
     def test_what_is_not_restored_is_said(self):
-        # train.py, in the same process, leaves errors only.
-        self.addCleanup(logging.set_verbosity, logging.get_verbosity())
-        logging.set_verbosity(logging.WARNING)
         folder = self.folder()
         Script(folder).fit(epochs=1)
         with self.assertLogs(level="WARNING") as logs:

@@ -131,9 +131,9 @@ class XlaTest(parameterized.TestCase, tf.test.TestCase):
         spec = tf.data.Dataset.from_tensors(batch).element_spec
         options = EngineOptions(microbatch_size=2, accumulation_steps=2, jit_compile=True)
         step = make_engine(model, cluster_of(model), options, spec).step
-        hlo = step.gradient.experimental_get_compiler_ir(*step.state(), *batch, None, tf.constant(0), tf.constant(1.0))(
-            stage="hlo"
-        )
+        metrics = [tf.convert_to_tensor(v) for v in step.forward.metrics]
+        arguments = (*step.state(), *batch, None, tf.constant(0), tf.constant(1.0), metrics)
+        hlo = step.gradient.experimental_get_compiler_ir(*arguments)(stage="hlo")
         self.assertNotIn("<=", hlo)  # a bound, as in f32[<=2], marks a dynamic dimension
         self.assertIn({"float32": "f32", "mixed_bfloat16": "bf16", "mixed_float16": "f16"}[policy] + "[", hlo)
 
