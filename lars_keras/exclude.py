@@ -31,7 +31,7 @@ Matches = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class VariableRole:
-    """What the optimizer does with one variable: a row of `layer_plan()`.
+    """The role of one variable in the optimizer: a row of `layer_plan()`.
 
     Attributes:
         path: `keras.Variable.path`.
@@ -51,7 +51,7 @@ class VariableRole:
 
     @property
     def normalises(self) -> bool:
-        """Whether the variable is a scale or an offset of a normalisation layer, as far as its path tells."""
+        """Return whether the variable is a scale or an offset of a normalisation layer, as far as its path tells."""
         return not self.adapt and _NORMALISATION.search(self.path) is not None
 
 

@@ -1,4 +1,4 @@
-"""What LARS and LAMB have in common: roles of the variables, the update as one program, exclusions that are saved."""
+"""The base of LARS and LAMB: roles of the variables, the update as one program, exclusions that are saved."""
 
 import abc
 import contextlib

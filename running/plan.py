@@ -26,7 +26,7 @@ probably meant for another optimizer: 0.01, a usual rate of SGD, gives 0.0001.
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run is going to do.
+    """The plan of a run, before it starts.
 
     Attributes:
         rates: the learning rate of each update, float64 of shape `(updates,)`.

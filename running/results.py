@@ -1,4 +1,4 @@
-"""What came of a run: its last scores, `results.json` and `report.html`."""
+"""The results of a run: its last scores, `results.json` and `report.html`."""
 
 import contextlib
 import json

@@ -95,7 +95,7 @@ class RunCheckpoints(CheckpointManager):
 
 @dataclasses.dataclass
 class Resumed:
-    """How a run begins, anew or from a checkpoint.
+    """The begin of a run: anew, or from a checkpoint.
 
     Attributes:
         record: is saved with each checkpoint: flags, replicas, backend, and the rollbacks so far.

@@ -1,4 +1,4 @@
-"""What a model's training step costs on a TPU slice, by the real TPU compiler, without a TPU.
+"""The cost of a model's training step on a TPU slice, by the real TPU compiler, without a TPU.
 
 ```python
 report = lars_keras.pod.check(make_model, ("uint8:224,224,3", "int32"), topology="v5e:8x8", batch_size=8192)

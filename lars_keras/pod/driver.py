@@ -63,7 +63,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a worker is asked; the arguments of `check`.
+    """The request to a worker: the arguments of `check`.
 
     Attributes:
         make_model: function that returns the model.

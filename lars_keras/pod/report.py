@@ -13,7 +13,7 @@ _SMALL = MIB // 16  # bytes of a collective that gets no line of its own
 
 @dataclasses.dataclass(frozen=True)
 class PodReport:
-    """What an update costs on one device of a TPU slice. Sizes in bytes; `str(report)` is for people.
+    """The cost of an update on one device of a TPU slice. Sizes in bytes; `str(report)` is for people.
 
     Attributes:
         model: name of the model.

@@ -1,4 +1,4 @@
-"""What Keras's callbacks remember from epoch to epoch, so that a resumed run decides as one that was never stopped."""
+"""The memory of Keras's callbacks, so that a resumed run decides as one that was never stopped."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

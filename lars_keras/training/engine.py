@@ -15,7 +15,7 @@ from lars_keras.training.state import inner_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How an engine takes a step; the same for both engines. `Trainer` documents each of them.
+    """Options of a step, the same for both engines. `Trainer` documents each of them.
 
     Attributes:
         microbatch_size: examples that one replica takes through the model at once.
@@ -38,7 +38,7 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What the updates of one call of `Engine.train` came to.
+    """The outcome of the updates of one call of `Engine.train`.
 
     Attributes:
         losses: loss of each update.

@@ -1,4 +1,4 @@
-"""What `Trainer` reads: batches of any size, cut into the micro-batches that replicas take.
+"""The input of `Trainer`: batches of any size, cut into the micro-batches that replicas take.
 
 Here batches are NumPy arrays, and nothing needs TensorFlow. `lars_keras.training.tensorflow.inputs` does the same with
 a `tf.data.Dataset`.

@@ -1,4 +1,4 @@
-"""What both engines save, restore and swap: the variables of a model and its optimizer."""
+"""The state that both engines save, restore and swap: the variables of a model and its optimizer."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

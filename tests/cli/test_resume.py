@@ -172,7 +172,7 @@ class RunTest(tf.test.TestCase):
 
 
 class RefusalTest(parameterized.TestCase, tf.test.TestCase):
-    """What is said before any training, of a folder with a checkpoint of update 5."""
+    """Refusals before any training, of a folder with a checkpoint of update 5."""
 
     def setUp(self):
         super().setUp()

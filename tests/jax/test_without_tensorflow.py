@@ -1,4 +1,4 @@
-"""On JAX, `Trainer` needs no TensorFlow for data that are not a `tf.data.Dataset`."""
+"""`Trainer` on JAX needs no TensorFlow for data that are not a `tf.data.Dataset`."""
 
 import importlib.util
 import os

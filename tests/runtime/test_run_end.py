@@ -1,4 +1,4 @@
-"""How a run ends: its last state is saved, a restart knows that it is over, and callbacks go on as if never stopped."""
+"""The end of a run: its last state is saved, a restart knows that it is over, callbacks go on as if never stopped."""
 
 import pathlib
 import tempfile
@@ -38,7 +38,7 @@ class Stop(keras.callbacks.Callback):
 
 
 class Script:
-    """What each process of a run does: 4 updates in an epoch."""
+    """Each process of a run: 4 updates in an epoch."""
 
     def __init__(self, folder, optimizer=None, restore=True):
         keras.utils.set_random_seed(0)

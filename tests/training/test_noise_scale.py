@@ -1,4 +1,4 @@
-"""What both engines measure for the noise scale, against the gradients of every ghost batch in float64 NumPy.
+"""The norms that both engines measure for the noise scale, against every ghost batch's gradient in float64 NumPy.
 
 The same file runs on JAX, in a process of its own.
 """

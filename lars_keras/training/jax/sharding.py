@@ -55,7 +55,7 @@ def shard_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 class WeightSharding:
-    """How the trainable variables of a model lie on a mesh; its methods are called inside of `jax.shard_map`.
+    """The sharding of a model's trainable variables on a mesh. Call its methods inside of `jax.shard_map`.
 
     Args:
         model: built.
