@@ -96,7 +96,7 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
                     self.assertIn(f"--{name} goes with --{kind}={' or '.join(owners)}", err)
 
     def test_the_table_is_complete(self):
-        """Each argument of an optimizer that a flag sets for another optimizer is set, or not there."""
+        """An argument of an optimizer that a flag sets for another optimizer is set, or not there."""
         self.assertCountEqual(VALUES, [*OPTIMIZER_FLAGS, *SCHEDULE_FLAGS])
         for optimizer in OPTIMIZERS:
             config, _ = made(config_of(f"--optimizer={optimizer}", "--learning_rate=1"))
@@ -215,7 +215,7 @@ class RecipesTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters(*sorted(path.name for path in (ROOT / "flags/comparisons").iterdir()))
     def test_comparison(self, name):
-        """Each candidate makes its optimizer, with what applies to it, and its flags are accepted again."""
+        """Every candidate makes its optimizer, with what applies to it, and its flags are accepted again."""
         own = command.define()
         self.assertEqual(own(["compare.py", f"--flagfile=flags/comparisons/{name}"]), ["compare.py"])
         for candidate in command.candidates_of(own):

@@ -207,7 +207,7 @@ class ExclusionTest(parameterized.TestCase):
             self.assertEqual(train(model).history, train(loaded).history)
 
     def test_layers_that_are_numbered_anew(self):
-        """What an exclusion has matched counts, where another layer now has the name."""
+        """The match at the first build counts, where another layer now has the name."""
         first = LARS(exclude=("dense_1/",))
         first.build(net(keras.layers.Dense(4, name="dense"), keras.layers.Dense(4, name="dense_1")).trainable_variables)
         second = LARS.from_config(first.get_config())
@@ -267,7 +267,7 @@ class RawRateTest(parameterized.TestCase):
         ("no_bias", {"learning_rate": 14.0}, False, False),
     )
     def test_does_not_warn(self, arguments, use_bias, normalise):
-        """In particular of the highest rate that MLPerf publishes for a network with batch normalisation."""
+        """The highest rate that MLPerf publishes for a network with batch normalisation is among them."""
         layers = [keras.layers.Dense(3, use_bias=use_bias)]
         layers += [keras.layers.BatchNormalization()] if normalise else []
         with warnings.catch_warnings():

@@ -368,7 +368,7 @@ class OwnModelTest(tf.test.TestCase):
 
     @pytest.mark.slow
     def test_a_lambda_on_jax(self):
-        """In a process of its own here, because the tests run on TensorFlow."""
+        """Run in a process of its own, because the tests run on TensorFlow."""
         program = (
             "from lars_keras import pod; from tests.pod import own_model\n"
             "make_model = lambda: own_model.make_model(8)\n"

@@ -38,7 +38,7 @@ class Stop(keras.callbacks.Callback):
 
 
 class Script:
-    """Each process of a run: 4 updates in an epoch."""
+    """Train for a run of 4 updates in an epoch; every process of the run calls it."""
 
     def __init__(self, folder, optimizer=None, restore=True):
         keras.utils.set_random_seed(0)

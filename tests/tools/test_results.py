@@ -96,7 +96,7 @@ class FiguresTest(absltest.TestCase):
         self.assertEqual(set(quoted.UNBOUND), {"README.md", *pages})
 
     def test_any_changed_figure_is_found(self):
-        """Each figure of each phrase in turn, its last digit replaced."""
+        """Replace the last digit of each figure of each phrase in turn."""
         for name, phrases in quoted.phrases().items():
             text = " ".join(self.texts[name].split())
             for phrase in phrases:

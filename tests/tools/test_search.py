@@ -160,7 +160,7 @@ class RulesTest(parameterized.TestCase):
         self.assertEqual(next_round(found, 8), [2.0])
 
     def test_scores_of_guesses_are_no_slope(self):
-        """Of 450 images and 10 classes, 12.8 % are two standard deviations above a guess."""
+        """12.8 % of 450 images is two standard deviations above a guess among 10 classes."""
         candidate = cells_of()[0].candidate
         self.assertEqual([candidate.beats_chance(outcome(t)) for t in (0.05, 0.12, 0.13)], [False, False, True])
         self.assertFalse(candidate.beats_chance({"top1": 0.0, "n": None, "diverged": True}))
@@ -193,7 +193,7 @@ class RulesTest(parameterized.TestCase):
         self.assertEqual((cell.row(outcomes)["rate"], chosen["state"]), (chosen["rate"], "finished"))
 
     def test_short_runs_have_updates_enough(self):
-        """Of 50,000 images 4 epochs: 782 updates at 256, 13 at 16,384."""
+        """4 epochs of 50,000 images are 782 updates at 256, and 13 at 16,384."""
         config = flags.RunConfig(epochs=4.0)
         candidate = Candidate("lars", config, 2.5, 256)
         cells = [GridCell(candidate, b, 8, FACTOR, (0,)) for b in (256, 8192, 16384)]

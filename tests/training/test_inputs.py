@@ -32,7 +32,7 @@ def listed(batches):
 class HostsTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.parameters((1, 0, 2, 3), (2, 0, 2, 3), (2, 1, 4, 1), (3, 2, 3, 2))
     def test_training_as_tf_data(self, hosts, host, replicas, accumulation_steps):
-        """Each host reads the same data and keeps its part, from any update on, across the end of the data."""
+        """Hosts read the same data, and each keeps its part, from any update on, across the end of the data."""
         context = InputContext(hosts, host, replicas)
         batches = numbers(23, 5)
         for first_update in (0, 2):
