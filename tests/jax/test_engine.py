@@ -303,7 +303,7 @@ class EngineTest(parameterized.TestCase):
         self.check_one_reduction(microbatch_size, shard_optimizer_state)
 
     def check_one_reduction(self, microbatch_size, shard_optimizer_state):
-        """The compiled programs of an update reduce all gradients once, after the last micro-batch."""
+        """All gradients are reduced once in the compiled programs of an update, after the last micro-batch."""
         *_, trainer = trained(
             "wide", "lars", 8, microbatch_size=microbatch_size, shard_optimizer_state=shard_optimizer_state
         )
