@@ -46,8 +46,8 @@ def linear():
     return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(CLASSES)])
 
 
-def hidden():
-    return keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(CLASSES)])
+def hidden(features=FEATURES, classes=CLASSES):
+    return keras.Sequential([keras.Input((features,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(classes)])
 
 
 def batch_norm(synchronized=False):

@@ -5,6 +5,7 @@ The same file runs on JAX, in a process of its own.
 
 import keras
 import numpy as np
+import sklearn.datasets
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -46,11 +47,37 @@ class Norms(keras.callbacks.Callback):
         self.mean += list(self.trainer.layer_norms["gradient"])
 
 
-def measured(strategy="none", *, scaled=False, **options):
-    """Return `(g_b, g_B)` of each update, of a Trainer that leaves the weights as they are."""
+def digits(count=512):
+    """Return the pixels and one-hot labels of handwritten digits, 8 x 8 each."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return (images[:count] / 16.0).astype("float32"), np.eye(10, dtype="float32")[labels[:count]]
+
+
+def example_gradients(model, x, y):
+    """Return the gradient of each example's cross-entropy in float64 NumPy, `(examples, parameters)`."""
+    first, first_bias, second, second_bias = (np.array(w, "float64") for w in model.get_weights())
+    hidden = np.tanh(x @ first + first_bias)
+    logits = hidden @ second + second_bias
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    error = p / p.sum(-1, keepdims=True) - y
+    back = (error @ second.T) * (1.0 - hidden**2)
+    outer = [np.einsum("ni,nj->nij", *pair).reshape(len(x), -1) for pair in ((x, back), (hidden, error))]
+    return np.concatenate([*outer, back, error], -1)
+
+
+def measured(model=cases.linear, data=None, *, strategy="none", scaled=False, **options):
+    """Return `(g_b, g_B)` of each update, of a Trainer that leaves the weights as they are.
+
+    Args:
+        model: a model, or a function that makes it under the strategy.
+        data: features and labels, those of `cases` by default.
+        strategy: its name.
+        scaled: whether the loss is scaled.
+        **options: of the Trainer.
+    """
     keras.utils.set_random_seed(1)
     with cases.strategy(strategy).scope():
-        model = cases.linear()
+        model = model if isinstance(model, keras.Model) else model()
         optimizer = keras.optimizers.SGD(0.0)
         if scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1024.0)
@@ -58,7 +85,7 @@ def measured(strategy="none", *, scaled=False, **options):
     norms = Norms()
     norms.trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=GHOST, noise_scale=True, **options)
     norms.trainer.fit(
-        tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50), epochs=1, callbacks=[norms], verbose=0
+        tf.data.Dataset.from_tensor_slices(data or cases.examples()).batch(50), epochs=1, callbacks=[norms], verbose=0
     )
     return np.square(np.array(norms.ghost, "float64")), np.square(np.array(norms.mean, "float64"))
 
@@ -73,7 +100,7 @@ class NoiseScaleTest(tf.test.TestCase, parameterized.TestCase):
     def test_against_every_ghost_batch(self, strategy, options):
         if not ON_TENSORFLOW and strategy != "none":
             self.skipTest("tf.distribute is TensorFlow's")
-        for found, expected in zip(measured(strategy, **options), measured_by_numpy(), strict=True):
+        for found, expected in zip(measured(strategy=strategy, **options), measured_by_numpy(), strict=True):
             self.assertAllClose(found, expected, rtol=1e-5)
 
     def test_estimate(self):
@@ -85,6 +112,22 @@ class NoiseScaleTest(tf.test.TestCase, parameterized.TestCase):
                 estimator.add(*update)
             both.append([estimator.total().noise, *(v.noise for v in estimator.by_variable())])
         self.assertAllClose(*both, rtol=1e-5)
+
+    def test_against_the_gradient_of_every_example(self):
+        """512 digits, a network with a hidden layer: the intervals hold the noise and noise scale of all of them."""
+        x, y = digits()
+        model = cases.hidden(x.shape[-1], y.shape[-1])
+        each = example_gradients(model, x, y)
+        true = np.square(each.mean(0)).sum()
+        noise = each.var(0).sum()  # the updates draw with replacement, so the 512 are the whole population
+        draws = np.random.default_rng(0).integers(0, len(x), (256, cases.BATCH))
+        found = NoiseScaleEstimator(GHOST, cases.BATCH)
+        for update in zip(*measured(model, (x[draws.ravel()], y[draws.ravel()])), strict=True):
+            found.add(*update)
+        found = found.total()
+        self.assertBetween(noise / true, found.low, found.high)
+        self.assertLess(found.high / found.low, 1.5)
+        self.assertAllClose(found.noise, noise, rtol=0.03)
 
     def test_one_ghost_batch_is_refused(self):
         model = cases.linear()
