@@ -22,7 +22,7 @@ from keras import ops
 
 from lars_keras._keras_internals import compute_loss, is_seed_state, losses_of_one_replica
 from lars_keras.training.batch_stats import one_pass_moments
-from lars_keras.training.inputs import spec_of
+from lars_keras.training.inputs import TensorSpec, spec_of
 
 Tensor = Any
 
@@ -112,8 +112,8 @@ def build_model(model: keras.Model, element_spec: Any) -> None:
         model: compiled.
         element_spec: shape and dtype of each array of a batch: `TensorSpec`s of this package or of TensorFlow.
     """
-    zeros = keras.tree.map_structure(lambda s: np.zeros([1, *s.shape[1:]], s.dtype), spec_of(element_spec))
-    x, y, weight = keras.utils.unpack_x_y_sample_weight(keras.tree.map_structure(ops.convert_to_tensor, zeros))
+    zeros = keras.tree.map_structure(_zeros, spec_of(element_spec))
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(zeros)
     if not model.built:
         model(x)
     values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
@@ -121,3 +121,15 @@ def build_model(model: keras.Model, element_spec: Any) -> None:
         y_pred = model(x)
         compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
         model.compute_metrics(x, y, y_pred, weight)
+
+
+def _zeros(spec: TensorSpec | None) -> Tensor | None:
+    """Return one example of zeros, or of empty text."""
+    if spec is None:
+        return None
+    shape = [1, *(1 if size is None else size for size in spec.shape[1:])]
+    if spec.dtype != "string":
+        return ops.convert_to_tensor(np.zeros(shape, spec.dtype))
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError("Text goes into a model with KERAS_BACKEND=tensorflow only. Received: batches with text")
+    return ops.convert_to_tensor(np.zeros(shape, "U1").astype(object), "string")

@@ -15,16 +15,19 @@ import keras
 import numpy as np
 
 Batch: TypeAlias = Any
-"""`(x, y)` or `(x, y, sample_weight)`, each an array or a structure of arrays."""
+"""`(x,)`, `(x, y)` or `(x, y, sample_weight)`, each an array, a structure of arrays, or None."""
 
 Data: TypeAlias = Any
-"""The examples of a run, in one of two forms.
+"""The examples of a run, in one of two forms; `lars_keras.training.sources` makes them of all others.
 
 - Batches of any size, read by every host, which keeps its own part: a `tf.data.Dataset`, or an iterable of NumPy
   batches that gives the same batches each time it is iterated.
 - A function of `InputContext` that returns such batches of one host's own examples. For training it also takes the
   number of an update, and returns endless batches that begin with the examples of that update.
 """
+
+
+ENDED = "The data have ended before the last update. Data for training must have no end, or be readable again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,10 @@ class TensorSpec:
 
 
 def element_spec(data: Data, *first_update: int) -> Any:
-    """Return a `TensorSpec` for each array of a batch. NumPy batches are opened and the first of them is looked at.
+    """Return a `TensorSpec` for each array of a batch, None for None.
+
+    Sizes that a `tf.data.Dataset` does not know are those of its first batch. NumPy batches are opened and the first of
+    them is looked at.
 
     Args:
         data: for training or evaluation.
@@ -70,21 +76,57 @@ def element_spec(data: Data, *first_update: int) -> Any:
     Raises:
         ValueError: if `data` is empty or can be read only once.
     """
-    batches = data(InputContext(), *first_update) if callable(data) else data
-    if is_dataset(batches):
-        return spec_of(batches.element_spec)
-    if not callable(data):
+    batches = data(InputContext(), *first_update) if callable(data) and not hasattr(data, "element_spec") else data
+    if hasattr(batches, "element_spec"):
+        spec = spec_of(batches.element_spec)
+        if not is_dataset(batches) or is_known(spec):
+            return spec
+    elif not callable(data):
         check_readable_again(data)
     for batch in batches:
         return spec_of(arrays_of(batch))
-    raise ValueError(f"`data` must have at least one batch. Received: {type(data).__name__} without any")
+    raise ValueError(f"The data must have at least one batch. Received: {type(data).__name__} without any")
+
+
+def is_known(spec: Any) -> bool:
+    """Return True if all sizes in a structure of `TensorSpec` are known, but for the number of examples."""
+    return all(s is None or None not in s.shape[1:] for s in keras.tree.flatten(spec))
 
 
 def spec_of(batch: Batch) -> Any:
-    """Return a `TensorSpec` for each array, or other description of an array, in a batch."""
-    return keras.tree.map_structure(
-        lambda a: TensorSpec((None, *tuple(a.shape)[1:]), keras.backend.standardize_dtype(a.dtype)), batch
-    )
+    """Return a `TensorSpec` for each array, or other description of an array, in a batch.
+
+    Raises:
+        ValueError: for sparse and ragged tensors, and for types that no model takes.
+    """
+    return keras.tree.map_structure(_spec, batch)
+
+
+def _spec(a: Any) -> TensorSpec | None:
+    kind = type(a).__name__
+    if a is None or kind == "NoneTensorSpec":
+        return None
+    if not hasattr(a, "shape") or not hasattr(a, "dtype") or kind.startswith(("Ragged", "Sparse")):
+        raise ValueError(
+            f"Batches must hold dense arrays. Make dense ones of others, by `to_tensor()` or `tf.sparse.to_dense`. "
+            f"Received: {kind}"
+        )
+    rank = a.shape.rank if hasattr(a.shape, "rank") else len(a.shape)
+    if rank is None:
+        return TensorSpec((None, None), _dtype(a.dtype))  # not `is_known`
+    if rank == 0:
+        raise ValueError(
+            "The first dimension of every array of a batch must be its examples. Received: a single value; "
+            "`batch(size)` makes batches of a tf.data.Dataset"
+        )
+    return TensorSpec((None, *tuple(a.shape)[1:]), _dtype(a.dtype))
+
+
+def _dtype(dtype: Any) -> str:
+    """Return the name of the type of an array, "string" for text of any kind."""
+    if getattr(dtype, "kind", "") in ("U", "S", "O"):
+        return "string"
+    return keras.backend.standardize_dtype(dtype)
 
 
 def is_dataset(batches: Any) -> bool:
@@ -97,15 +139,56 @@ def check_readable_again(data: Any) -> None:
     """Raise ValueError for what can be read only once, or is no data."""
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
         raise ValueError(
-            "`data` must be a tf.data.Dataset, an iterable of batches that can be read again and again, or a function "
-            f"that returns one. Received: {type(data).__name__}"
+            "The data must be a tf.data.Dataset, an iterable of batches that can be read again and again, or a "
+            f"function that returns one. Received: {type(data).__name__}"
         )
 
 
 def arrays_of(batch: Batch) -> Batch:
-    """Return a batch as a tuple of NumPy arrays."""
+    """Return a batch as a tuple of NumPy arrays and None, without what is None at its end.
+
+    Raises:
+        ValueError: if it has more than three parts, no example, arrays that do not begin with the same number of
+            examples, or what is no array of numbers or text.
+    """
     parts = batch if isinstance(batch, tuple | list) else (batch,)
-    return tuple(keras.tree.map_structure(np.asarray, part) for part in parts if part is not None)
+    if not 1 <= len(parts) <= 3 or parts[0] is None:
+        raise ValueError(
+            "A batch must be `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`. Received: "
+            f"{type(batch).__name__} of length {len(parts)}"
+        )
+    while parts[-1] is None:
+        parts = parts[:-1]
+    arrays = keras.tree.lists_to_tuples(tuple(keras.tree.map_structure(to_array, part) for part in parts))
+    sizes = {len(a) for a in keras.tree.flatten(arrays) if a is not None}
+    if len(sizes) > 1:
+        raise ValueError(
+            "Inputs, targets and weights must have the same number of examples. Received: arrays of length "
+            + ", ".join(map(str, sorted(sizes)))
+        )
+    return arrays
+
+
+def to_array(a: Any) -> Any:
+    """Return an array or tensor of any library, on any device, as a NumPy array; None for None.
+
+    Raises:
+        ValueError: if it is none whose first dimension is examples.
+    """
+    if a is None:
+        return None
+    if hasattr(a, "detach"):  # torch
+        a = a.detach().cpu()
+    kind = type(a)
+    array = None if kind.__module__.startswith("scipy.sparse") else np.asarray(a)
+    if array is not None and array.dtype.kind == "O" and not all(isinstance(v, str | bytes) for v in array.flat[:1]):
+        array = None
+    if array is None or array.ndim == 0:
+        raise ValueError(
+            "Batches must hold arrays of numbers or text, whose first dimension is the examples. Received: "
+            f"{a!r:.60} of type {kind.__name__}"
+        )
+    return array[:, np.newaxis] if kind.__name__ == "Series" and array.ndim == 1 else array  # of pandas, as Keras does
 
 
 # -- finite data -------------------------------------------------------------------------------
@@ -118,6 +201,8 @@ def count_examples(data: Data) -> int:
         ValueError: if it is not known that they are finite: they are none of a `tf.data.Dataset` with a cardinality and
             a sequence of NumPy batches.
     """
+    if getattr(data, "examples", None) is not None:
+        return data.examples
     if is_dataset(data):
         finite = int(data.cardinality()) >= 0
     else:
@@ -126,11 +211,13 @@ def count_examples(data: Data) -> int:
         raise ValueError(
             "`steps_per_epoch` is needed where the size of the data is not known. Received: steps_per_epoch=None"
         )
-    return sum(_examples(batch) for batch in data)
+    return sum(count_in(batch if is_dataset(data) else arrays_of(batch)) for batch in data)
 
 
 def take_updates(data: Data, microbatch_size: int, count: int) -> Data:
     """Return the first `count` micro-batches of data that can be read again; never a global batch in one piece."""
+    if hasattr(data, "first"):
+        return data.first(count * microbatch_size)
     if is_dataset(data):
         return data.rebatch(microbatch_size, drop_remainder=True).take(count)
     return _FirstMicrobatches(data, microbatch_size, count)
@@ -183,7 +270,7 @@ def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Itera
     first = context.input_pipeline_id * size
     for batch in rebatch(data, batch_size * context.num_replicas_in_sync, drop_remainder=False):
         padded = _padded(batch, batch_size * context.num_replicas_in_sync)
-        yield _sliced(padded, first, first + size)
+        yield sliced(padded, first, first + size)
 
 
 def rebatch(batches: Iterable[Batch], size: int, *, drop_remainder: bool) -> Iterator[Batch]:
@@ -191,48 +278,76 @@ def rebatch(batches: Iterable[Batch], size: int, *, drop_remainder: bool) -> Ite
     parts: collections.deque[Batch] = collections.deque()
     missing = size
     for batch in map(arrays_of, batches):
-        start, stop = 0, _examples(batch)
+        start, stop = 0, count_in(batch)
         while stop - start >= missing:
-            parts.append(_sliced(batch, start, start + missing))
+            parts.append(sliced(batch, start, start + missing))
             start += missing
-            yield _joined(parts)
+            yield joined(parts)
             parts.clear()
             missing = size
         if start < stop:
-            parts.append(_sliced(batch, start, stop))
+            parts.append(sliced(batch, start, stop))
             missing -= stop - start
     if parts and not drop_remainder:
-        yield _joined(parts)
+        yield joined(parts)
 
 
 def _repeated(data: Iterable[Batch]) -> Iterator[Batch]:
     while True:
-        yield from data
+        batch = None
+        for batch in data:
+            yield batch
+        if batch is None:
+            raise ValueError(f"The data have no batches when they are read again. Received: {type(data).__name__}")
 
 
-def _examples(batch: Batch) -> int:
-    return len(keras.tree.flatten(batch)[0])
+def count_in(batch: Batch) -> int:
+    """Return the number of examples in a batch of arrays."""
+    return next(len(a) for a in keras.tree.flatten(batch) if a is not None)
 
 
-def _sliced(batch: Batch, start: int, stop: int) -> Batch:
-    return keras.tree.map_structure(lambda a: a[start:stop], batch)
+def sliced(batch: Batch, start: int, stop: int) -> Batch:
+    """Return some of the examples of a batch."""
+    return keras.tree.map_structure(lambda a: None if a is None else a[start:stop], batch)
 
 
-def _joined(parts: Iterable[Batch]) -> Batch:
+def joined(parts: Iterable[Batch]) -> Batch:
+    """Return the examples of several batches as one.
+
+    Raises:
+        ValueError: if they have different shapes.
+    """
     first, *rest = parts
-    return keras.tree.map_structure(lambda *a: np.concatenate(a), first, *rest) if rest else first
+    try:
+        return keras.tree.map_structure(_concatenated, first, *rest) if rest else first
+    except ValueError as e:
+        raise ValueError(different_shapes(str(e))) from e
+
+
+def _concatenated(*arrays: Any) -> Any:
+    return None if arrays[0] is None else np.concatenate(arrays)
+
+
+def different_shapes(cause: str) -> str:
+    """Return the message for batches of different shapes that would have to share a micro-batch."""
+    return (
+        "Batches of different shapes cannot be joined to a micro-batch. Pad all examples to one shape, or give batches "
+        f"of exactly one micro-batch: `microbatch_size` examples for each replica of a host. {cause}"
+    )
 
 
 def _padded(batch: Batch, size: int) -> Batch:
     """Return `(x, y, weight)` with exactly `size` places; the weight of padding is 0."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-    have = _examples(batch)
+    have = count_in(batch)
     weight = np.ones(have, np.float32) if weight is None else weight
 
-    def fill(a: np.ndarray) -> np.ndarray:
-        return np.concatenate([a, np.repeat(a[:1], size - have, axis=0)]) if have < size else a
+    def fill(a: Any) -> Any:
+        return a if a is None or have == size else np.concatenate([a, np.repeat(a[:1], size - have, axis=0)])
 
-    def fill_weight(a: np.ndarray) -> np.ndarray:
+    def fill_weight(a: Any) -> Any:
+        if a is None:
+            return None
         return np.concatenate([a, np.zeros((size - have, *a.shape[1:]))]).astype(np.float32)
 
     x, y = keras.tree.map_structure(fill, (x, y))

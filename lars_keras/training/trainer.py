@@ -14,11 +14,14 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
 from lars_keras.training.backend import engine_class
+from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
 from lars_keras.training.overrides import check_overrides
+from lars_keras.training.sizes import epoch_ends, split_batch
+from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import check_identity, identity_of, inner_optimizer
 
 
@@ -33,6 +36,7 @@ class Position:
         losses: losses of its updates so far.
         logs: what callbacks were last told.
         callbacks: what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint` remember; None if not known.
+        order: what the order of arrays, or of batches by index, depends on; None for other data.
     """
 
     update: int = 0
@@ -41,6 +45,7 @@ class Position:
     losses: list[float] = dataclasses.field(default_factory=list)
     logs: dict[str, float] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, Any] | None = None
+    order: list[Any] | None = None
 
 
 class Trainer:
@@ -53,8 +58,8 @@ class Trainer:
         model = ...                              # functional, Sequential or subclassed
         model.compile(LARS(...), loss=..., weighted_metrics=[...])
     trainer = Trainer(model, batch_size=8192, microbatch_size=256)
-    trainer.fit(dataset, epochs=90, steps_per_epoch=156, validation_data=test_set)
-    trainer.evaluate(test_set)
+    trainer.fit(x, y, epochs=90, validation_data=(x_test, y_test))  # or a dataset, a PyDataset, a loader
+    trainer.evaluate(x_test, y_test)
     ```
 
     One device, N replicas and k micro-batches take the same step; `lars_keras.training.forward` defines it. The
@@ -142,30 +147,40 @@ class Trainer:
         self._restored = False
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
         self._counted: tuple[Any, int] = (None, 0)
+        self._generator: GeneratorFeed | None = None
 
     def fit(
         self,
-        data: Data,
+        x: Any,
+        y: Any = None,
         *,
         epochs: float = 1,
         steps_per_epoch: float | None = None,
-        validation_data: Data = None,
+        validation_data: Any = None,
         validation_freq: int = 1,
-        callbacks: Sequence[keras.callbacks.Callback] = (),
-        verbose: int = 1,
+        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        verbose: int | str = 1,
+        shuffle: bool = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
+        seed: int = 0,
     ) -> keras.callbacks.History:
         """Train until update `ceil(epochs * steps_per_epoch)`, from the start or from where `restore` has put the run.
 
         Args:
-            data: batches of any size of `(x, y)` or `(x, y, sample_weight)`: a `tf.data.Dataset`, finite or endless, or
-                an iterable of NumPy batches, the same each time it is read. Or a function of
-                `lars_keras.training.inputs.InputContext` and the number of an update, which returns the endless batches
-                of one host's own examples from that update on.
+            x: the data, in one of these forms:
+                - arrays or tensors of all examples, also a dictionary, list or tuple of them for several inputs;
+                - batches of any size of `(x,)`, `(x, y)` or `(x, y, sample_weight)`: a `tf.data.Dataset`, finite or
+                  endless; a `keras.utils.PyDataset`; a torch `DataLoader`; a Grain dataset or loader; a generator; or
+                  an iterable such as a list of tuples, the same each time it is read;
+                - a function of `lars_keras.training.inputs.InputContext` and the number of an update, which returns
+                  the endless batches of one host's own examples from that update on.
+            y: targets, if `x` is arrays.
             epochs: how many; may be a fraction.
             steps_per_epoch: updates in an epoch; may be a fraction, because batches of an endless dataset may
                 cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. Needed
-                unless the size of `data` is known; its last partial global batch is then left out.
-            validation_data: as for `evaluate`, scored at the end of epochs.
+                unless the size of the data is known; the last partial global batch of an epoch is then left out.
+            validation_data: `(x, y)`, `(x, y, sample_weight)`, or `x` as for `evaluate`; scored at the end of epochs.
             validation_freq: epochs between evaluations; the end of the run is always evaluated.
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
                 whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
@@ -173,19 +188,25 @@ class Trainer:
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
                 they are evaluated; `last` is True if no update follows.
             verbose: 0 for silence, else a progress bar.
+            shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
+            class_weight: weight of the examples of each class, for arrays and a `PyDataset`.
+            sample_weight: weights, if `x` is arrays.
+            seed: of the order. The order depends on it and on the epoch only, so a resumed run goes on exactly.
 
         Returns:
             The `keras.callbacks.History`.
 
         Raises:
-            ValueError: if the length of an epoch is not known; if there are validation data that `evaluate` will
-                refuse to score; if the loss does not depend on a trainable variable.
+            ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
+                data that `evaluate` will refuse to score; if the loss does not depend on a trainable variable.
         """
         if validation_data is not None:
             self._check_metrics()
+            validation_data = validation_data_of(validation_data, **self._scoring_sizes())
+        data = self._training_data(x, y, sample_weight, class_weight, shuffle, seed)
         if steps_per_epoch is None:
             data, steps_per_epoch = self.whole_updates(data)
-        ends = _epoch_ends(epochs, steps_per_epoch)
+        ends = epoch_ends(epochs, steps_per_epoch)
         engine = self._built_engine(data, 0)
         for warning in long_averages(self.model, ends[-1] if ends else 0):
             logging.warning("%s", warning)
@@ -193,8 +214,12 @@ class Trainer:
         if not restored:
             self.position = Position()
         position = self.position
+        order = getattr(data, "order", None)
+        if position.order not in (None, order):
+            logging.warning("The saved run had its examples in another order; the resumed one does not go on exactly.")
+        position.order = order
         callback_list = keras.callbacks.CallbackList(
-            [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
+            [*(callbacks or ()), *([keras.callbacks.ProgbarLogger()] if verbose else [])],
             add_history=True,
             model=self.model,
             epochs=len(ends),
@@ -260,20 +285,24 @@ class Trainer:
         }
         return result.data_wait
 
-    def evaluate(self, data: Data) -> dict[str, float]:
+    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None) -> dict[str, float]:
         """Score every example exactly once, at any batch size and number of replicas.
 
         Args:
-            data: finite batches as for `fit`; or a function of `lars_keras.training.inputs.InputContext` that returns
+            x: finite data as for `fit`; or a function of `lars_keras.training.inputs.InputContext` that returns
                 those of one host's own examples, as many batches on each host.
+            y: targets, if `x` is arrays.
+            sample_weight: weights, if `x` is arrays.
 
         Returns:
             `loss`, the compiled `weighted_metrics`, and `n`, the sum of the weights: the number of examples if none
             were given.
 
         Raises:
-            ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch.
+            ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch; if
+                the data have no known form or no end.
         """
+        data = scoring_data(x, y, sample_weight, once=True, **self._scoring_sizes())
         return self._evaluate(data, lambda batch: None, lambda batch: None)
 
     def _evaluate(
@@ -302,18 +331,20 @@ class Trainer:
         position = dataclasses.asdict(self.position) | {"identity": identity_of(self.model)}
         return self._running_engine().snapshot(), position
 
-    def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Data) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
         """Restore what `snapshot` returned; the next `fit` goes on from there.
 
         Args:
             arrays: from `snapshot`.
             position: from `snapshot`.
-            data: as for `fit`, for the shapes of its examples.
+            data: `(x, y)`, `(x, y, sample_weight)` or `x` as for `fit`, for the shapes of the examples.
 
         Raises:
             ValueError: if the model or optimizer has other variables, or variables with the same shapes and other
                 paths, or the optimizer is of another class; nothing is changed then.
         """
+        if self.engine is None:
+            data = self._training_data(*(data if isinstance(data, tuple) else (data,)))
         engine = self._built_engine(data, 0)
         check_identity(self.model, position.get("identity"))
         before = self._set_rate()
@@ -361,6 +392,25 @@ class Trainer:
         count = updates * self.accumulation_steps * self.replicas
         return take_updates(data, self.microbatch_size, count), updates
 
+    def _training_data(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Mapping[int, float] | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> Data:
+        if self._generator and self._generator.generator is x:
+            return self._generator  # it is where the last `fit` has left it
+        sizes = {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size, "hosts": self.cluster.hosts}
+        data = training_data(x, y, sample_weight, class_weight, **sizes, shuffle=shuffle, seed=seed)
+        self._generator = data if isinstance(data, GeneratorFeed) else None
+        return data
+
+    def _scoring_sizes(self) -> dict[str, int]:
+        return {"batch_size": self.microbatch_size * self.replicas, "hosts": self.cluster.hosts}
+
     def _built_engine(self, data: Data, *first_update: int) -> Engine:
         """Return the engine, made on first use, when the shapes of the examples are known."""
         if self.engine is None:
@@ -372,49 +422,6 @@ class Trainer:
         if self.engine is None:
             raise RuntimeError("`Trainer` has no state yet: call `fit`, `evaluate` or `restore` first.")
         return self.engine
-
-
-def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> tuple[int, int]:
-    """Split a global batch into micro-batches.
-
-    Args:
-        batch_size: global batch.
-        replicas: number of replicas.
-        microbatch_size: examples that a replica takes through the model at once; None, or too many, for all of its
-            examples.
-
-    Returns:
-        `(microbatch_size, accumulation_steps)` with `replicas * microbatch_size * accumulation_steps == batch_size`.
-
-    Raises:
-        ValueError: if there is no such split; the message names the nearest sizes for which there is.
-    """
-    if batch_size < 1 or batch_size % replicas:
-        below = batch_size // replicas * replicas
-        raise ValueError(
-            f"`batch_size` must be a multiple of the {replicas} replicas, such as {max(below, replicas)}. "
-            f"Received: batch_size={batch_size}"
-        )
-    per_replica = batch_size // replicas
-    if microbatch_size is None or microbatch_size > per_replica:
-        return per_replica, 1
-    if microbatch_size < 1 or per_replica % microbatch_size:
-        divisors = [d for d in range(1, per_replica + 1) if per_replica % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - microbatch_size))
-        raise ValueError(
-            f"`microbatch_size` must divide the {per_replica} examples of each replica, such as {nearest}. "
-            f"Received: microbatch_size={microbatch_size}, batch_size={batch_size}, replicas={replicas}"
-        )
-    return microbatch_size, per_replica // microbatch_size
-
-
-def _epoch_ends(epochs: float, steps_per_epoch: float) -> list[int]:
-    """Return the number of the last update of each epoch, from 1."""
-    total = math.ceil(epochs * steps_per_epoch - 1e-9)
-    ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
-    while len(ends) > 1 and ends[-2] == total:  # nothing is left for the last epoch
-        ends.pop()
-    return ends
 
 
 def _check_loss(model: keras.Model) -> None:

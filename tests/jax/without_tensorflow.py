@@ -109,6 +109,14 @@ def main():
         {k: v for k, v in whole.snapshot()[0].items() if not k.startswith("metric")},
     )
 
+    # So have arrays.
+    of_arrays = make_trainer(cluster)
+    of_arrays.fit(X, Y, shuffle=False, validation_data=(X, Y), verbose=0)
+    same(
+        {k: v for k, v in of_arrays.snapshot()[0].items() if not k.startswith("metric")},
+        {k: v for k, v in whole.snapshot()[0].items() if not k.startswith("metric")},
+    )
+
     # Every example is scored once, whatever the batches.
     logits = whole.model(X, training=False)
     loss = float(keras.losses.CategoricalCrossentropy(from_logits=True)(Y, logits))

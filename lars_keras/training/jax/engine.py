@@ -88,9 +88,7 @@ class JaxEngine:
         def batch() -> Any:
             for arrays in batches:
                 return self.on_devices(arrays)
-            raise ValueError(
-                "`data` has ended before the last update. For training, what a function returns must have no end."
-            )
+            raise ValueError(inputs.ENDED)
 
         return Prefetcher(batch)
 

@@ -17,7 +17,7 @@ from lars_keras.training.inputs import Data
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
-from lars_keras.training.tensorflow.inputs import pads, scoring_batches, training_iterator
+from lars_keras.training.tensorflow.inputs import errors_of_data, pads, scoring_batches, training_iterator
 from lars_keras.training.tensorflow.step import TensorFlowStep
 from lars_keras.training.tensorflow.update import check_rule
 
@@ -73,7 +73,8 @@ class TensorFlowEngine:
 
     def train(self, iterator: Any, updates: int) -> StepResult:
         """Take `updates` updates without returning to Python between them."""
-        losses, rates, metrics, norms, waited = self._train_fn(iterator, tf.constant(updates))
+        with errors_of_data():
+            losses, rates, metrics, norms, waited = self._train_fn(iterator, tf.constant(updates))
         return StepResult(
             losses=losses.numpy().tolist(),
             learning_rates=rates.numpy().tolist(),
@@ -163,10 +164,11 @@ class TensorFlowEngine:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         self.model.reset_metrics()
         self._scored.assign(np.zeros(5))
-        for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
-            before_batch(i)
-            self._score_fn(batch)
-            after_batch(i)
+        with errors_of_data():
+            for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
+                before_batch(i)
+                self._score_fn(batch)
+                after_batch(i)
         metrics, sums = self._results_fn()
         return {name: float(value) for name, value in metrics.items()} | summary(*sums.numpy().tolist())
 
@@ -196,7 +198,7 @@ _LOCAL: dict[str, Any] = {"aggregation": tf.VariableAggregation.NONE}
 
 def _time_of(values: Any) -> Tensor:
     """Return the time, in seconds, when all of `values` are there."""
-    tensors = tf.nest.flatten(values, expand_composites=True)
+    tensors = [t for t in tf.nest.flatten(values, expand_composites=True) if t is not None]
     with tf.control_dependencies(tensors):
         # An accelerator's program has ended when a number of its last result is in the host's memory.
         last = tf.reshape(tensors[-1], [-1])[:1]

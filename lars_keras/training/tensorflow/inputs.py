@@ -1,14 +1,26 @@
 """The micro-batches of a `tf.data.Dataset`, for the replicas of a `tf.distribute` strategy or as NumPy arrays."""
 
+import collections
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from lars_keras.training.inputs import Batch, Data, InputContext, arrays_of, check_readable_again, spec_of
+from lars_keras.training.inputs import (
+    ENDED,
+    Batch,
+    Data,
+    InputContext,
+    arrays_of,
+    check_readable_again,
+    different_shapes,
+    joined,
+    spec_of,
+)
+from lars_keras.training.sources import refuse_endless
 
 # Replicas take consecutive ghost batches, so the order of examples is that of the dataset.
 _FETCH = tf.distribute.InputOptions(experimental_fetch_to_device=False)
@@ -34,7 +46,7 @@ def scoring_batches(data: Data, strategy: tf.distribute.Strategy, batch_size: in
     def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
         if pads(strategy):
             return scoring_examples(data, context, batch_size).rebatch(batch_size, drop_remainder=True)
-        return as_dataset(data(context) if callable(data) else data).rebatch(batch_size)
+        return _finite(data(context) if callable(data) else data).rebatch(batch_size)
 
     return strategy.distribute_datasets_from_function(per_replica, _FETCH)
 
@@ -56,15 +68,16 @@ def numpy_training_batches(
         own = list(itertools.islice(ghosts, context.local_replicas))
         if len(own) < context.local_replicas:
             return
-        yield keras.tree.map_structure(lambda *a: np.concatenate(a), *own)
+        yield joined(map(arrays_of, own))
 
 
 def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
     """Return what `lars_keras.training.inputs.scoring_batches` does, of a `tf.data.Dataset`."""
     if context.num_input_pipelines > 1:
-        return scoring_examples(data, context, batch_size).as_numpy_iterator()
+        return map(arrays_of, scoring_examples(data, context, batch_size).as_numpy_iterator())
     size = batch_size * context.num_replicas_in_sync
-    return as_dataset(data(context) if callable(data) else data).rebatch(size).as_numpy_iterator()
+    batches = _finite(data(context) if callable(data) else data).rebatch(size)
+    return map(arrays_of, batches.as_numpy_iterator())
 
 
 # -- of one host, in order ---------------------------------------------------------------------
@@ -100,28 +113,115 @@ def scoring_examples(data: Data, context: Any, batch_size: int) -> tf.data.Datas
     """
     size = batch_size * context.num_replicas_in_sync
     if callable(data):  # evaluation always starts at example 0, so the function takes the context only
-        return _padded(as_dataset(data(context)), size // context.num_input_pipelines)
-    return _own_part(_padded(as_dataset(data), size), context, batch_size)
+        return _padded(_finite(data(context)), size // context.num_input_pipelines)
+    return _own_part(_padded(_finite(data), size), context, batch_size)
 
 
 def as_dataset(batches: Any) -> tf.data.Dataset:
-    """Return a dataset of the same batches, if they are NumPy arrays.
+    """Return a dataset of the same batches, if they are NumPy arrays, and one of known ranks, if it is a dataset.
+
+    A size that differs between the first two batches is taken to be another one in each.
 
     Raises:
         ValueError: if there are none.
     """
     if isinstance(batches, tf.data.Dataset):
-        return batches
+        return _of_known_ranks(batches)
     if isinstance(batches, Iterator):  # opened by a function, and read once
-        first = next(batches, None)
-        source: Iterable[Batch] = itertools.chain([first], batches)
+        first = list(itertools.islice(batches, 2))
+        source: Iterable[Batch] = itertools.chain(first, batches)
     else:
         check_readable_again(batches)
-        first, source = next(iter(batches), None), batches
-    if first is None:
-        raise ValueError("`data` must have at least one batch.")
-    signature = keras.tree.map_structure(lambda s: tf.TensorSpec(s.shape, s.dtype), spec_of(arrays_of(first)))
-    return tf.data.Dataset.from_generator(lambda: map(arrays_of, source), output_signature=signature)
+        first, source = list(itertools.islice(iter(batches), 2)), batches
+    if not first:
+        raise ValueError("The data must have at least one batch.")
+    spec = _common_spec([arrays_of(batch) for batch in first])
+    # A generator of TensorFlow gives no None, so the arrays come without them.
+    places = [i for i, s in enumerate(keras.tree.flatten(spec)) if s is not None]
+    signature = tuple(keras.tree.flatten(spec)[i] for i in places)
+
+    def read() -> Iterator[Any]:
+        for batch in map(arrays_of, source):
+            flat = keras.tree.flatten(batch)
+            keras.tree.assert_same_structure(spec, batch)
+            arrays = tuple(flat[i] for i in places)
+            for array, expected in zip(arrays, signature, strict=True):
+                if not expected.shape.is_compatible_with(array.shape):
+                    raise ValueError(
+                        f"A batch has an array of shape {array.shape}, the first two batches have {expected.shape}. "
+                        "Sizes that vary must differ between the first two batches."
+                    )
+            yield arrays
+
+    def structured(*arrays: tf.Tensor) -> Any:
+        leaves: list[Any] = [None] * len(keras.tree.flatten(spec))
+        for i, array in zip(places, arrays, strict=True):
+            leaves[i] = array
+        return keras.tree.pack_sequence_as(spec, leaves)
+
+    return tf.data.Dataset.from_generator(lambda: _keeping_errors(read()), output_signature=signature).map(structured)
+
+
+def _common_spec(batches: list[Batch]) -> Any:
+    """Return a `tf.TensorSpec` for each array, with None for sizes that differ between batches; None for None."""
+
+    def common(*specs: Any) -> tf.TensorSpec | None:
+        if specs[0] is None:
+            return None
+        if len({len(s.shape) for s in specs}) > 1:
+            raise ValueError(f"Arrays of all batches must have the same rank. Received: {', '.join(map(str, specs))}")
+        sizes = [sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*(s.shape for s in specs), strict=True)]
+        return tf.TensorSpec(sizes, specs[0].dtype)
+
+    return keras.tree.map_structure(common, *map(spec_of, batches))
+
+
+def _of_known_ranks(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Return the dataset with the ranks and sizes that its first two batches have in common, if it knows no ranks."""
+    if all(spec.shape.rank is not None for spec in tf.nest.flatten(dataset.element_spec) if hasattr(spec, "shape")):
+        return dataset
+    common = _common_spec([arrays_of(batch) for batch in dataset.take(2)])
+
+    def known(*parts: Any) -> Any:
+        batch = tuple(part for part in parts if part is not None)
+        return tf.nest.map_structure(lambda t, spec: tf.ensure_shape(t, spec.shape), batch, common)
+
+    return dataset.map(known)
+
+
+_errors: collections.deque[Exception] = collections.deque(maxlen=1)
+
+
+def _keeping_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the batches, and keep the error that ends them: TensorFlow makes another one of it."""
+    try:
+        yield from batches
+    except Exception as e:
+        _errors.append(e)
+        raise
+
+
+@contextlib.contextmanager
+def errors_of_data() -> Iterator[None]:
+    """Raise the error in the data that TensorFlow reports by another one."""
+    _errors.clear()
+    try:
+        yield
+    except tf.errors.OpError as e:
+        if _errors:
+            raise _errors.pop() from e
+        if isinstance(e, tf.errors.OutOfRangeError):
+            raise ValueError(ENDED) from e
+        if "MaybeMoveContiguousSlices" in str(e):  # of `rebatch`
+            raise ValueError(different_shapes(e.message.splitlines()[0])) from e
+        raise
+
+
+def _finite(batches: Any) -> tf.data.Dataset:
+    """Return what `as_dataset` does, of data that are not known to be endless."""
+    if isinstance(batches, tf.data.Dataset):
+        refuse_endless(int(batches.cardinality()) == tf.data.INFINITE_CARDINALITY)
+    return as_dataset(batches)
 
 
 def _own_part(dataset: tf.data.Dataset, context: Any, size: int) -> tf.data.Dataset:
@@ -142,16 +242,20 @@ def _padded(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset:
         if weight is None:
             weight = tf.ones([have], tf.float32)
 
-        def fill(t: tf.Tensor) -> tf.Tensor:
+        def fill(t: Any) -> Any:
+            if t is None:
+                return None
             t = tf.concat([t, tf.repeat(t[:1], size - have, axis=0)], axis=0)
             return tf.ensure_shape(t, [size, *t.shape[1:]])
 
-        def fill_weight(t: tf.Tensor) -> tf.Tensor:
+        def fill_weight(t: Any) -> Any:
+            if t is None:
+                return None
             t = fill(tf.cast(t, tf.float32))
             real = tf.reshape(tf.range(size) < have, [size] + [1] * (t.shape.rank - 1))
             return tf.where(real, t, 0.0)
 
-        x, y = tf.nest.map_structure(fill, (x, y))
-        return x, y, tf.nest.map_structure(fill_weight, weight)
+        x, y = keras.tree.map_structure(fill, (x, y))
+        return x, y, keras.tree.map_structure(fill_weight, weight)
 
     return dataset.rebatch(size).map(pad, num_parallel_calls=2)

@@ -1,0 +1,288 @@
+"""Batches by index, generators and loaders as data of `Trainer`."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from absl import logging
+
+from lars_keras.data.keyed import keys
+from lars_keras.data.shuffle import permute
+from lars_keras.training.array_data import weights_of_classes
+from lars_keras.training.inputs import Batch, arrays_of, count_in, rebatch, sliced, spec_of, to_array
+
+
+class Indexed:
+    """Batches that are got by their number.
+
+    Args:
+        batches: has `__getitem__`.
+        count: number of batches; None if they have no end.
+        name: what messages call it.
+        class_weight: see `weights_of_classes`.
+
+    Attributes:
+        size: examples in each batch but the last.
+        last: examples in the last.
+    """
+
+    def __init__(self, batches: Any, count: int | None, name: str, class_weight: Mapping[int, float] | None = None):
+        if count == 0:
+            raise ValueError(f"The data must have at least one batch. Received: {name} of length 0")
+        self._batches, self.count, self.name, self._class_weight = batches, count, name, class_weight
+        first = self.read(0)
+        self.element_spec = spec_of(first)
+        self.size = self.last = count_in(first)
+        if count is not None and count > 1:
+            self.last = count_in(self.read(count - 1))
+
+    def read(self, index: int) -> Batch:
+        """Return a batch as a tuple of arrays."""
+        batch = arrays_of(self._batches[index])
+        if self._class_weight is not None and len(batch) == 2:
+            batch = (*batch, weights_of_classes(batch[1], self._class_weight))
+        elif self._class_weight is not None:
+            raise ValueError("`class_weight` needs batches of `(x, y)`.")
+        return batch
+
+    def sizes(self, order: np.ndarray) -> np.ndarray:
+        """Return the number of examples in each batch, as the first and last one say."""
+        assert self.count is not None
+        return np.where(order == self.count - 1, self.last, self.size)
+
+    def check_size(self, index: int, batch: Batch) -> None:
+        """Warn if a batch has not as many examples as it should."""
+        expected = self.last if self.count is not None and index == self.count - 1 else self.size
+        if count_in(batch) != expected:
+            logging.log_first_n(
+                logging.WARNING,
+                "Batch %d of the %s has %d examples, not %d as the others. An epoch is taken to have as many examples "
+                "as if all had the same number, and a resumed run does not find its place exactly.",
+                1,
+                index,
+                self.name,
+                count_in(batch),
+                expected,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedFeed:
+    """Batches by index as a function that returns a host's batches for training, from any update on.
+
+    All batches but the last are taken to have as many examples as the first.
+
+    Attributes:
+        source: the batches.
+        seed: of the order of batches, another one in each epoch; None for their own.
+        batch_size: global batch.
+        microbatch_size: examples that a replica takes through the model at once.
+        per_epoch: examples that an epoch uses; None for all.
+        workers: threads that read.
+        before_epoch: called before an epoch is read.
+        after_epoch: called when it has been read.
+    """
+
+    source: Indexed
+    seed: int | None
+    batch_size: int
+    microbatch_size: int
+    per_epoch: int | None = None
+    workers: int = 1
+    before_epoch: Callable[[], Any] = lambda: None
+    after_epoch: Callable[[], Any] = lambda: None
+
+    @property
+    def element_spec(self) -> Any:
+        return self.source.element_spec
+
+    @property
+    def examples(self) -> int | None:
+        """Number of examples; None if they have no end."""
+        count = self.source.count
+        return None if count is None else int(self.source.sizes(np.arange(count)).sum())
+
+    @property
+    def order(self) -> list[Any]:
+        """What the order depends on, for a checkpoint."""
+        return [self.seed, self.examples, self.per_epoch or self.examples]
+
+    def first(self, count: int) -> "IndexedFeed":
+        """Return the same with epochs of so many examples."""
+        return dataclasses.replace(self, per_epoch=count)
+
+    def __call__(self, context: Any, first_update: int) -> Iterator[Batch]:
+        block = self.microbatch_size * context.num_replicas_in_sync
+        own = block // context.num_input_pipelines
+        start = context.input_pipeline_id * own
+        for batch in rebatch(self._stream(first_update * self.batch_size), block, drop_remainder=True):
+            yield sliced(batch, start, start + own)
+
+    def _stream(self, first: int) -> Iterator[Batch]:
+        """Yield batches from an example on, without an end."""
+        if self.source.count is None:
+            index, skipped = divmod(first, self.source.size)
+            yield from _skipping(self._read(itertools.count(index)), skipped)
+        assert self.examples is not None
+        per_epoch = self.per_epoch or self.examples
+        epoch, place = divmod(first, per_epoch)
+        while True:
+            self.before_epoch()
+            yield from self._epoch(epoch, place, per_epoch - place)
+            self.after_epoch()
+            epoch, place = epoch + 1, 0
+
+    def _epoch(self, epoch: int, place: int, left: int) -> Iterator[Batch]:
+        """Yield the next `left` examples of an epoch."""
+        assert self.source.count is not None
+        order = np.arange(self.source.count, dtype=np.uint64)
+        if self.seed is not None:
+            order = permute(order, keys(self.seed, np.full_like(order, epoch)), len(order))
+        order = order.astype(np.int64)
+        ends = np.cumsum(self.source.sizes(order))
+        index = int(np.searchsorted(ends, place, side="right"))
+        skipped = place - (int(ends[index - 1]) if index else 0)
+        for batch in _skipping(self._read(order[index:]), skipped):
+            yield sliced(batch, 0, left)
+            left -= count_in(batch)
+            if left <= 0:
+                return
+
+    def _read(self, indices: Iterable[int]) -> Iterator[Batch]:
+        """Yield batches in the order of `indices`, read ahead by threads if there are several."""
+        if self.workers <= 1:
+            for index in indices:
+                yield self._checked(int(index))
+            return
+        ahead: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(self.workers, thread_name_prefix="read") as pool:
+            try:
+                for index in indices:
+                    ahead.append(pool.submit(self._checked, int(index)))
+                    if len(ahead) > 2 * self.workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _checked(self, index: int) -> Batch:
+        batch = self.source.read(index)
+        self.source.check_size(index, batch)
+        return batch
+
+
+def _skipping(batches: Iterator[Batch], examples: int) -> Iterator[Batch]:
+    """Yield the batches without the first `examples` examples."""
+    for batch in batches:
+        have = count_in(batch)
+        if examples < have:
+            yield sliced(batch, examples, have) if examples else batch
+        examples = max(examples - have, 0)
+
+
+def feed_of_pydataset(
+    x: keras.utils.PyDataset,
+    class_weight: Mapping[int, float] | None,
+    seed: int | None,
+    batch_size: int,
+    microbatch_size: int,
+) -> IndexedFeed:
+    """Return the feed of a `PyDataset`, which calls its hooks as Keras does."""
+    count = x.num_batches
+    source = Indexed(x, None if count is None else int(count), "PyDataset", class_weight)
+    return IndexedFeed(
+        source,
+        seed if count is not None else None,
+        batch_size,
+        microbatch_size,
+        workers=x.workers,
+        before_epoch=getattr(x, "on_epoch_begin", lambda: None),  # Keras 3.10 may have none
+        after_epoch=x.on_epoch_end,
+    )
+
+
+class GeneratorFeed:
+    """A generator as a function that returns the batches for training. It goes on where it is.
+
+    Args:
+        generator: of batches.
+        batch_size: global batch.
+    """
+
+    def __init__(self, generator: Iterator[Batch], batch_size: int):
+        self.generator, self._batch_size = generator, batch_size
+        self._consumed = 0
+        self._lock = threading.Lock()  # a thread of an earlier `fit` may still read ahead
+        self._next: list[Batch] = []
+        for batch in itertools.islice(generator, 1):
+            self._next.append(arrays_of(batch))
+        if not self._next:
+            raise ValueError("The data must have at least one batch. Received: a generator without any")
+        self.element_spec = spec_of(self._next[0])
+
+    def __call__(self, context: Any, first_update: int) -> Iterator[Batch]:
+        first = first_update * self._batch_size
+        if 0 < first < self._consumed:
+            logging.warning("A generator cannot go back to the examples of update %d. It goes on.", first_update)
+        return _skipping(self._read(), max(first - self._consumed, 0))
+
+    def _read(self) -> Iterator[Batch]:
+        while True:
+            with self._lock:
+                batch = self._next.pop() if self._next else next(self.generator, None)
+                if batch is None:
+                    return
+                batch = arrays_of(batch)
+                self._consumed += count_in(batch)
+            yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Reread:
+    """Batches that can be read again, without what else their class can do.
+
+    Attributes:
+        batches: an iterable.
+    """
+
+    batches: Any
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch in self.batches if batch is not None)  # Grain gives None for what it has filtered out
+
+
+class PyDatasetBatches(Reread):
+    """The batches of a `keras.utils.PyDataset` in their order."""
+
+    def __len__(self) -> int:
+        return self.batches.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        getattr(self.batches, "on_epoch_begin", lambda: None)()
+        yield from (self.batches[i] for i in range(len(self)))
+        self.batches.on_epoch_end()
+
+
+class TorchBatches(Reread):
+    """The batches of a torch `DataLoader`, which may be others each time."""
+
+    @property
+    def examples(self) -> int | None:
+        """Number of examples; None if the loader does not know it."""
+        loader = self.batches
+        if not hasattr(loader.dataset, "__len__") or loader.batch_size is None:
+            return None
+        count = len(loader.dataset)
+        return count // loader.batch_size * loader.batch_size if loader.drop_last else count
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            parts = batch if isinstance(batch, tuple | list) else (batch,)
+            yield tuple(keras.tree.map_structure(to_array, part) for part in parts)
