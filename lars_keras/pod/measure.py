@@ -128,7 +128,8 @@ def hbm_bytes(hlo: str) -> int:
     An instruction reads its operands and writes its results; tensors in on-chip memory (memory space 1) do not count.
     An asynchronous copy or slice between the two memories counts at its start, once for each side in HBM. XLA's own
     "bytes accessed" is of both memories: a tensor counts four times if a copy fetches it, three times if it is fetched
-    in slices that are then joined, and once more where it is used.
+    in slices that are then joined, and once more where it is used. A conditional counts its results alone: batch
+    normalization, the one user of them, reads its inputs again in a branch that is seldom taken.
     """
     total, results = 0, {}
     for line in hlo.partition("\nENTRY")[2].splitlines():
@@ -143,6 +144,8 @@ def hbm_bytes(hlo: str) -> int:
             first, second = _tensors(result)[:2]
             target, source = (first, second) if operation == "copy-start" else (second, first)
             total += target[0] * ((not target[1]) + (not source[1]))
+        elif operation == "conditional":
+            total += results[name]
         else:
             operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
             total += results[name] + sum(results.get(operand, 0) for operand in operands)

@@ -60,10 +60,11 @@ ENTRY %main (a: f32[100], b: bf16[10]) -> f32[100] {
   %copy-start.1 = (f32[100]{0}, f32[100]{0}, u32[]{:S(2)}) copy-start(%a)
   %copy-done.1 = f32[100]{0} copy-done(%copy-start.1)
   %fusion.1 = (f32[100]{0}, bf16[10]{0:S(1)}) fusion(%slice-done.1, %copy-done.1, %b), kind=kLoop, calls=%fused
+  %again = f32[5]{0} conditional(%near, %copy-done.1, %b), true_computation=%fused, false_computation=%fused
   ROOT %x = f32[100]{0} get-tuple-element(%fusion.1), index=0
 }
 """
-        self.assertEqual(hbm_bytes(hlo), 50 * 4 + 2 * 100 * 4 + (100 * 4 + 100 * 4 + 10 * 2))
+        self.assertEqual(hbm_bytes(hlo), 50 * 4 + 2 * 100 * 4 + (100 * 4 + 100 * 4 + 10 * 2) + 5 * 4)
 
     def test_memory(self):
         self.assertEqual(Program("update", 1, 100, 90, 80, 50, 5, 0.0, 0.0, 0.0, []).memory, 165)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
+from models.batch_norm import SyncBatchNormalization
 from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
@@ -229,6 +230,25 @@ class TrainingTest(parameterized.TestCase, tf.test.TestCase):
             self.assertAllClose(history[name], values, rtol=1e-5, msg=name)
         for actual, value in zip(model.get_weights(), reference.get_weights(), strict=True):
             self.assertAllClose(np.array(actual), np.array(value), rtol=1e-5, atol=1e-6)
+
+    @parameterized.parameters([(n,) for n in DEVICES if n == 1 or BACKEND == "jax"])
+    def test_batch_norm_far_from_zero(self, devices):
+        """In a compiled step, where E[x^2] - E[x]^2 had no digit left at a mean of 1e4."""
+        x = X[:16] + np.float32([0.0, 1e3, -1e4, 1e4])
+
+        def make(synchronized):
+            layer = SyncBatchNormalization(momentum=0.5, synchronized=synchronized)
+            return sequential(layer, keras.layers.Dense(1, kernel_initializer="ones"), metrics=[])
+
+        with replicas(devices):
+            model = make(synchronized=devices > 1)
+            trainer = Trainer(model, batch_size=16, jit_compile=True)
+            history = trainer.fit(dataset(x, Y[:16]), epochs=3, verbose=0).history
+        reference = make(synchronized=False)
+        expected = reference.fit(x, Y[:16], batch_size=16, epochs=3, shuffle=False, verbose=0).history
+        self.assertAllClose(history["loss"], expected["loss"], rtol=2e-3)  # a spacing of inputs is 1e-3 of their range
+        variance = (1 - 0.5**3) * x.astype("float64").var(0) + 0.5**3
+        self.assertAllClose(np.array(model.layers[0].moving_variance), variance, rtol=1e-5)
 
     def test_resume_with_several_losses(self):
         _, x, y = CASES["two outputs"]
