@@ -4,14 +4,15 @@ UV = uv
 
 VENV = .venv
 BIN = $(VENV)/bin
+DEMO_STAMP = $(VENV)/installed-demo
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
 .PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling pod-models prove-resume lint lock clean
 
 help:
-	@echo "make setup   make .venv with all that is pinned in requirements/dev.txt"
-	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits"
+	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits; installs what it needs in .venv"
+	@echo "make setup   complete .venv with all that is pinned in requirements/dev.txt"
 	@echo "make compare  compare five optimizers over batch sizes on the digits; about half an hour"
 	@echo "make test    run the tests"
 	@echo "make test-all  run them over the whole of every table"
@@ -25,11 +26,12 @@ help:
 	@echo "make lint    check style, docstrings, format, spelling and types"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-LANE, caches and build output"
-	@echo "demo, test and lint run setup first where needed. PYTHON=python3.12 chooses its interpreter."
+	@echo "test, lint and the others run setup first where needed. PYTHON=python3.12 chooses its interpreter."
 
 setup: $(STAMP)
 
-$(STAMP): requirements/dev.txt pyproject.toml
+# The demo needs a part of the packages. What the tests need is put on top, so the order of the two does not matter.
+$(DEMO_STAMP): requirements/demo.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "$(PYTHON) is not found; name a Python 3.11 to 3.13: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \
@@ -38,14 +40,28 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	    echo "$(PYTHON) lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "Installing the pinned packages of requirements/dev.txt (3.1 GB on disk, takes minutes)"
-	@$(BIN)/python $(PIP) --require-hashes -r requirements/dev.txt
-	@$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
+	@echo "Installing TensorFlow, Keras and what the demo needs beside them (1.4 GB on disk, takes a minute or two)"
+	@$(BIN)/python $(PIP) --no-compile --no-deps --require-hashes -r requirements/demo.txt
+	@rm -rf $(VENV)/lib*/python*/site-packages/tensorflow/include  # C++ headers, 290 MB
+	@$(BIN)/python $(PIP) --no-compile --no-deps --no-build-isolation --editable .
+	@touch $(DEMO_STAMP)
+
+# Compiled here, because the tests turn a warning of a compilation into an error.
+$(STAMP): $(DEMO_STAMP) requirements/dev.txt
+	@echo "Installing the rest of requirements/dev.txt (2.8 GB on disk in all, takes minutes)"
+	@$(BIN)/python $(PIP) --no-compile --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(STAMP)
 	@echo "$(VENV) is ready"
 
-demo: setup
-	$(BIN)/python train.py --flagfile=flags/recipes/demo.flags
+demo: $(DEMO_STAMP)
+	$(BIN)/python -W ignore::SyntaxWarning train.py --flagfile=flags/recipes/demo.flags
+	@echo
+	@echo "Open the report in a browser. Then try:"
+	@echo "  $(BIN)/python train.py --flagfile=flags/recipes/demo.flags --batch_size=1024 --learning_rate=5   # a smaller batch"
+	@echo "  $(BIN)/python train.py --flagfile=flags/recipes/demo.flags --run_dir=runs/mine   # stop it with Ctrl-C; the same again goes on"
+	@echo "  $(BIN)/python train.py --help"
+	@echo "and in your own model.compile: README.md, docs/optimizers.md"
 
 compare: setup
 	$(BIN)/python compare.py --flagfile=flags/comparisons/digits.flags
@@ -109,11 +125,15 @@ lint: setup
 LOCK =
 COMPILE = $(UV) pip compile $(LOCK) --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
     --annotation-style line --custom-compile-command "make lock" --quiet
-EXTRAS = --extra train --extra jax --extra dev
+EXTRAS = --extra train --extra augment --extra jax --extra dev
+# Required by packages of the demo, and loaded by none of what it does: 300 MB.
+UNUSED = pyarrow libclang tensorboard-data-server grpcio array-record
 lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
-	$(COMPILE) pyproject.toml $(EXTRAS) --extra cpu --extra pod --output-file requirements/dev.txt
-	$(COMPILE) pyproject.toml $(EXTRAS) --extra tpu --no-emit-package libtpu --output-file requirements/tpu.txt
+	$(COMPILE) pyproject.toml $(EXTRAS) --extra tensorflow --extra pod --output-file requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra train --extra tensorflow --constraint requirements/dev.txt \
+	    $(UNUSED:%=--no-emit-package %) --output-file requirements/demo.txt
+	$(COMPILE) pyproject.toml $(EXTRAS) --extra tensorflow-tpu --no-emit-package libtpu --output-file requirements/tpu.txt
 	echo "torch==2.13.0" | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
 
 clean:

@@ -12,11 +12,9 @@ folder for each run.
 Exit codes: 0 done; 1 a run failed; 2 a bad flag, or a missing file; 75 stopped by a signal.
 """
 
-import os
-import sys
+import running.start  # noqa: F401, I001  (before the first import of TensorFlow)
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # by itself only with AVX-512, see BUILD-notes.md
+import sys
 
 from tools.comparison.command import run
 

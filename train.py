@@ -10,14 +10,12 @@ The same --run_dir resumes a run that was interrupted. All flags: `python train.
 6 the disk took no checkpoint or result; 75 stopped by a signal and saved.
 """
 
+import running.start  # noqa: F401, I001  (before the first import of TensorFlow)
+
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # by itself only with AVX-512, see BUILD-notes.md
 
 import keras
 

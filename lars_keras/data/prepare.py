@@ -8,8 +8,11 @@ The option -h lists all options.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
+from collections.abc import Iterator
 
 from lars_keras.data.locate import PREPARED, data_root, prepared_dir
 from lars_keras.files import local_path
@@ -75,14 +78,29 @@ def prepare(
     if name == "digits":
         from lars_keras.data.digits import Digits
 
+        print(f"Making the digits data set in {root}: once, a few seconds", flush=True)
         builder = Digits(data_dir=root, file_format=file_format)
     else:
         builder = tfds.builder(name, data_dir=root, file_format=file_format)
     try:
-        builder.download_and_prepare(download_config=config)
+        with _without_progress() if name == "digits" else contextlib.nullcontext():
+            builder.download_and_prepare(download_config=config)
     except OSError:
         if prepared_dir(root, name) is None:  # otherwise another process was faster
             raise
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    """Silence tensorflow-datasets, which speaks of a download of unknown size where nothing is downloaded."""
+    import tensorflow_datasets as tfds
+
+    tfds.display_progress_bar(False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)
 
 
 def main(arguments: list[str] | None = None) -> int:

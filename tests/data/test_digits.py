@@ -1,5 +1,7 @@
 """The digits: their content, their split, and their preparation by several processes."""
 
+import contextlib
+import io
 import os
 import pathlib
 import shutil
@@ -108,8 +110,10 @@ class DigitsTest(tf.test.TestCase):
                     shutil.copytree(os.path.join(prepared.digits(), "digits", "1.0.0"), final)
                 yield from generate(builder, digits, sources[:10], random)
 
-            with mock.patch.object(Digits, "_generate_examples", overtaken):
+            said = io.StringIO()
+            with mock.patch.object(Digits, "_generate_examples", overtaken), contextlib.redirect_stdout(said):
                 prepare("digits", root)
+            self.assertRegex(said.getvalue(), r"\AMaking the digits data set in .*\n\Z")  # no word of a download
             splits = tfds.builder_from_directory(prepared_dir(pathlib.Path(root), "digits")).info.splits
             self.assertEqual((splits["train"].num_examples, splits["test"].num_examples), (NUM_TRAIN, 450))
             self.assertEqual(os.listdir(os.path.join(root, "digits")), ["1.0.0"])
