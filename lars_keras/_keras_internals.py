@@ -161,3 +161,14 @@ def mask_of(tensor: Tensor) -> Tensor | None:
     """Return the mask that Keras's layers have attached to a tensor."""
     # Not an attribute of every tensor: JAX's take none.
     return sys.modules["keras.src.backend.common.masking"].get_keras_mask(tensor)
+
+
+def has_unweighted_metrics(model: keras.Model) -> bool:
+    """Return True if a model was compiled with `metrics=`; asks none of its objects for a config."""
+    metrics = getattr(model, "_compile_metrics", None)
+    return bool(getattr(metrics, "_user_metrics", None))
+
+
+def supports_jit(model: keras.Model) -> bool:
+    """Return True if Keras lets XLA compile a model with `jit_compile="auto"`: if all its layers allow it."""
+    return sys.modules["keras.src.trainers.trainer"].model_supports_jit(model)

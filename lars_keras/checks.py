@@ -41,17 +41,18 @@ def check_number(argument: str, value: Any, below: float = math.inf, above: floa
     return float(number)
 
 
-def check_count(argument: str, value: Any) -> int:
+def check_count(argument: str, value: Any, at_least: int = 0) -> int:
     """Return `value` as an int.
 
     Args:
         argument: its name, for the message.
         value: a whole number of Python, NumPy or a backend.
+        at_least: the least that is allowed.
 
     Raises:
-        ValueError: if it is no whole number or negative.
+        ValueError: if it is no whole number or too small.
     """
     number = as_number(value)
-    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ValueError(f"`{argument}` must be a whole number of at least 0. Received: {argument}={value!r}")
+    if isinstance(number, bool) or not isinstance(number, int) or number < at_least:
+        raise ValueError(f"`{argument}` must be a whole number of at least {at_least}. Received: {argument}={value!r}")
     return number

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lars_keras.checks import check_count, check_number
 from lars_keras.files import local_path
 from lars_keras.runtime.errors import Preempted, UsageError
 
@@ -61,8 +62,7 @@ class CheckpointManager:
     def __init__(
         self, directory: str | os.PathLike[str], *, max_to_keep: int = 3, keep_every_n_hours: float | None = None
     ):
-        if max_to_keep < 1:
-            raise ValueError(f"`max_to_keep` must be at least 1. Received: max_to_keep={max_to_keep}")
+        max_to_keep = check_count("max_to_keep", max_to_keep, at_least=1)
         self.directory = local_path(directory, "directory")
         self._max_to_keep, self._keep_every_n_hours = max_to_keep, keep_every_n_hours
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -226,10 +226,15 @@ class SavePolicy:
         updates: updates between two saves, or None.
         minutes: minutes between two saves, or None.
         clock: function that returns seconds.
+
+    Raises:
+        ValueError: if `updates` is no whole number above 0, or `minutes` is negative or not finite.
     """
 
     def __init__(self, updates: int | None = None, minutes: float | None = None, clock: Any = time.monotonic):
-        self._updates, self._minutes, self._clock = updates, minutes, clock
+        self._updates = None if updates is None else check_count("updates", updates, at_least=1)
+        self._minutes = None if minutes is None else check_number("minutes", minutes)
+        self._clock = clock
         self.reset(0)
 
     def reset(self, update: int) -> None:

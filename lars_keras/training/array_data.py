@@ -152,6 +152,6 @@ def _own_blocks(context: Any, batch_size: int, microbatch_size: int, first_updat
 
 def _as_floatx(a: Any) -> Any:
     """Return an array as Keras gives it to a model: other floating-point types become `floatx`."""
-    if a is None or not keras.backend.is_float_dtype(a.dtype.name) or a.dtype.name == keras.config.floatx():
+    if a is None or a.dtype.kind in "biuSUO" or not keras.backend.is_float_dtype(a.dtype.name):
         return a
-    return a.astype(keras.config.floatx())
+    return a.astype(keras.config.floatx(), copy=False)

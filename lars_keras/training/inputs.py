@@ -204,6 +204,7 @@ def count_examples(data: Data) -> int:
     if getattr(data, "examples", None) is not None:
         return data.examples
     if is_dataset(data):
+        spec_of(data.element_spec)  # refuses what cannot be counted
         finite = int(data.cardinality()) >= 0
     else:
         finite = not callable(data) and hasattr(data, "__len__")

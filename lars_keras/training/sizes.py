@@ -1,6 +1,9 @@
 """The sizes of a run: micro-batches of a global batch, and the last update of each epoch."""
 
 import math
+from collections.abc import Callable, Sequence
+
+from lars_keras.checks import as_number, check_count, check_number
 
 
 def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> tuple[int, int]:
@@ -38,9 +41,32 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
 
 
 def epoch_ends(epochs: float, steps_per_epoch: float) -> list[int]:
-    """Return the number of the last update of each epoch, from 1."""
+    """Return the number of the last update of each epoch, from 1.
+
+    Raises:
+        ValueError: if one is no finite number, or `steps_per_epoch` is 0.
+    """
+    check_number("epochs", epochs)
+    check_number("steps_per_epoch", steps_per_epoch, above=0.0)
+    epochs, steps_per_epoch = as_number(epochs), as_number(steps_per_epoch)
     total = math.ceil(epochs * steps_per_epoch - 1e-9)
     ends = [min(math.ceil((e + 1) * steps_per_epoch - 1e-9), total) for e in range(math.ceil(epochs))]
     while len(ends) > 1 and ends[-2] == total:  # nothing is left for the last epoch
         ends.pop()
     return ends
+
+
+def epochs_to_validate(validation_freq: int | Sequence[int]) -> Callable[[int], bool]:
+    """Return a function that tells which epochs, from 1, are to be evaluated.
+
+    Args:
+        validation_freq: every so many epochs, or the epochs.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(validation_freq, list | tuple | set | range):
+        epochs = {check_count("validation_freq", epoch, at_least=1) for epoch in validation_freq}
+        return lambda epoch: epoch in epochs
+    every = check_count("validation_freq", validation_freq, at_least=1)
+    return lambda epoch: epoch % every == 0

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from absl import logging
 
-from lars_keras._keras_internals import learning_rate_of
+from lars_keras._keras_internals import has_unweighted_metrics, learning_rate_of
+from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
 from lars_keras.training.backend import engine_class
@@ -20,7 +21,7 @@ from lars_keras.training.cluster import cluster_of
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
 from lars_keras.training.overrides import check_overrides
-from lars_keras.training.sizes import epoch_ends, split_batch
+from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import check_identity, identity_of, inner_optimizer
 
@@ -74,7 +75,8 @@ class Trainer:
         microbatch_size: examples that one replica takes through the model at once; a divisor of
             `batch_size / replicas`, which is the default and the maximum.
         steps_per_execution: updates that run without returning to Python. Callbacks see the last of them.
-        jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU. JAX always compiles.
+        jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU, and all layers of
+            the model allow it. JAX always compiles.
         layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
         reduce_dtype: dtype of the gradients on their way between devices. Below "float32", on JAX only, it saves half
             the traffic and rounds each device's sum.
@@ -119,10 +121,11 @@ class Trainer:
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
         check_overrides(model)
         _check_loss(model)
-        if steps_per_execution < 1:
-            raise ValueError(
-                f"`steps_per_execution` must be at least 1. Received: steps_per_execution={steps_per_execution}"
-            )
+        batch_size = check_count("batch_size", batch_size)
+        microbatch_size = (
+            microbatch_size if microbatch_size is None else check_count("microbatch_size", microbatch_size)
+        )
+        steps_per_execution = check_count("steps_per_execution", steps_per_execution, at_least=1)
         self.model, self.batch_size, self.steps_per_execution = model, batch_size, steps_per_execution
         self.cluster = cluster_of(model)
         self.replicas = self.cluster.replicas
@@ -157,7 +160,7 @@ class Trainer:
         epochs: float = 1,
         steps_per_epoch: float | None = None,
         validation_data: Any = None,
-        validation_freq: int = 1,
+        validation_freq: int | Sequence[int] = 1,
         callbacks: Sequence[keras.callbacks.Callback] | None = None,
         verbose: int | str = 1,
         shuffle: bool = True,
@@ -181,7 +184,8 @@ class Trainer:
                 cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. Needed
                 unless the size of the data is known; the last partial global batch of an epoch is then left out.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or `x` as for `evaluate`; scored at the end of epochs.
-            validation_freq: epochs between evaluations; the end of the run is always evaluated.
+            validation_freq: epochs between evaluations, or the epochs, from 1, to evaluate. The end of the run is
+                always evaluated.
             callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
                 whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
@@ -200,6 +204,7 @@ class Trainer:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
                 data that `evaluate` will refuse to score; if the loss does not depend on a trainable variable.
         """
+        validated = epochs_to_validate(validation_freq)
         if validation_data is not None:
             self._check_metrics()
             validation_data = validation_data_of(validation_data, **self._scoring_sizes())
@@ -254,7 +259,7 @@ class Trainer:
                 if hasattr(callback, "on_updates_end"):
                     callback.on_updates_end(last)
             logs = position.logs
-            if validation_data is not None and ((epoch + 1) % validation_freq == 0 or position.update == ends[-1]):
+            if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
                 with engine.ema_weights():
                     callback_list.on_test_begin()
                     scores = self._evaluate(
@@ -312,7 +317,7 @@ class Trainer:
         return self._built_engine(data).evaluate(data, before_batch, after_batch)
 
     def _check_metrics(self) -> None:
-        if (self.model.get_compile_config() or {}).get("metrics"):
+        if has_unweighted_metrics(self.model):
             raise ValueError(
                 "Metrics passed as `metrics=` ignore weights and would count the padding of the last batch. "
                 "Compile with `weighted_metrics=` instead."

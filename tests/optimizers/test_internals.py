@@ -121,6 +121,25 @@ class KerasTest(parameterized.TestCase):
             _keras_internals.set_backend_value(cast, np.ones(2, "float32"))
             np.testing.assert_array_equal(cast.value, [1, 1])
 
+    def test_compiled_metrics(self):
+        for arguments, unweighted in (
+            ({"metrics": ["mae"]}, True),
+            ({"weighted_metrics": ["mae"]}, False),
+            ({}, False),
+        ):
+            model, _ = built(LARS())
+            self.assertFalse(_keras_internals.has_unweighted_metrics(model))
+            model.compile("sgd", "mse", **arguments)
+            self.name(model, "_compile_metrics")
+            message = f"Keras {keras.__version__} has no CompileMetrics._user_metrics"
+            self.assertEqual(_keras_internals.has_unweighted_metrics(model), unweighted, message)
+
+    def test_supports_jit(self):
+        model, _ = built(LARS())
+        self.assertTrue(_keras_internals.supports_jit(model))
+        model.layers[0].supports_jit = False
+        self.assertFalse(_keras_internals.supports_jit(model))
+
     def test_seed_state(self):
         model, _ = built(LARS())
         found = [v for v in model.non_trainable_variables if _keras_internals.is_seed_state(v)]

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lars_keras._keras_internals import layers_of
+from lars_keras._keras_internals import layers_of, supports_jit
 from lars_keras.compiled import has_accelerator
 from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
 from lars_keras.training.forward import build_model
@@ -34,7 +34,8 @@ class TensorFlowEngine:
     def __init__(self, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer = model, model.optimizer
         self.strategy, self.replicas, self.options = cluster.strategy, cluster.replicas, options
-        jit_compile = has_accelerator() if options.jit_compile == "auto" else bool(options.jit_compile)
+        auto = options.jit_compile == "auto"
+        jit_compile = has_accelerator() and supports_jit(model) if auto else bool(options.jit_compile)
         with self.strategy.scope():
             build_model(model, element_spec)
         self.step = TensorFlowStep(model, self.replicas, options, jit_compile)

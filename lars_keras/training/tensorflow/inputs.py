@@ -65,7 +65,8 @@ def numpy_training_batches(
     """Return what `lars_keras.training.inputs.training_batches` does, of a `tf.data.Dataset`."""
     ghosts = ghost_batches(data, context, microbatch_size, accumulation_steps, first_update).as_numpy_iterator()
     while True:
-        own = list(itertools.islice(ghosts, context.local_replicas))
+        with errors_of_data():
+            own = list(itertools.islice(ghosts, context.local_replicas))
         if len(own) < context.local_replicas:
             return
         yield joined(map(arrays_of, own))
@@ -74,10 +75,12 @@ def numpy_training_batches(
 def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
     """Return what `lars_keras.training.inputs.scoring_batches` does, of a `tf.data.Dataset`."""
     if context.num_input_pipelines > 1:
-        return map(arrays_of, scoring_examples(data, context, batch_size).as_numpy_iterator())
+        yield from map(arrays_of, scoring_examples(data, context, batch_size).as_numpy_iterator())
+        return
     size = batch_size * context.num_replicas_in_sync
     batches = _finite(data(context) if callable(data) else data).rebatch(size)
-    return map(arrays_of, batches.as_numpy_iterator())
+    with errors_of_data():
+        yield from map(arrays_of, batches.as_numpy_iterator())
 
 
 # -- of one host, in order ---------------------------------------------------------------------
