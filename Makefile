@@ -17,7 +17,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-all  run them over the whole of every table"
 	@echo "make test-keras-oldest, test-keras-newest, test-torch  run them with other versions (.venv-LANE); TESTS=tests/optimizers"
-	@echo "make test-wheel  build the wheel, install and try it in an empty environment, outside the checkout"
+	@echo "make test-wheel  build sdist and wheel, install and try it in an empty environment, outside the checkout"
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
 	@echo "make prove-resume    kill two runs 20 times each, compare with runs that were not; about half an hour"
 	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
@@ -87,7 +87,7 @@ $(LANES:%=test-%): test-%: setup
 # In an empty environment, outside the checkout: Keras, one backend and the wheel.
 test-wheel: setup
 	rm -rf build dist .venv-wheel
-	$(BIN)/python $(subst install,wheel,$(PIP)) --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
 	$(PYTHON) -m venv .venv-wheel
 	$(BIN)/python -m pip freeze --exclude-editable > .venv-wheel/versions
 	.venv-wheel/bin/python $(PIP) --constraint .venv-wheel/versions "$$(echo dist/*.whl)[jax]"

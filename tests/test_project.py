@@ -189,6 +189,8 @@ class ProjectTest(tf.test.TestCase):
     def test_version_is_the_newest_of_the_changelog(self):
         versions = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
         self.assertEqual(versions[0], lars_keras.__version__)
+        cited = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+        self.assertEqual(cited, [lars_keras.__version__])
 
     def pinned(self, name):
         """Return what a lock pins, each package with its version, after checking that all have hashes."""

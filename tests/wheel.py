@@ -33,6 +33,8 @@ def main():
     assert importlib.util.find_spec("tensorflow") is None, "the environment is not empty: it has TensorFlow"
     for name in ("models", "flags", "running", "tools", "tests", "train"):
         assert importlib.util.find_spec(name) is None, f"`{name}` is in the wheel"
+    for name in ("py.typed", "report/templates/report.html"):
+        assert (installed.parent / name).is_file(), f"`{name}` is not in the wheel"
 
     model, x, y = made()
     history = model.fit(x, y, batch_size=32, epochs=20, verbose=0).history
