@@ -98,7 +98,11 @@ class ImageData(abc.ABC):
                 f"Received: batch_size={batch_size}, shard={shard}"
             )
         if kind == "randaugment":
+            import tensorflow as tf
+
             from lars_keras.data.randaugment import randaugment
+
+            randaugment = tf.function(randaugment)  # the layers of KerasCV need AutoGraph
 
         def block(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
             ids, draws = self._train_draws(index, batch_size, seed, shard, kind)
@@ -193,7 +197,12 @@ def _dataset(block: Callable[[Any], Any], first: int, count: int | None) -> tf.d
     indices = tf.data.Dataset.counter(first)
     if count is not None:
         indices = indices.take(count)
-    batches = indices.map(lambda index: block(tf.cast(index, tf.uint64)), num_parallel_calls=2)
+
+    @tf.autograph.experimental.do_not_convert  # it would take a second to find nothing to convert
+    def batch(index: tf.Tensor) -> Any:
+        return block(tf.cast(index, tf.uint64))
+
+    batches = indices.map(batch, num_parallel_calls=2)
     options = tf.data.Options()
     options.deterministic = True
     # Each worker already reads its own rows.

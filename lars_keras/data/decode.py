@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lars_keras.data.orientation import is_webp, may_be_turned, number, orientation, upright
+from lars_keras.data.tracing import traced_once
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -17,6 +19,7 @@ _TRIES = 10
 NUM_DRAWS = 2 * _TRIES + 3  # area and aspect ratio of each try; then row, column, flip
 
 
+@traced_once
 def random_crop(image: tf.Tensor, draws: tf.Tensor, size: int) -> tf.Tensor:
     """Decode a random window of an image, resize it, and flip it with probability one half.
 
@@ -40,6 +43,7 @@ def random_crop(image: tf.Tensor, draws: tf.Tensor, size: int) -> tf.Tensor:
     return tf.cond(draws[-1] < 0.5, lambda: tf.reverse(pixels, [1]), lambda: pixels)
 
 
+@traced_once
 def central_crop(image: tf.Tensor, size: int) -> tf.Tensor:
     """Decode the central square of an image, and resize it.
 
@@ -114,7 +118,10 @@ def _decode(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor], size:
         top, left, height, width = tf.unstack(window_of(tf.shape(pixels)[:2]))
         return pixels[top : top + height, left : left + width]
 
-    def uncommon() -> tf.Tensor:  # another format, or a JPEG with tags, which may say that it is turned
+    # Another format, or a JPEG with tags, which may say that it is turned. What is not inlined is optimised when it is
+    # first used: most data have none, and it takes longer than all the rest.
+    @functools.partial(tf.function, autograph=False, experimental_attributes={"_noinline": True})
+    def uncommon() -> tf.Tensor:
         turn = orientation(image)
         return tf.cond(tf.io.is_jpeg(image) & (turn == 1), part_of_jpeg, lambda: part_of_pixels(turn))
 

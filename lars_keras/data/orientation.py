@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lars_keras.data.tracing import traced_once
+
 if TYPE_CHECKING:
     import tensorflow as tf
 
@@ -38,6 +40,7 @@ def may_be_turned(jpeg: tf.Tensor) -> tf.Tensor:
     return tf.cond(tables_first, app1_or_no_pixels, lambda: tf.constant(True))
 
 
+@traced_once
 def orientation(image: tf.Tensor) -> tf.Tensor:
     """Read the orientation of a JPEG, PNG or WebP: int32, 1 to 8. Return 1 if there is none.
 

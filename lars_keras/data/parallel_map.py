@@ -32,6 +32,8 @@ def map_rows(
     """
     import tensorflow as tf
 
+    function = tf.function(function, autograph=False)  # traced once for both uses
+
     def row_or_fallback(*row: tf.Tensor) -> tf.data.Dataset:
         one = tf.data.Dataset.from_tensors(row)
         return one.map(function).ignore_errors().concatenate(one.map(fallback)).take(1)

@@ -44,10 +44,21 @@ def permute(places: Array, key: Array, n: int) -> Array:
         uint64 of the same shape: where each place goes.
     """
     size = np.uint64(n)
-    for i in range(_ROUNDS):
-        pivot = splitmix64(key + np.uint64((i + 1) * GOLDEN % 2**64))
+
+    def swap_or_not(places: Array, key: Array) -> tuple[Array, Array]:
+        key = key + np.uint64(GOLDEN)
+        pivot = splitmix64(key)
         partner = (pivot % size + size - places) % size
         # Both places of a pair have this product, and no other pair of this pivot has it.
         swap = splitmix64(places * partner ^ pivot) // np.uint64(2**63)
-        places = places + swap * (partner - places)
-    return places
+        return places + swap * (partner - places), key
+
+    if isinstance(places, np.ndarray | np.uint64):
+        for _ in range(_ROUNDS):
+            places, key = swap_or_not(places, key)
+        return places
+    import tensorflow as tf
+
+    # A loop in the graph: unrolled, tracing and optimising it take a second.
+    state = places, key
+    return tf.while_loop(lambda *_: True, swap_or_not, state, parallel_iterations=1, maximum_iterations=_ROUNDS)[0]
