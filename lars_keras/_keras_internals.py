@@ -157,6 +157,12 @@ def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
+def compiled_parts(model: keras.Model) -> list[Any]:
+    """Return the objects that `model.compile` makes or takes: optimizer, its rate, loss and metrics."""
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    return [model.optimizer, inner._learning_rate, model._compile_loss, model._compile_metrics]
+
+
 def mask_of(tensor: Tensor) -> Tensor | None:
     """Return the mask that Keras's layers have attached to a tensor."""
     # Not an attribute of every tensor: JAX's take none.

@@ -1,4 +1,4 @@
-"""Parts of a model that replace what `Trainer` replaces, too."""
+"""Parts of a model that `Trainer` cannot take, because it would train or score something else."""
 
 import keras
 
@@ -30,6 +30,21 @@ def check_overrides(model: keras.Model) -> None:
             f"{', '.join(own)}. Put the objective into `compute_loss` or `add_loss`, and metrics into `compile` or "
             f"`compute_metrics`; or train with `model.fit`. Received: model of type {type(model).__name__}"
         )
+
+
+def check_loss(model: keras.Model) -> None:
+    """Refuse a sum or a weighted mean: those of the micro-batches do not add up to that of the global batch.
+
+    Raises:
+        ValueError: if a loss is one.
+    """
+    for loss in keras.tree.flatten(model.loss):
+        reduction = getattr(loss, "reduction", "sum_over_batch_size")
+        if reduction not in ("sum_over_batch_size", "mean"):
+            raise ValueError(
+                'The loss must be the mean over the batch, reduction="sum_over_batch_size". '
+                f"Received: {type(loss).__name__}(reduction={reduction!r})"
+            )
 
 
 def is_overridden(model: keras.Model, name: str) -> bool:

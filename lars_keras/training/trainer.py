@@ -14,13 +14,13 @@ from lars_keras._keras_internals import has_unweighted_metrics, learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
-from lars_keras.training.backend import engine_class
 from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
+from lars_keras.training.compiled_state import check_optimizer
+from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions
-from lars_keras.training.inputs import Data, count_examples, element_spec, take_updates
-from lars_keras.training.overrides import check_overrides
+from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import check_identity, identity_of, inner_optimizer
@@ -90,7 +90,6 @@ class Trainer:
         accumulation_steps: micro-batches of each replica in an update.
         position: the place of the run; see `Position`.
         callbacks: those of the last `fit`.
-        engine: the compiled functions; None until `fit`, `evaluate` or `restore` has seen the shapes of the data.
         step_losses: the loss of each update of the last execution.
         layer_norms: of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
             `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
@@ -119,8 +118,6 @@ class Trainer:
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
-        check_overrides(model)
-        _check_loss(model)
         batch_size = check_count("batch_size", batch_size)
         microbatch_size = (
             microbatch_size if microbatch_size is None else check_count("microbatch_size", microbatch_size)
@@ -141,16 +138,19 @@ class Trainer:
             layer_ratios=layer_ratios,
             noise_scale=noise_scale,
         )
-        self._engine_class = engine_class()
-        self._engine_class.check(model, self.cluster, self._options)
-        self.engine: Engine | None = None
+        self._current = CurrentEngine(model, self.cluster, self._options)
         self.position = Position()
         self.step_losses: list[float] = []
         self.layer_norms: dict[str, np.ndarray] = {}
-        self._restored = False
+        self._restored: Engine | None = None
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
         self._counted: tuple[Any, int] = (None, 0)
         self._generator: GeneratorFeed | None = None
+
+    @property
+    def engine(self) -> Engine | None:
+        """The compiled functions; None until `fit`, `evaluate` or `restore` has seen the shapes of the data."""
+        return self._current.engine
 
     def fit(
         self,
@@ -202,7 +202,8 @@ class Trainer:
 
         Raises:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
-                data that `evaluate` will refuse to score; if the loss does not depend on a trainable variable.
+                data that `evaluate` will refuse to score; if the loss does not depend on a trainable variable; if
+                layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
         validated = epochs_to_validate(validation_freq)
         if validation_data is not None:
@@ -212,10 +213,14 @@ class Trainer:
         if steps_per_epoch is None:
             data, steps_per_epoch = self.whole_updates(data)
         ends = epoch_ends(epochs, steps_per_epoch)
-        engine = self._built_engine(data, 0)
+        engine = self._current.of(data, 0)
+        self._current.check_unchanged(engine)
+        check_optimizer(self.model)
         for warning in long_averages(self.model, ends[-1] if ends else 0):
             logging.warning("%s", warning)
-        restored, self._restored = self._restored, False
+        restored, self._restored = self._restored, None
+        if restored not in (None, engine):
+            raise ValueError("The model was compiled again after `restore`. Compile it before you restore.")
         if not restored:
             self.position = Position()
         position = self.position
@@ -249,6 +254,7 @@ class Trainer:
                 position.epoch, position.losses = epoch, []
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
+            self._current.check_unchanged(engine)
             while position.update < end and not self.model.stop_training:
                 callback_list.on_train_batch_begin(position.update)
                 data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
@@ -258,6 +264,7 @@ class Trainer:
             for callback in self.callbacks:
                 if hasattr(callback, "on_updates_end"):
                     callback.on_updates_end(last)
+            self._current.check_unchanged(engine)
             logs = position.logs
             if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
                 with engine.ema_weights():
@@ -314,7 +321,7 @@ class Trainer:
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
     ) -> dict[str, float]:
         self._check_metrics()
-        return self._built_engine(data).evaluate(data, before_batch, after_batch)
+        return self._current.of(data).evaluate(data, before_batch, after_batch)
 
     def _check_metrics(self) -> None:
         if has_unweighted_metrics(self.model):
@@ -334,7 +341,7 @@ class Trainer:
         if self.callbacks:
             self.position.callbacks = memory_of(self.callbacks)
         position = dataclasses.asdict(self.position) | {"identity": identity_of(self.model)}
-        return self._running_engine().snapshot(), position
+        return self._current.running().snapshot(), position
 
     def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
         """Restore what `snapshot` returned; the next `fit` goes on from there.
@@ -348,9 +355,9 @@ class Trainer:
             ValueError: if the model or optimizer has other variables, or variables with the same shapes and other
                 paths, or the optimizer is of another class; nothing is changed then.
         """
-        if self.engine is None:
+        if not self._current.is_current():
             data = self._training_data(*(data if isinstance(data, tuple) else (data,)))
-        engine = self._built_engine(data, 0)
+        engine = self._current.of(data, 0)
         check_identity(self.model, position.get("identity"))
         before = self._set_rate()
         engine.restore(arrays)
@@ -361,7 +368,7 @@ class Trainer:
         fields = {field.name for field in dataclasses.fields(Position)}
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.callbacks = ()
-        self._restored = True
+        self._restored = engine
 
     def _set_rate(self) -> float | None:
         """Return the learning rate that is stored in a variable; None if a schedule sets it."""
@@ -377,7 +384,7 @@ class Trainer:
             path: of the file.
             write: True on one of the hosts.
         """
-        self._running_engine().save_model(path, write)
+        self._current.running().save_model(path, write)
 
     def whole_updates(self, data: Data) -> tuple[Data, int]:
         """Return finite data without their last partial global batch, and the number of updates that they give.
@@ -415,26 +422,3 @@ class Trainer:
 
     def _scoring_sizes(self) -> dict[str, int]:
         return {"batch_size": self.microbatch_size * self.replicas, "hosts": self.cluster.hosts}
-
-    def _built_engine(self, data: Data, *first_update: int) -> Engine:
-        """Return the engine, made on first use, when the shapes of the examples are known."""
-        if self.engine is None:
-            spec = element_spec(data, *first_update)
-            self.engine = self._engine_class(self.model, self.cluster, self._options, spec)
-        return self.engine
-
-    def _running_engine(self) -> Engine:
-        if self.engine is None:
-            raise RuntimeError("`Trainer` has no state yet: call `fit`, `evaluate` or `restore` first.")
-        return self.engine
-
-
-def _check_loss(model: keras.Model) -> None:
-    """Refuse a sum or a weighted mean: those of the micro-batches do not add up to that of the global batch."""
-    for loss in keras.tree.flatten(model.loss):
-        reduction = getattr(loss, "reduction", "sum_over_batch_size")
-        if reduction not in ("sum_over_batch_size", "mean"):
-            raise ValueError(
-                'The loss must be the mean over the batch, reduction="sum_over_batch_size". '
-                f"Received: {type(loss).__name__}(reduction={reduction!r})"
-            )

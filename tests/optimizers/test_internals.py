@@ -140,6 +140,17 @@ class KerasTest(parameterized.TestCase):
         model.layers[0].supports_jit = False
         self.assertFalse(_keras_internals.supports_jit(model))
 
+    def test_compiled_parts(self):
+        model, optimizer = built(keras.optimizers.SGD(0.1))
+        model.compile(optimizer, "mse", weighted_metrics=["mae"])
+        for name in ("_compile_loss", "_compile_metrics"):
+            self.assertIsNotNone(self.name(model, name))
+        before, now = (_keras_internals.compiled_parts(model) for _ in range(2))
+        self.assertEqual([a is b for a, b in zip(before, now, strict=True)], [True] * 4)
+        model.compile(optimizer, "mae", weighted_metrics=["mse"])
+        now = _keras_internals.compiled_parts(model)
+        self.assertEqual([a is b for a, b in zip(before, now, strict=True)], [True, True, False, False])
+
     def test_seed_state(self):
         model, _ = built(LARS())
         found = [v for v in model.non_trainable_variables if _keras_internals.is_seed_state(v)]

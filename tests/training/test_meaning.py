@@ -267,6 +267,96 @@ class TrainingTest(parameterized.TestCase, tf.test.TestCase):
             self.assertAllClose(rest[name][-1], whole[name][-1], rtol=1e-6)
 
 
+class SecondPhaseTest(parameterized.TestCase, tf.test.TestCase):
+    """A model that is changed between two calls, against two calls of Keras's `fit`."""
+
+    def model(self):
+        model = sequential(
+            keras.layers.Dense(3, kernel_initializer="ones", name="back"),
+            keras.layers.Dense(1, kernel_initializer="ones"),
+        )
+        model.layers[0].trainable = False
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", weighted_metrics=["mse"])
+        return model
+
+    @parameterized.parameters(
+        ("fit", "unfrozen"), ("fit", "loss and metrics"), ("evaluate", "frozen"), ("evaluate", "optimizer")
+    )
+    def test_compiled_again(self, first, change):
+        def changed(model):
+            if change in ("unfrozen", "frozen"):
+                model.layers[0].trainable = change == "unfrozen"
+                model.layers[1].trainable = change == "unfrozen"
+                if change == "frozen":
+                    model.layers[0].trainable = True
+            if change == "loss and metrics":
+                model.compile(model.optimizer, "mae", weighted_metrics=["mae", "cosine_similarity"])
+            else:
+                model.compile(keras.optimizers.Adam(0.01), "mse", weighted_metrics=["mse"])
+
+        data = dataset(X, Y)
+        model, reference = self.model(), self.model()
+        trainer = Trainer(model, batch_size=16, microbatch_size=8)
+        if first == "fit":
+            trainer.fit(data, verbose=0)
+            reference.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+        else:
+            trainer.evaluate(data)
+        changed(model)
+        changed(reference)
+        scores = trainer.evaluate(data)
+        expected = reference.evaluate(X, Y, batch_size=64, verbose=0, return_dict=True)
+        self.assertEqual(scores.pop("n"), 64)
+        self.assertAllClose(scores, expected, rtol=1e-5)
+        history = trainer.fit(data, epochs=2, verbose=0).history
+        expected = reference.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        self.assertAllClose({name: history[name] for name in expected}, expected, rtol=1e-5)
+        self.assertAllClose(history["learning_rate"][-1], float(model.optimizer.learning_rate))
+        for actual, value in zip(model.get_weights(), reference.get_weights(), strict=True):
+            self.assertAllClose(np.array(actual), np.array(value), rtol=1e-5, atol=1e-6)
+        self.assertEqual(int(model.optimizer.iterations), int(reference.optimizer.iterations))
+
+    def test_changed_without_compile(self):
+        """Keras's `fit` goes on with the old state on TensorFlow and fails on JAX; `Trainer` refuses on both."""
+        model, data = self.model(), dataset(X, Y)
+        trainer = Trainer(model, batch_size=16)
+        trainer.fit(data, verbose=0)
+        model.layers[0].trainable = True
+        trainer.evaluate(data)
+        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: back has another .*`model.compile` again"):
+            trainer.fit(data, verbose=0)
+        model.compile(model.optimizer, "mse")  # it knows two variables
+        with self.assertRaisesRegex(ValueError, "optimizer was built for 2 variables.*the 4 trainable.*new optimizer"):
+            trainer.fit(data, verbose=0)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        trainer.fit(data, verbose=0)
+
+        class Freezes(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                self.model.layers[0].trainable = False
+
+        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: back"):
+            trainer.fit(data, epochs=2, callbacks=[Freezes()], verbose=0)
+        compiles = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: model.compile("sgd", "mse"))
+        model.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "compiled again while it was trained"):
+            trainer.fit(data, epochs=2, callbacks=[compiles], verbose=0)
+        trainer.fit(data, verbose=0)
+        trainer.restore(*trainer.snapshot(), data)
+        model.compile("sgd", "mse")
+        with self.assertRaisesRegex(RuntimeError, "no state yet"):
+            trainer.snapshot()
+        with self.assertRaisesRegex(ValueError, "compiled again after `restore`"):
+            trainer.fit(data, verbose=0)
+        model.add(keras.layers.Dense(1, name="added"))
+        model.compile("sgd", "mse")
+        trainer = Trainer(model, batch_size=16)
+        trainer.evaluate(data)
+        model.add(keras.layers.Dense(1, name="another"))
+        with self.assertRaisesRegex(ValueError, "another layer, another"):
+            trainer.evaluate(data)
+
+
 if BACKEND == "tensorflow":
 
     class OnJaxTest(tf.test.TestCase):

@@ -1,0 +1,76 @@
+"""The parts of a compiled model that an engine is built for, and what has become of them since."""
+
+import keras
+
+from lars_keras._keras_internals import compiled_parts, layers_of, optimized_variables
+from lars_keras.training.state import inner_optimizer
+
+
+class CompiledState:
+    """What a compiled and built model consists of now, to be compared with what it consists of later.
+
+    Keras's own programs keep what they were compiled with. Where a layer is frozen without another `compile`, its
+    `fit` goes on with the old state on TensorFlow, without a word, and fails on JAX.
+
+    Args:
+        model: compiled and built.
+    """
+
+    def __init__(self, model: keras.Model):
+        # The objects themselves: an `id` may come again.
+        self._parts = compiled_parts(model)
+        self._layers = layers_of(model)
+        self._trainable_flags = [layer.trainable for layer in self._layers]
+        self._trainable = list(model.trainable_variables)
+
+    def compiled_again(self, model: keras.Model) -> bool:
+        """Return True if the optimizer, its rate, the loss or the metrics are other objects than before."""
+        return not _same(self._parts, compiled_parts(model))
+
+    def check(self, model: keras.Model, training: bool) -> None:
+        """Refuse a model that was changed, but not compiled again.
+
+        Args:
+            model: the same model, not compiled again.
+            training: also look at what is trainable, which an evaluation does not depend on.
+
+        Raises:
+            ValueError: if there are other layers, or others are trainable; the message names a layer.
+        """
+        layers = layers_of(model)
+        if not _same(self._layers, layers):
+            changed = [layer for layer in layers if not any(layer is own for own in self._layers)]
+            what = f"has another layer, {changed[0].name}" if changed else "has lost or moved a layer"
+        elif not training:
+            return
+        else:
+            flags = zip(layers, self._trainable_flags, strict=True)
+            changed = [layer for layer, before in flags if layer.trainable != before]
+            if not changed and _same(self._trainable, model.trainable_variables):
+                return
+            name = changed[-1].name if changed else "variables of a layer"
+            what = f"was frozen or unfrozen in part: {name} has another `trainable`"
+        raise ValueError(
+            f"Since it was compiled, the model {what}. Call `model.compile` again, with a new optimizer, so that "
+            "training takes note of it."
+        )
+
+
+def check_optimizer(model: keras.Model) -> None:
+    """Refuse an optimizer that was built for other variables than a built model trains now.
+
+    Raises:
+        ValueError: if it was.
+    """
+    optimizer = inner_optimizer(model.optimizer)
+    known = optimized_variables(optimizer)
+    if not _same(known, model.trainable_variables):
+        raise ValueError(
+            f"The optimizer was built for {len(known)} variables, which are not the {len(model.trainable_variables)} "
+            "trainable variables that the model has now. Call `model.compile` with a new optimizer. Received: "
+            f"optimizer={optimizer.name}"
+        )
+
+
+def _same(before: list, now: list) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))

@@ -1,0 +1,88 @@
+"""The engine of a model as it is compiled now."""
+
+from typing import Any
+
+import keras
+
+from lars_keras.training.backend import engine_class
+from lars_keras.training.compiled_state import CompiledState
+from lars_keras.training.engine import Engine, EngineOptions
+from lars_keras.training.inputs import Data, element_spec
+from lars_keras.training.overrides import check_loss, check_overrides
+
+
+class CurrentEngine:
+    """Makes the engine of a model when the shapes of the data are known, and anew when the model is compiled again.
+
+    Args:
+        model: compiled.
+        cluster: where it was made.
+        options: how to take a step.
+
+    Attributes:
+        engine: None until it is made.
+
+    Raises:
+        ValueError: if the engine of this backend cannot train the model as Keras does.
+    """
+
+    def __init__(self, model: keras.Model, cluster: Any, options: EngineOptions):
+        self.engine: Engine | None = None
+        self._arguments = (model, cluster, options)
+        self._model, self._class = model, engine_class()
+        self._built_for: CompiledState | None = None
+        self._check_model()
+
+    def _check_model(self) -> None:
+        check_overrides(self._model)
+        check_loss(self._model)
+        self._class.check(*self._arguments)
+
+    def is_current(self) -> bool:
+        """Return True if there is an engine for the model as it is compiled now."""
+        return self._built_for is not None and not self._built_for.compiled_again(self._model)
+
+    def of(self, data: Data, *first_update: int) -> Engine:
+        """Return the engine.
+
+        Args:
+            data: as `lars_keras.training.inputs.element_spec` takes them.
+            *first_update: 0 where `data` is for training.
+
+        Raises:
+            ValueError: if the model was compiled again and cannot be trained; if layers were added or removed without
+                another `compile`.
+        """
+        if self.engine is None or not self.is_current():
+            self._check_model()
+            spec = element_spec(data, *first_update)
+            self.engine = None  # before another is made, for its memory
+            self.engine = self._class(*self._arguments, spec)
+            self._built_for = CompiledState(self._model)
+        assert self._built_for
+        self._built_for.check(self._model, training=False)
+        return self.engine
+
+    def running(self) -> Engine:
+        """Return the engine that a call before has made.
+
+        Raises:
+            RuntimeError: if there is none, or the model was compiled again since.
+        """
+        if self.engine is None or not self.is_current():
+            raise RuntimeError(
+                "`Trainer` has no state yet, or that of a model that was compiled again since. Call `fit`, `evaluate` "
+                "or `restore` first."
+            )
+        return self.engine
+
+    def check_unchanged(self, engine: Engine) -> None:
+        """Refuse to train a model that is no longer the one that `engine` was made for.
+
+        Raises:
+            ValueError: if the model was compiled again, or changed without another `compile`.
+        """
+        if engine is not self.engine or not self.is_current():
+            raise ValueError("The model was compiled again while it was trained. Do so between two calls of `fit`.")
+        assert self._built_for
+        self._built_for.check(self._model, training=True)
