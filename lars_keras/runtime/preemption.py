@@ -3,13 +3,14 @@
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
 from lars_keras.runtime.errors import Preempted
 from lars_keras.training.cluster import cluster_of
+from lars_keras.training.votes import take_agreed
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT)  # a shell lets its background jobs ignore SIGINT
 SIGNALS = (*_ALWAYS, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
@@ -34,6 +35,7 @@ class StopOnSignal(keras.callbacks.Callback):
     def __init__(self, signals: Sequence[int] = SIGNALS) -> None:
         super().__init__()
         self._signals, self._received = tuple(signals), threading.Event()
+        self.agreed: bool | None = None
 
     def __enter__(self) -> "StopOnSignal":
         # Python runs its signal handlers between bytecode instructions, and an update is one instruction. Python's C
@@ -68,14 +70,19 @@ class StopOnSignal(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        self._cluster = cluster_of(model)
+        self._cluster, self._update = cluster_of(model), 0
+
+    def vote(self, update: int, logs: Mapping[str, float]) -> bool:
+        """Return True if a signal has arrived here; see `lars_keras.training.votes.Voter`."""
+        return self._received.is_set()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._update = batch + 1
         self._check(f"after update {batch + 1}")
 
     def on_test_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._check("during an evaluation")
 
     def _check(self, when: str) -> None:
-        if self._cluster.any_across_hosts(self._received.is_set()):
+        if take_agreed(self, self._cluster, self._update):
             raise Preempted(f"stopped {when}")

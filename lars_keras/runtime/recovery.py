@@ -12,6 +12,7 @@ from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager, SavePol
 from lars_keras.runtime.errors import Diverged, Preempted, UsageError
 from lars_keras.training.cluster import Cluster
 from lars_keras.training.trainer import Trainer
+from lars_keras.training.votes import take_agreed
 
 
 class CheckpointCallback(keras.callbacks.Callback):
@@ -53,6 +54,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         super().__init__()
         self.trainer, self.manager, self.metadata = trainer, manager, metadata if metadata is not None else {}
         self._policy = policy
+        self.agreed: bool | None = None
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         position = self.trainer.position
@@ -63,8 +65,12 @@ class CheckpointCallback(keras.callbacks.Callback):
         if position.batches_consumed == 0:
             self.save()
 
+    def vote(self, update: int, logs: Mapping[str, float]) -> bool:
+        """Return True if this host's policy asks for a save; see `lars_keras.training.votes.Voter`."""
+        return self._policy.due(update)
+
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if self.trainer.cluster.any_across_hosts(self._policy.due(batch + 1)):
+        if take_agreed(self, self.trainer.cluster, batch + 1):
             self.save()
 
     def on_updates_end(self, last: bool) -> None:
@@ -74,7 +80,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             return
         if last:
             self.save()
-        elif self.trainer.cluster.any_across_hosts(any(_may_stop(c) for c in self.trainer.callbacks)):
+        elif any(self.trainer.cluster.any_across_hosts(any(_may_stop(c) for c in self.trainer.callbacks))):
             self._held = self.trainer.snapshot()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -100,7 +106,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             refused = None
         except ValueError as e:
             refused = e
-        if self.trainer.cluster.any_across_hosts(refused is not None):
+        if any(self.trainer.cluster.any_across_hosts(refused is not None)):
             raise refused or UsageError("Another host found checkpoints of later updates in its folder.")
 
 

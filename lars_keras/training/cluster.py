@@ -30,8 +30,8 @@ class Cluster(Protocol):
     def scope(self) -> AbstractContextManager[Any]:
         """Return the context in which models and variables are made."""
 
-    def any_across_hosts(self, flag: bool) -> bool:
-        """Return the logical OR of `flag` over the hosts. Collective: call it on every host."""
+    def any_across_hosts(self, *flags: bool) -> list[bool]:
+        """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""
 
     def same_on_all_hosts(self, number: int) -> bool:
         """Return True if every host has the same number. Collective: call it on every host."""

@@ -24,6 +24,7 @@ from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import check_identity, identity_of, inner_optimizer
+from lars_keras.training.votes import hold_vote
 
 
 @dataclasses.dataclass
@@ -246,6 +247,11 @@ class Trainer:
         self.callbacks = callback_list.callbacks
         if restored and position.update:
             restore_memory(self.callbacks, position.callbacks)
+
+        def test_batch_end(batch: int) -> None:
+            hold_vote(self.cluster, self.callbacks, position.update, {})
+            callback_list.on_test_batch_end(batch)
+
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
@@ -259,7 +265,9 @@ class Trainer:
                 callback_list.on_train_batch_begin(position.update)
                 data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
                 # Not part of the position: a resumed run waits otherwise.
-                callback_list.on_train_batch_end(position.update - 1, {**position.logs, "data_wait": data_wait})
+                logs = {**position.logs, "data_wait": data_wait}
+                hold_vote(self.cluster, self.callbacks, position.update, logs)
+                callback_list.on_train_batch_end(position.update - 1, logs)
             last = position.update == ends[-1] or self.model.stop_training
             for callback in self.callbacks:
                 if hasattr(callback, "on_updates_end"):
@@ -269,9 +277,7 @@ class Trainer:
             if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
                 with engine.ema_weights():
                     callback_list.on_test_begin()
-                    scores = self._evaluate(
-                        validation_data, callback_list.on_test_batch_begin, callback_list.on_test_batch_end
-                    )
+                    scores = self._evaluate(validation_data, callback_list.on_test_batch_begin, test_batch_end)
                     callback_list.on_test_end(scores)
                 logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
             callback_list.on_epoch_end(epoch, logs)

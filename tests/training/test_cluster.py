@@ -47,7 +47,7 @@ class ClusterTest(parameterized.TestCase, tf.test.TestCase):
         for cluster in (cluster_of(model), Trainer(model, batch_size=8).cluster):
             self.assertIs(cluster.strategy, strategy)
             self.assertEqual((cluster.replicas, cluster.hosts, cluster.is_chief), (2, 1, True))
-            self.assertEqual([cluster.any_across_hosts(flag) for flag in (False, True)], [False, True])
+            self.assertEqual(cluster.any_across_hosts(False, True), [False, True])
             self.assertTrue(cluster.same_on_all_hosts(3))
 
     def test_a_lost_worker_is_known_by_its_error(self):

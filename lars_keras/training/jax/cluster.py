@@ -59,11 +59,11 @@ class JaxCluster:
         """Return the context in which models and variables are made."""
         return self.distribution.scope() if self.distribution else contextlib.nullcontext()
 
-    def any_across_hosts(self, flag: bool) -> bool:
-        """Return the logical OR of `flag` over the hosts. Collective: call it on every host."""
+    def any_across_hosts(self, *flags: bool) -> list[bool]:
+        """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""
         if self.hosts == 1:
-            return flag
-        return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+            return list(flags)
+        return np.any(multihost_utils.process_allgather(np.array(flags)), axis=0).tolist()
 
     def same_on_all_hosts(self, number: int) -> bool:
         """Return True if every host has the same number. Collective: call it on every host."""

@@ -38,12 +38,12 @@ class TensorFlowCluster:
         """Return the context in which models and variables are made."""
         return self.strategy.scope()
 
-    def any_across_hosts(self, flag: bool) -> bool:
-        """Return the logical OR of `flag` over the hosts. Collective: call it on every host."""
+    def any_across_hosts(self, *flags: bool) -> list[bool]:
+        """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""
         if not self._votes():
-            return flag
-        flags = self.strategy.run(lambda: tf.constant(float(flag)))
-        return bool(self.strategy.reduce(tf.distribute.ReduceOp.SUM, flags, axis=None) > 0)
+            return list(flags)
+        votes = self.strategy.run(lambda: tf.constant(flags, tf.float32))
+        return (self.strategy.reduce(tf.distribute.ReduceOp.SUM, votes, axis=None).numpy() > 0).tolist()
 
     def same_on_all_hosts(self, number: int) -> bool:
         """Return True if every host has the same number. Collective: call it on every host."""
@@ -51,7 +51,7 @@ class TensorFlowCluster:
             return True
         numbers = self.strategy.run(lambda: tf.constant(number, tf.int64))
         total = self.strategy.reduce(tf.distribute.ReduceOp.SUM, numbers, axis=None)
-        return not self.any_across_hosts(int(total) != number * self.replicas)
+        return not any(self.any_across_hosts(int(total) != number * self.replicas))
 
     def _votes(self) -> bool:
         return isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)

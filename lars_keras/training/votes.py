@@ -1,0 +1,50 @@
+"""Decisions that all hosts must take after the same update."""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+import keras
+
+from lars_keras.training.cluster import Cluster
+
+
+@runtime_checkable
+class Voter(Protocol):
+    """A callback that acts on all hosts if one of them wants it to.
+
+    Attributes:
+        agreed: True if a host wants it after this batch. `hold_vote` sets it.
+    """
+
+    agreed: bool | None
+
+    def vote(self, update: int, logs: Mapping[str, float]) -> bool:
+        """Return True if this host wants the callback to act after `update`, whose logs are given."""
+
+
+def hold_vote(
+    cluster: Cluster, callbacks: Iterable[keras.callbacks.Callback | Voter], update: int, logs: Mapping[str, float]
+) -> None:
+    """Set `agreed` of each `Voter` among the callbacks, by one message for all of them.
+
+    Collective: call it on every host, with the same voters in the same order.
+
+    Args:
+        cluster: of the run.
+        callbacks: of the run; those that are no voters are left alone.
+        update: the number of finished updates.
+        logs: of the last training batch; empty in an evaluation.
+    """
+    voters = [callback for callback in callbacks if isinstance(callback, Voter)]
+    if voters:
+        votes = [voter.vote(update, logs) for voter in voters]
+        for voter, agreed in zip(voters, cluster.any_across_hosts(*votes), strict=True):
+            voter.agreed = agreed
+
+
+def take_agreed(voter: Voter, cluster: Cluster, update: int, logs: Mapping[str, float] | None = None) -> bool:
+    """Return once what the last vote decided. Without a vote, as in `model.fit`, hold one for this voter alone."""
+    if voter.agreed is None:
+        hold_vote(cluster, [voter], update, logs or {})
+    agreed, voter.agreed = voter.agreed, None
+    return bool(agreed)
