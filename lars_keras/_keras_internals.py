@@ -152,6 +152,45 @@ def _unless_of_one_replica(scaling: Callable[[Tensor], Tensor]) -> Callable[[Ten
     return scaled
 
 
+@contextlib.contextmanager
+def recorded_masks() -> Iterator[list[Tensor | None]]:
+    """Record, in this thread, the mask of each mean that a loss takes over the entries of a batch; None without one.
+
+    It is the mask of the predictions, or that of `ignore_class`, or both. Keras divides the mean by its valid entries.
+    """
+    module: Any = sys.modules[keras.losses.Loss.__module__]
+    if not hasattr(module.apply_mask, "of_keras"):
+        module.apply_mask = _recording(module.apply_mask)
+    before = getattr(_threads, "masks", None)
+    masks: list[Tensor | None] = []
+    _threads.masks = masks
+    try:
+        yield masks
+    finally:
+        _threads.masks = before
+
+
+def _recording(apply_mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def applied(sample_weight: Tensor, mask: Tensor, dtype: str, reduction: str) -> Tensor:
+        masks = getattr(_threads, "masks", None)
+        if masks is not None and reduction in ("mean", "sum_over_batch_size"):
+            masks.append(mask)
+        return apply_mask(sample_weight, mask, dtype=dtype, reduction=reduction)
+
+    applied.of_keras = apply_mask  # type: ignore[attr-defined]
+    return applied
+
+
+def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
+    """Return the losses of a model that was compiled, and has computed its loss."""
+    return [loss.loss for loss in (model._compile_loss._flat_losses or [])] if model._compile_loss else []
+
+
+def layer_losses(model: keras.Model) -> list[Tensor]:
+    """Return what the layers have added to the loss in this stateless scope, without regularizers of weights."""
+    return [loss for layer in layers_of(model) for loss in layer._get_own_losses()]
+
+
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:
     """Return the model's loss, as Keras's steps call for it: with `training` only if an override takes it."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)

@@ -47,7 +47,7 @@ def jax_programs(
         jax.errors.JaxRuntimeError: of the compiler.
     """
     spec = keras.tree.map_structure(lambda a: TensorSpec((None, *a.shape), a.dtype), batch)
-    build_model(model, spec)
+    terms = build_model(model, spec)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     step = JaxStep(
@@ -57,6 +57,7 @@ def jax_programs(
         layer_norms=layer_norms,
         shard_optimizer_state=shard_optimizer_state,
         reduce_dtype=reduce_dtype,
+        masked=terms.masked,
     )
     step.check_every_weight_is_used(spec)
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from lars_keras.training.inputs import Data
+from lars_keras.training.loss_terms import LossTerms
 from lars_keras.training.state import inner_optimizer
 
 
@@ -64,7 +65,12 @@ class Engine(Protocol):
         cluster: where it was made: the `Cluster` of the engine's backend.
         options: how to take a step.
         element_spec: a `TensorSpec` for each array of a batch of the data.
+
+    Attributes:
+        loss_terms: the terms of the loss.
     """
+
+    loss_terms: LossTerms
 
     def __init__(self, model: keras.Model, cluster: Any, options: EngineOptions, element_spec: Any): ...
 

@@ -4,7 +4,7 @@ A *ghost batch* (Hoffer et al. 2017, arXiv 1705.08741) is the `microbatch_size` 
 takes through the model at once. A global batch is an ordered list of ghost batches, and an update is
 defined by that list alone:
 
-- The loss is the mean over the ghost batches.
+- The loss is the mean over the ghost batches. If a mask leaves entries out of it, they count with their valid entries.
 - Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
   the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
@@ -20,9 +20,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from lars_keras._keras_internals import compute_loss, is_seed_state, losses_of_one_replica
+from lars_keras._keras_internals import (
+    compute_loss,
+    is_seed_state,
+    layer_losses,
+    losses_of_one_replica,
+    recorded_masks,
+)
 from lars_keras.training.batch_stats import one_pass_moments
 from lars_keras.training.inputs import TensorSpec, spec_of
+from lars_keras.training.loss_terms import LossTerms, valid_entries
 
 Tensor = Any
 
@@ -71,12 +78,13 @@ class StatelessForward:
         sample_weight: Any,
         index: Tensor,
         metrics: list[Tensor],
-    ) -> tuple[Tensor, Any, list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, Any, list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """Compute the loss of ghost batch number `index` of its update, in training mode.
 
         Returns:
-            The loss (mean over the ghost batch, plus the model's own losses), the predictions, and the new values of
-            `batch_stats`, `rng_state` and `metrics`.
+            The loss (mean over the ghost batch, plus the model's own losses), the predictions, the new values of
+            `batch_stats`, `rng_state` and `metrics`, and the valid entries of an example, float32: the weight of the
+            ghost batch in the update.
         """
         keyed = [
             _with_key(value, index, +1) if seed else value for value, seed in zip(rng_state, self._is_seed, strict=True)
@@ -85,7 +93,8 @@ class StatelessForward:
         mapping = list(zip(variables, trainable + batch_stats + keyed + metrics, strict=True))
         with self._moments(), losses_of_one_replica(), keras.StatelessScope(mapping, collect_losses=True) as scope:
             y_pred = self.model(x, training=True)
-            loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=True)
+            with recorded_masks() as masks:
+                loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=True)
             new_batch_stats = [scope.get_current_value(v) for v in self.batch_stats]
             new_rng_state = [scope.get_current_value(v) for v in self.rng_state]
             metrics = [scope.get_current_value(v) for v in self.metrics]
@@ -93,7 +102,7 @@ class StatelessForward:
             _with_key(value, index, -1) if seed else value
             for value, seed in zip(new_rng_state, self._is_seed, strict=True)
         ]
-        return loss, y_pred, new_batch_stats, new_rng_state, metrics
+        return loss, y_pred, new_batch_stats, new_rng_state, metrics, valid_entries(masks)
 
 
 def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
@@ -105,12 +114,15 @@ def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
     return seed_state + step if sign > 0 else seed_state - step
 
 
-def build_model(model: keras.Model, element_spec: Any) -> None:
+def build_model(model: keras.Model, element_spec: Any) -> LossTerms:
     """Create what Keras creates on the first batch, without drawing one from the data.
 
     Args:
         model: compiled.
         element_spec: shape and dtype of each array of a batch: `TensorSpec`s of this package or of TensorFlow.
+
+    Returns:
+        The terms of its loss.
     """
     zeros = keras.tree.map_structure(_zeros, spec_of(element_spec))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(zeros)
@@ -119,8 +131,11 @@ def build_model(model: keras.Model, element_spec: Any) -> None:
     values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
     with keras.StatelessScope(values, collect_losses=True):
         y_pred = model(x)
-        compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
+        with recorded_masks() as masks:
+            compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
+        layers = len(layer_losses(model))
         model.compute_metrics(x, y, y_pred, weight)
+    return LossTerms(tuple(mask is not None for mask in masks), layers, spec_of((x, y, y_pred)))
 
 
 def _zeros(spec: TensorSpec | None) -> Tensor | None:

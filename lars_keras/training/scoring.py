@@ -32,11 +32,11 @@ def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -
     """
     y_pred = model(x, training=False)
     loss_weight = _aligned(weight, y_pred) if padded else weight
-    with keras_internals.losses_of_one_replica():
+    with keras_internals.losses_of_one_replica(), keras_internals.recorded_masks() as masks:
         loss = keras_internals.compute_loss(model, x, y, y_pred, loss_weight, training=False)
-        model.compute_metrics(x, y, y_pred, weight)
+    model.compute_metrics(x, y, y_pred, weight)
     size = next(ops.shape(a)[0] for a in keras.tree.flatten(x) if a is not None)
-    count, total, n = _units(y_pred, weight, ops.cast(size, loss.dtype), loss.dtype)
+    count, total, n = _units(masks, weight, ops.cast(size, loss.dtype), loss.dtype)
     size = n if padded else ops.cast(size, loss.dtype)
     zero = ops.zeros([], loss.dtype)
     if is_overridden(model, "compute_loss"):  # only the model knows its parts
@@ -51,15 +51,14 @@ def summary(compiled: float, total: float, own: float, size: float, n: float) ->
     return {"loss": loss if size else math.nan, "n": n}
 
 
-def _units(y_pred: Any, weight: Any, size: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+def _units(masks: list[Tensor | None], weight: Any, size: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return what Keras's loss is divided by, the sum of weights, and that without a mask; all in units of examples."""
     if keras.tree.is_nested(weight):  # each output has its own sum; the loss stays on the scale of Keras's
         return size, size, size
     n = size if weight is None else size * ops.mean(ops.cast(weight, dtype))
-    mask = None if keras.tree.is_nested(y_pred) else keras_internals.mask_of(y_pred)
-    if mask is None:
+    if len(masks) != 1 or masks[0] is None:  # several with a mask come in one batch; see `check_scored_terms`
         return size, n, n
-    mask = ops.cast(mask, dtype)
+    mask = ops.cast(masks[0], dtype)
     weighted = mask
     if weight is not None:
         rank = max(len(mask.shape), len(weight.shape))

@@ -21,6 +21,7 @@ from lars_keras.training.compiled_state import check_optimizer
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, take_updates
+from lars_keras.training.loss_terms import check_terms
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import check_identity, identity_of, inner_optimizer
@@ -217,6 +218,7 @@ class Trainer:
         engine = self._current.of(data, 0)
         self._current.check_unchanged(engine)
         check_optimizer(self.model)
+        check_terms(self.model, engine.loss_terms, self.replicas * self.accumulation_steps)
         for warning in long_averages(self.model, ends[-1] if ends else 0):
             logging.warning("%s", warning)
         restored, self._restored = self._restored, None

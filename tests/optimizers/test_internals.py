@@ -151,6 +151,18 @@ class KerasTest(parameterized.TestCase):
         now = _keras_internals.compiled_parts(model)
         self.assertEqual([a is b for a, b in zip(before, now, strict=True)], [True, True, False, False])
 
+    def test_recorded_masks(self):
+        loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=0)
+        arrays = np.array([0, 1]), np.full((2, 2), 0.5, "float32")
+        with _keras_internals.recorded_masks() as masks:
+            loss(*arrays)
+            keras.losses.MeanSquaredError()(arrays[1], arrays[1])
+        loss(*arrays)
+        message = f"Keras {keras.__version__} has no apply_mask(sample_weight, mask, dtype, reduction)"
+        self.assertLen(masks, 2, message)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(masks[0]), [False, True], message)
+        self.assertIsNone(masks[1])
+
     def test_seed_state(self):
         model, _ = built(LARS())
         found = [v for v in model.non_trainable_variables if _keras_internals.is_seed_state(v)]

@@ -19,6 +19,7 @@ from lars_keras.training.inputs import Data, InputContext
 from lars_keras.training.jax.cluster import JaxCluster
 from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
+from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
 
@@ -33,6 +34,7 @@ class JaxEngine:
 
     Attributes:
         step: the programs of an update.
+        loss_terms: the terms of the loss.
     """
 
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
@@ -42,7 +44,7 @@ class JaxEngine:
         self._measures = ["gradient", "weight"] * options.layer_norms + ["ghost_gradient"] * options.noise_scale
         self._measures += [*MEASURES] * layer_ratios
         with cluster.scope():
-            build_model(model, element_spec)
+            self.loss_terms = build_model(model, element_spec)
             if not self.optimizer.built:
                 self.optimizer.build(model.trainable_variables)
         self.step = JaxStep(
@@ -54,6 +56,7 @@ class JaxEngine:
             layer_ratios=layer_ratios,
             shard_optimizer_state=cluster.shard_optimizer_state,
             reduce_dtype=options.reduce_dtype,
+            masked=self.loss_terms.masked,
         )
         self.step.check_every_weight_is_used(element_spec)
         self._score_fn = jax.jit(self._score)
@@ -209,6 +212,7 @@ class JaxEngine:
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
         scores = []
         for i, batch in enumerate(batches):
+            check_scored_terms(self.model, self.loss_terms, i + 1)
             before_batch(i)
             metrics, score = self._score_fn(weights, metrics, self._for_scoring(batch))
             scores.append(score)

@@ -48,6 +48,7 @@ class JaxStep:
         layer_ratios: measure what a `LayerwiseOptimizer` does to each variable.
         shard_optimizer_state: keep and update shards of the weights.
         reduce_dtype: dtype of the gradients on their way between devices.
+        masked: weight ghost batches by their valid entries.
 
     Attributes:
         variables: the Keras variables of the state, by group, in its order.
@@ -70,10 +71,12 @@ class JaxStep:
         noise_scale: bool = False,
         shard_optimizer_state: bool = False,
         reduce_dtype: str = "float32",
+        masked: bool = False,
     ):
         self.model, self.optimizer, self.mesh = model, model.optimizer, mesh
         self.axes, self.devices = mesh.axis_names, mesh.devices.size
         self.accumulation_steps = accumulation_steps
+        self._masked = masked and self.devices * accumulation_steps > 1
         self._measure_norms, self._measure_ratios, self._measure_noise = layer_norms, layer_ratios, noise_scale
         self.forward = StatelessForward(model, compiled=True, over_replicas=lambda sums: lax.psum(sums, self.axes))
         self.variables = {
@@ -169,7 +172,8 @@ class JaxStep:
             for group, variables in enumerate(groups)
         )
         squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise))
-        others = (batch_stats, metrics, jnp.zeros(self.devices), squares)
+        valid = jnp.zeros((self.devices, 1 * self._masked))
+        others = (batch_stats, metrics, jnp.zeros(self.devices), squares, valid)
         return weights, self._loss_scale(state), (gradients, others)
 
     def _accumulate(
@@ -215,7 +219,11 @@ class JaxStep:
 
         The compiler shards the update as its arguments are.
         """
-        batch_stats, metrics, loss, squares = others
+        batch_stats, metrics, loss, squares, valid = others
+        if self._masked:
+            ghosts = self.devices * self.accumulation_steps
+            mean = jnp.where(valid[0] > 0, ghosts / jnp.where(valid[0] > 0, valid[0], 1.0), 0.0)
+            gradients, loss = [g * mean for g in gradients], loss * mean
         with measuring() as measures:  # what nobody asks for, the compiler leaves out
             trainable, optimizer = self.optimizer.stateless_apply(
                 state["optimizer"],
@@ -262,7 +270,10 @@ class JaxStep:
         index: Tensor,
         scale: Tensor,
     ) -> tuple[Any, list[Tensor]]:
-        """Return what a ghost batch adds to `(gradients, (batch_stats, metrics, loss, squares))`, and the rng_state."""
+        """Return what a ghost batch adds to the sums, and the rng_state.
+
+        The sums are `(gradients, (batch_stats, metrics, loss, squares, valid))`.
+        """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         ghosts = self.devices * self.accumulation_steps
 
@@ -274,12 +285,16 @@ class JaxStep:
             return loss * scale.astype(loss.dtype), (loss, y_pred, *state)
 
         (_, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(weights)
-        loss, y_pred, new_batch_stats, new_rng_state, metrics = aux
+        loss, y_pred, new_batch_stats, new_rng_state, metrics, valid = aux
         gradients = [g.astype(jnp.float32) for g in gradients]
         new_batch_stats = [a.astype(jnp.float32) / ghosts for a in new_batch_stats]
         metrics = self._with_compiled_metrics(metrics, x, y, y_pred, sample_weight)
         squares = _squares(gradients) if self._measure_noise else jnp.zeros(0)
-        return (gradients, (new_batch_stats, metrics, loss.astype(jnp.float32), squares)), new_rng_state
+        loss = loss.astype(jnp.float32)
+        if self._masked:  # by their weight only here: the scaled loss may be in float16
+            gradients, loss = [g * valid for g in gradients], loss * valid
+        valid = valid[None] if self._masked else jnp.zeros(0)
+        return (gradients, (new_batch_stats, metrics, loss, squares, valid)), new_rng_state
 
     def _ghost_number(self) -> Tensor:
         """Return the number of this device's ghost batch in its micro-batch."""

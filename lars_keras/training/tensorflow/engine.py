@@ -14,6 +14,7 @@ from lars_keras.compiled import has_accelerator
 from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
+from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
@@ -29,6 +30,7 @@ class TensorFlowEngine:
 
     Attributes:
         step: the functions of one replica.
+        loss_terms: the terms of the loss.
     """
 
     def __init__(self, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions, element_spec: Any):
@@ -37,8 +39,9 @@ class TensorFlowEngine:
         auto = options.jit_compile == "auto"
         jit_compile = has_accelerator() and supports_jit(model) if auto else bool(options.jit_compile)
         with self.strategy.scope():
-            build_model(model, element_spec)
-        self.step = TensorFlowStep(model, self.replicas, options, jit_compile)
+            self.loss_terms = build_model(model, element_spec)
+        masked = self.loss_terms.masked and self.replicas * options.accumulation_steps > 1
+        self.step = TensorFlowStep(model, self.replicas, options, jit_compile, masked)
         with self.strategy.scope():
             if not self.optimizer.built:
                 self.optimizer.build(self.step.forward.trainable)
@@ -167,6 +170,7 @@ class TensorFlowEngine:
         self._scored.assign(np.zeros(5))
         with errors_of_data():
             for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
+                check_scored_terms(self.model, self.loss_terms, (i + 1) * self.replicas)
                 before_batch(i)
                 self._score_fn(batch)
                 after_batch(i)

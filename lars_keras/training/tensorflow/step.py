@@ -18,7 +18,8 @@ from lars_keras.training.tensorflow.update import apply_update
 
 Tensor = Any
 Sums: TypeAlias = tuple[list[Tensor], list[Tensor]]
-"""The sums over micro-batches of gradients, moving statistics and loss; and the state of the random numbers."""
+"""The sums over micro-batches of gradients, moving statistics, loss, what is measured, and valid entries; and the state
+of the random numbers."""
 
 
 class TensorFlowStep:
@@ -29,6 +30,7 @@ class TensorFlowStep:
         replicas: number of replicas.
         options: how to take a step.
         jit_compile: compile the gradient computation with XLA.
+        masked: weight ghost batches by their valid entries.
 
     Attributes:
         forward: the model as a pure function.
@@ -36,9 +38,10 @@ class TensorFlowStep:
         measures: names of the rows that `finish` returns.
     """
 
-    def __init__(self, model: keras.Model, replicas: int, options: EngineOptions, jit_compile: bool):
+    def __init__(self, model: keras.Model, replicas: int, options: EngineOptions, jit_compile: bool, masked: bool):
         self.model, self.optimizer, self.replicas = model, model.optimizer, replicas
         self.accumulation_steps = options.accumulation_steps
+        self._masked = masked
         self._measure_norms, self._measure_noise = options.layer_norms, options.noise_scale
         layerwise = isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
         self._measure_ratios = options.layer_ratios and layerwise
@@ -51,7 +54,7 @@ class TensorFlowStep:
     def zero_sums(self) -> Sums:
         """Return the sums before the first micro-batch of an update."""
         shapes = [v.shape for v in self.forward.trainable + self.forward.batch_stats] + [()]
-        shapes += [(len(self.forward.trainable),)] * self._measure_noise
+        shapes += [(len(self.forward.trainable),)] * self._measure_noise + [()] * self._masked
         return [tf.zeros(shape) for shape in shapes], [tf.convert_to_tensor(v) for v in self.forward.rng_state]
 
     def accumulate(self, sums: Sums, data: Any, i: Tensor) -> Sums:
@@ -67,14 +70,19 @@ class TensorFlowStep:
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         trainable, batch_stats, rng_state = self.state()
         metrics = [tf.convert_to_tensor(v) for v in self.forward.metrics]
-        gradients, batch_stats, rng_state, loss, y_pred, metrics = self.gradient(
+        gradients, batch_stats, rng_state, loss, y_pred, metrics, valid = self.gradient(
             trainable, batch_stats, rng_state, x, y, sample_weight, index, scale, metrics
         )
         for variable, value in zip(self.forward.metrics, metrics, strict=True):
             variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
         squares = [_squares(gradients)] * self._measure_noise
-        return [tf.cast(s, tf.float32) for s in [*gradients, *batch_stats, loss, *squares]], rng_state
+        gradients, batch_stats, loss, *squares = tf.nest.map_structure(
+            lambda s: tf.cast(s, tf.float32), [gradients, batch_stats, loss, *squares]
+        )
+        if self._masked:  # by their weight only here: the scaled loss may be in float16
+            gradients, loss = [g * valid for g in gradients], loss * valid
+        return [*gradients, *batch_stats, loss, *squares, *[valid] * self._masked], rng_state
 
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the values of trainable variables, batch statistics and random numbers, as `gradient` takes them."""
@@ -93,10 +101,10 @@ class TensorFlowStep:
         index: Tensor,
         scale: Tensor,
         metrics: list[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any, list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any, list[Tensor], Tensor]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trainable)
-            loss, y_pred, batch_stats, rng_state, metrics = self.forward.loss(
+            loss, y_pred, batch_stats, rng_state, metrics, valid = self.forward.loss(
                 trainable, batch_stats, rng_state, x, y, sample_weight, index, metrics
             )
             loss = loss / (self.replicas * self.accumulation_steps)
@@ -110,7 +118,7 @@ class TensorFlowStep:
             )
         gradients = [tf.convert_to_tensor(g) for g in gradients]
         batch_stats = [a / (self.replicas * self.accumulation_steps) for a in batch_stats]
-        return gradients, batch_stats, rng_state, loss, y_pred, metrics
+        return gradients, batch_stats, rng_state, loss, y_pred, metrics, valid
 
     def finish(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce the sums over the replicas, the only reduction of an update, and apply it on every replica alike.
@@ -123,8 +131,12 @@ class TensorFlowStep:
         values, rng_state = [tf.identity(s) for s in sums[0]], sums[1]
         values = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
         trainable, batch_stats = self.forward.trainable, self.forward.batch_stats
+        valid = values.pop() if self._masked else None
         squares = values.pop() if self._measure_noise else None
         gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
+        if valid is not None:
+            mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), valid)
+            gradients, loss = [g * mean for g in gradients], loss * mean
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)

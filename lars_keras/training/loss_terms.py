@@ -1,0 +1,159 @@
+"""The terms of a compiled loss: which of them the parts of a global batch add up to.
+
+The loss of a global batch must be the mean over its ghost batches. A masked mean is a weighted one: each ghost batch
+counts with the entries that its mask leaves. A loss that is no mean, such as Dice or a contrastive loss over all pairs
+of a batch, has another value for the whole batch than its ghost batches give, and is refused.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from lars_keras import _keras_internals as keras_internals
+from lars_keras.training.inputs import TensorSpec
+from lars_keras.training.overrides import is_overridden
+
+Tensor = Any
+
+_OVER_THE_BATCH = (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle)
+_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """What the loss of a built model consists of.
+
+    Attributes:
+        masks: for each mean that the loss takes, True if a mask leaves entries out of it.
+        layer_losses: number of losses that layers add, such as activity regularizers; those of weights do not count.
+        batch: a `TensorSpec` for each array of `(x, y, y_pred)`.
+    """
+
+    masks: tuple[bool, ...]
+    layer_losses: int
+    batch: tuple[Any, Any, Any]
+
+    @property
+    def masked(self) -> bool:
+        """True if ghost batches count with their valid entries."""
+        return any(self.masks)
+
+
+def one_masked_mean(model: keras.Model, terms: LossTerms) -> bool:
+    """Return True if a masked loss is nothing but one masked mean and a function of the weights."""
+    return len(terms.masks) == 1 and not terms.layer_losses and not is_overridden(model, "compute_loss")
+
+
+def valid_entries(masks: Sequence[Tensor | None]) -> Tensor:
+    """Return the number of entries that the mask of a loss leaves, for each example; 1 without a mask."""
+    if not masks or masks[0] is None:
+        return ops.ones([], "float32")
+    mask = ops.cast(masks[0], "float32")
+    return ops.sum(mask) / ops.cast(ops.shape(mask)[0], "float32")
+
+
+def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> None:
+    """Refuse a loss that the losses of several ghost batches do not add up to.
+
+    Args:
+        model: compiled and built.
+        terms: of its loss.
+        ghost_batches: number of them in a global batch.
+
+    Raises:
+        ValueError: if they do not; the message names the loss.
+    """
+    if ghost_batches == 1:
+        return
+    remedy = "Train with one micro-batch on one device, `microbatch_size=batch_size`, or with `model.fit`."
+    if terms.masked and not one_masked_mean(model, terms):
+        raise ValueError(
+            "A masked loss has to be weighted by the valid entries of each of the "
+            f"{ghost_batches} ghost batches, and `Trainer` can do so for one masked mean alone. {remedy} Received: "
+            f"a masked loss with {_parts(model, terms)}"
+        )
+    for name in _suspects(model):
+        if _is_mean(model, terms.batch) is False:
+            raise ValueError(
+                f"The loss of a batch is not the mean over its examples, so the {ghost_batches} ghost batches of a "
+                f"global batch do not add up to it. {remedy} Received: {name}"
+            )
+
+
+def check_scored_terms(model: keras.Model, terms: LossTerms, batches: int) -> None:
+    """Refuse masked losses of several batches that `lars_keras.training.scoring` cannot weight.
+
+    Args:
+        model: compiled and built.
+        terms: of its loss.
+        batches: number of batches, or of parts of them on replicas, so far.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    if batches > 1 and terms.masked and (len(terms.masks) > 1 or is_overridden(model, "compute_loss")):
+        raise ValueError(
+            "A masked loss has to be weighted by the valid entries of each batch, and `Trainer` can do so for one "
+            "masked mean alone. Score all data in one batch, or with `model.evaluate`. Received: a masked loss with "
+            f"{_parts(model, terms)}"
+        )
+
+
+def _parts(model: keras.Model, terms: LossTerms) -> str:
+    parts = [f"{len(terms.masks)} means over outputs"] * (len(terms.masks) > 1)
+    parts += ["losses that layers add"] * bool(terms.layer_losses)
+    parts += [f"{type(model).__name__}.compute_loss"] * is_overridden(model, "compute_loss")
+    return ", ".join(parts)
+
+
+def _suspects(model: keras.Model) -> list[str]:
+    """Return the name of a part of the loss that may be no mean over examples; no more than one."""
+    if is_overridden(model, "compute_loss"):
+        return [f"{type(model).__name__}.compute_loss"]
+    unknown = [loss.name for loss in keras_internals.compiled_losses(model) if not _is_known_mean(loss)]
+    return unknown[:1]
+
+
+def _is_known_mean(loss: keras.losses.Loss) -> bool:
+    if isinstance(loss, _OVER_THE_BATCH):
+        return False
+    function = getattr(loss, "fn", None)
+    parts = [type(loss)] if function is None else [type(loss), function]
+    names = ("dice", "tversky", "circle")
+    return all(p.__module__.startswith("keras.") and p.__name__ not in names for p in parts)
+
+
+def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
+    """Try made-up targets and predictions of four examples, together and in two parts; None if that says nothing."""
+    rng = np.random.default_rng(0)
+
+    def made_up(spec: TensorSpec | None, target: bool) -> np.ndarray | None:
+        if spec is None:
+            return None
+        shape = [4, *(size or 2 for size in spec.shape[1:])]
+        if target or not keras.backend.is_float_dtype(spec.dtype):
+            return rng.integers(0, 2, shape)
+        return rng.uniform(0.1, 0.9, shape)
+
+    arrays = [keras.tree.map_structure(lambda s, y=i == 1: made_up(s, y), part) for i, part in enumerate(batch)]
+
+    def loss(*part: int) -> float:
+        def tensor(a: np.ndarray | None, spec: TensorSpec | None) -> Tensor | None:
+            return None if a is None or spec is None else ops.convert_to_tensor(a[slice(*part)], spec.dtype)
+
+        x, y, y_pred = keras.tree.map_structure(tensor, arrays, list(batch))
+        values = [(v, ops.convert_to_tensor(v)) for v in [*model.variables, *model.metrics_variables]]
+        with keras_internals.losses_of_one_replica(), keras.StatelessScope(values, collect_losses=True):
+            return float(keras_internals.compute_loss(model, x, y, y_pred, None, training=True))
+
+    try:
+        whole, again, parts = loss(0, 4), loss(0, 4), (loss(0, 2) + loss(2, 4)) / 2
+    except Exception:  # it asks for other data; whatever it raises, so would the first update, or not
+        return None
+    if whole != again or not np.isfinite([whole, parts]).all():  # random, or no loss of such numbers
+        return None
+    return bool(abs(whole - parts) <= _TOLERANCE * max(abs(whole), abs(parts)))
