@@ -83,6 +83,17 @@ def table(comparison: str, candidates: tuple[str, ...], batch_sizes: tuple[int, 
     return " ".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def halfway(comparison: str) -> str:
+    """Return the noise scale halfway through a run."""
+    (run,) = (run for run in results.read("noise_scale")["runs"] if run["comparison"] == comparison)
+    return f"{run['parts'][len(run['parts']) // 2 - 1]['noise_scale']:,.0f}"
+
+
+def teaches(comparison: str, batch_size: int) -> str:
+    """Return the efficiency of an example by the noise scale halfway, in percent."""
+    return f"{100 / (1 + batch_size / float(halfway(comparison))):.0f} %"
+
+
 def phrases() -> dict[str, list[str]]:
     """Return the bound phrases by document."""
     optimizers = ("lars", "lamb", "sgd", "momentum", "adam")
@@ -103,6 +114,14 @@ def phrases() -> dict[str, list[str]]:
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
+        ],
+        "docs/noise_scale.md": [
+            f"digits: noise scale {halfway('digits')} halfway",
+            f"batch 1,024, where an example teaches {teaches('digits', 1024)}",
+            f"8,192, where it teaches {teaches('digits', 8192)}, LARS falls to {top1('digits', 'lars', 8192)}",
+            f"small AlexNet: noise scale {halfway('cifar10')} halfway",
+            f"256 to 1,024, where an example teaches {teaches('cifar10', 1024)}, top-1 falls from "
+            f"{mean('cifar10', 'lars', 256)} % to {mean('cifar10', 'lars', 1024)} %",
         ],
         "docs/optimizers.md": [
             updates("LARS", "LARS (ours)", "xla"),

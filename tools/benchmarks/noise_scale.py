@@ -82,7 +82,8 @@ def main() -> None:
                 interval = f"{part['low']} to {part['high']}"
                 print(f"{name}  epoch {part['epoch']:g}  noise scale {part['noise_scale']} ({interval})")
             write_json(
-                args.out, {"command": f"python -m {__spec__.name} {' '.join(sorted(runs))}", "runs": [*runs.values()]}
+                args.out,
+                {"command": f"python -m {__spec__.name} {' '.join(runs)} --data_dir=DIR", "runs": [*runs.values()]},
             )
 
 

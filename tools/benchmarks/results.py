@@ -123,6 +123,34 @@ def pytorch_lars_part() -> str:
     )
 
 
+def noise_scale_part(found: dict[str, Any]) -> str:
+    """Return the tables of `tools.benchmarks.noise_scale`: over a run, and beside the scores of its comparison."""
+    text = (
+        "## Does the noise scale predict where LARS loses?\n\n"
+        f"`{found['command']}`. Noise scale of each part of a run at the smallest batch, 95 % interval; then LARS at "
+        "equal epochs, beside the efficiency of an example, 1 / (1 + batch / noise scale), by the noise scale "
+        "halfway.\n"
+    )
+    for run in found["runs"]:
+        name, parts = run["comparison"], run["parts"]
+        halfway = parts[len(parts) // 2 - 1]["noise_scale"]
+        rows = [row for row in read(f"compare_{name}")["table"] if row["candidate"] == "lars"]
+        measured = [[f"{p['epoch']:g}", *(_examples(p[key]) for key in ("noise_scale", "low", "high"))] for p in parts]
+        scores = [
+            [f"{row['batch_size']:,}", score(row), f"{100 / (1 + row['batch_size'] / halfway):.0f} %"]
+            for row in sorted(rows, key=lambda row: row["batch_size"])
+        ]
+        text += f"\n{COMPARISONS[name]}, batch {run['batch_size']} in ghost batches of {run['microbatch_size']}:\n\n"
+        text += _table(["epoch", "noise scale", "from", "to"], measured)
+        text += "\n" + _table(["batch", "LARS, top-1", "efficiency of an example"], scores)
+    return text
+
+
+def _examples(value: float | None) -> str:
+    """Return a noise scale; None is infinite."""
+    return "no bound" if value is None else f"{value:,.0f}"
+
+
 def optimizer_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.optimizer_step`."""
     text = (
@@ -223,6 +251,7 @@ def page() -> str:
         HEAD,
         *(comparison_part(name, heading) for name, heading in COMPARISONS.items()),
         pytorch_lars_part(),
+        noise_scale_part(read("noise_scale")),
         "## One update\n",
         optimizer_part(read("optimizer_step")),
         "## Input\n",
