@@ -8,7 +8,7 @@ DEMO_STAMP = $(VENV)/installed-demo
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling pod-models prove-resume lint lock clean
+.PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling pod-models prove-resume lint docs notebook lock clean
 
 help:
 	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits; installs what it needs in .venv"
@@ -24,6 +24,8 @@ help:
 	@echo "make pod-scaling compile what is missing of results/pod_scaling.json; about an hour"
 	@echo "make pod-models  compile what is missing of results/pod_models.json; about an hour; needs keras-hub"
 	@echo "make lint    check style, docstrings, format, spelling and types"
+	@echo "make docs    build the site in build/site, with strict checks of its links (.venv-docs)"
+	@echo "make notebook  write docs/quickstart.ipynb from docs/quickstart.py"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-LANE, caches and build output"
 	@echo "test, lint and the others run setup first where needed. PYTHON=python3.12 chooses its interpreter."
@@ -122,6 +124,20 @@ lint: setup
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+# mkdocs needs none of the packages of .venv: the API is read from the sources.
+docs: .venv-docs/installed
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "build/site/index.html"
+
+.venv-docs/installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP) --require-hashes -r requirements/docs.txt
+	@touch $@
+
+# The notebook from its source, docs/quickstart.py.
+notebook:
+	$(PYTHON) -m tools.notebook
+
 LOCK =
 COMPILE = $(UV) pip compile $(LOCK) --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
     --annotation-style line --custom-compile-command "make lock" --quiet
@@ -134,6 +150,7 @@ lock:
 	$(COMPILE) pyproject.toml --extra train --extra tensorflow --constraint requirements/dev.txt \
 	    $(UNUSED:%=--no-emit-package %) --output-file requirements/demo.txt
 	$(COMPILE) pyproject.toml $(EXTRAS) --extra tensorflow-tpu --no-emit-package libtpu --output-file requirements/tpu.txt
+	printf "mkdocs-material\nmkdocstrings[python]\nruff\n" | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/docs.txt
 	echo "torch==2.13.0" | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
 
 clean:

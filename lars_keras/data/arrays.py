@@ -32,8 +32,8 @@ class ArrayData(ImageData):
 
     Args:
         name: name of the data set.
-        train, test: pairs of images, uint8 `(n, height, width, channels)`, and integer labels `(n,)`. The images are
-            not copied.
+        train: images, uint8 `(n, height, width, channels)`, and integer labels `(n,)`. The images are not copied.
+        test: the same of the test split.
         num_classes: number of classes.
         crop_flip: the random crop and flip, such as `pad_crop_flip`. It maps images and draws, float32 `(n, 3)` uniform
             in [0, 1), to images, as arrays and as tensors. None for images that must not be cropped or flipped.

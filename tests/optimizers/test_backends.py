@@ -43,6 +43,7 @@ class SecondProcessTest(parameterized.TestCase):
     @parameterized.named_parameters(("jax", "jax"), ("torch", "torch"))
     def test_backend(self, backend):
         others = [f"{FOLDER}/test_internals.py", f"{FOLDER}/test_settings.py"] if backend == "jax" else []
+        others += [f"{FOLDER}/../test_blocks.py"]
         run_on(backend, self, __file__, "-k", "not (SourceTest or RawRateTest)", *others)
 
 
