@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from lars_keras.report.html import number
 from lars_keras.report.layers import as_array
@@ -155,10 +155,10 @@ def _chart(title: str, lines: list[_Curve], percent: bool = False, log: bool = F
 def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
     with svg_style():
         figure = Figure(figsize=(4.3, 2.7), layout="constrained")
-        axes = figure.add_subplot()
+        axes, drawn = figure.add_subplot(), []
         for line in lines:
             marked = line.colour == VALIDATION or line.points == 1
-            axes.plot(
+            drawn += axes.plot(
                 line.x,
                 line.y,
                 color=line.colour,
@@ -175,8 +175,9 @@ def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
         axes.set_xlim(left=0)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter("{x:,.0f}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         if percent:
@@ -188,7 +189,8 @@ def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
         if len(lines) > 1:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
+            named = {"95 % interval" if c.faint else c.label: handle for c, handle in zip(lines, drawn, strict=True)}
+            figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
     last = (f"{c.label} {number(c.y[np.isfinite(c.y)][-1], '.2%' if percent else '.4g')}" for c in lines)
     return inline_svg(figure, title, f"{title} over optimizer updates. Last values: {'; '.join(last)}.")
 
