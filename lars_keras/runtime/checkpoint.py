@@ -72,6 +72,9 @@ class CheckpointManager:
     def check_newest(self, update: int) -> None:
         """Refuse to save an update if the folder has undamaged checkpoints of later ones.
 
+        Args:
+            update: of this run; -1 if it begins anew, so that all checkpoints are of another.
+
         Raises:
             UsageError: if it has. They are of another run, or this run was not restored.
         """
@@ -79,7 +82,7 @@ class CheckpointManager:
         if newer:
             raise UsageError(
                 f"{self.directory} holds a checkpoint of update {_update(newer[0])}, and this run is at update "
-                f"{update}. Restore the newest checkpoint to go on with that run, or name another folder. "
+                f"{max(update, 0)}. Restore the newest checkpoint to go on with that run, or name another folder. "
                 "Checkpoints of another run are never deleted."
             )
 

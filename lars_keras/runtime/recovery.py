@@ -58,7 +58,8 @@ class CheckpointCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         position = self.trainer.position
-        self._refuse_newer(position.update)
+        # A run that begins anew has nothing to do with any checkpoint, not even with one of update 0.
+        self._refuse_newer(position.update if position.update or self.trainer.resumed else -1)
         self._policy.reset(position.update)
         self._saved = position.update
         self._held: tuple[Mapping[str, np.ndarray], Mapping[str, Any]] | None = None

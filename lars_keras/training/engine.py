@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import keras
@@ -11,7 +10,7 @@ import numpy as np
 
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import LossTerms
-from lars_keras.training.state import inner_optimizer
+from lars_keras.training.state import EmaWeights, inner_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +107,8 @@ class Engine(Protocol):
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
         """Write a `.keras` file, if `write`. Collective: call it on every host."""
 
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """Temporarily swap in the EMA weights, if the optimizer keeps them."""
+    def ema_weights(self) -> EmaWeights:
+        """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
 
 
 def check_accumulation(optimizer: keras.optimizers.Optimizer) -> None:

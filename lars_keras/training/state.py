@@ -106,24 +106,45 @@ def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> li
     return [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
 
 
-@contextlib.contextmanager
-def ema_weights(optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]) -> Iterator[None]:
-    """Temporarily swap in the EMA weights, if the optimizer keeps them.
+class EmaWeights:
+    """A context in which the model has the EMA of its weights, if the optimizer keeps it.
+
+    Weights that are set within the context stay.
 
     Args:
         optimizer: possibly a `LossScaleOptimizer`.
         copy_of: returns the value of a variable, which does not change with it.
     """
-    optimizer = inner_optimizer(optimizer)
-    if not optimizer.use_ema or optimizer.ema_overwrite_frequency:
-        yield
-        return
-    variables = keras_internals.optimized_variables(optimizer)
-    current = [copy_of(v) for v in variables]
-    for variable, average in zip(variables, keras_internals.ema_variables(optimizer), strict=True):
-        variable.assign(average)
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, current, strict=True):
-            variable.assign(value)
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]):
+        self._optimizer, self._copy_of = inner_optimizer(optimizer), copy_of
+        self._swapped: list[tuple[keras.Variable, Any, Any]] = []
+
+    def __enter__(self) -> "EmaWeights":
+        optimizer = self._optimizer
+        if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
+            variables = keras_internals.optimized_variables(optimizer)
+            for variable, average in zip(variables, keras_internals.ema_variables(optimizer), strict=True):
+                current = self._copy_of(variable)
+                variable.assign(average)
+                self._swapped.append((variable, current, self._copy_of(variable)))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for variable, current, average in self._swapped:
+            now = self._copy_of(variable)
+            if now is average or bool(keras.ops.all(keras.ops.equal(now, average))):
+                variable.assign(current)
+        self._swapped = []
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Temporarily swap the weights back, if the context is in force."""
+        if not self._swapped:
+            yield
+            return
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()

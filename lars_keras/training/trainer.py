@@ -1,5 +1,6 @@
 """`Trainer`: large global batches for any compiled Keras model, on any number of devices."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -24,7 +25,7 @@ from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.loss_terms import check_terms
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
-from lars_keras.training.state import check_identity, identity_of, inner_optimizer
+from lars_keras.training.state import EmaWeights, check_identity, identity_of, inner_optimizer
 from lars_keras.training.votes import hold_vote
 
 
@@ -92,6 +93,7 @@ class Trainer:
         accumulation_steps: micro-batches of each replica in an update.
         position: the place of the run; see `Position`.
         callbacks: those of the last `fit`.
+        resumed: True if that went on from what `restore` had restored.
         step_losses: the loss of each update of the last execution.
         layer_norms: of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
             `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
@@ -145,6 +147,8 @@ class Trainer:
         self.step_losses: list[float] = []
         self.layer_norms: dict[str, np.ndarray] = {}
         self._restored: Engine | None = None
+        self.resumed = False
+        self._ema: EmaWeights | None = None
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
         self._counted: tuple[Any, int] = (None, 0)
         self._generator: GeneratorFeed | None = None
@@ -192,7 +196,8 @@ class Trainer:
                 whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
-                they are evaluated; `last` is True if no update follows.
+                they are evaluated; `last` is True if no update follows. In `on_epoch_end` the model has the EMA
+                weights, if the optimizer keeps them: those that were scored.
             verbose: 0 for silence, else a progress bar.
             shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
             class_weight: weight of the examples of each class, for arrays and a `PyDataset`.
@@ -224,6 +229,7 @@ class Trainer:
         restored, self._restored = self._restored, None
         if restored not in (None, engine):
             raise ValueError("The model was compiled again after `restore`. Compile it before you restore.")
+        self.resumed = restored is not None
         if not restored:
             self.position = Position()
         position = self.position
@@ -276,13 +282,17 @@ class Trainer:
                     callback.on_updates_end(last)
             self._current.check_unchanged(engine)
             logs = position.logs
-            if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
-                with engine.ema_weights():
+            self._ema = engine.ema_weights()
+            with contextlib.ExitStack() as averaged:
+                averaged.enter_context(self._ema)
+                if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
                     callback_list.on_test_begin()
                     scores = self._evaluate(validation_data, callback_list.on_test_batch_begin, test_batch_end)
                     callback_list.on_test_end(scores)
-                logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
-            callback_list.on_epoch_end(epoch, logs)
+                    logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
+                if any(map(_swaps_at_epochs, self.callbacks)):
+                    averaged.close()
+                callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
             if self.model.stop_training:
                 break
         self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
@@ -349,7 +359,8 @@ class Trainer:
         if self.callbacks:
             self.position.callbacks = memory_of(self.callbacks)
         position = dataclasses.asdict(self.position) | {"identity": identity_of(self.model)}
-        return self._current.running().snapshot(), position
+        with self._ema.suspended() if self._ema else contextlib.nullcontext():
+            return self._current.running().snapshot(), position
 
     def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
         """Restore what `snapshot` returned; the next `fit` goes on from there.
@@ -430,3 +441,8 @@ class Trainer:
 
     def _scoring_sizes(self) -> dict[str, int]:
         return {"batch_size": self.microbatch_size * self.replicas, "hosts": self.cluster.hosts}
+
+
+def _swaps_at_epochs(callback: keras.callbacks.Callback) -> bool:
+    """Return True for a callback that swaps in the EMA weights itself, from the end of an epoch to the next one."""
+    return isinstance(callback, keras.callbacks.SwapEMAWeights) and callback.swap_on_epoch

@@ -78,6 +78,18 @@ class RunEndTest(tf.test.TestCase):
     def folder(self):
         return pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
+    def test_a_lone_first_checkpoint_of_another_run_is_kept(self):
+        folder = self.folder()
+        Script(folder).fit(Stop(update=1), epochs=1)
+        for path in folder.glob("update-00000001-*"):
+            path.unlink()
+        before = list(folder.iterdir())
+        self.assertLen(before, 1)
+        with self.assertRaisesRegex(UsageError, "holds a checkpoint of update 0, and this run is at update 0. Restore"):
+            Script(folder, restore=False).fit(epochs=1)
+        self.assertEqual(list(folder.iterdir()), before)
+        self.assertEqual(Script(folder).fit(epochs=1).saved, [0, 4])
+
     def test_the_last_state_is_saved(self):
         for recovery in (False, True):
             policies = {"minutes": 10}, {"updates": 8}, {"updates": 10}

@@ -1,4 +1,4 @@
-"""`Trainer` takes shapes, sizes and objects as `model.fit` does: unknown sizes, NumPy's numbers, no config.
+"""`Trainer` takes shapes, sizes and objects as `model.fit` does: unknown sizes, NumPy's numbers, no config, an EMA.
 
 Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
 """
@@ -120,6 +120,54 @@ class ShapesTest(parameterized.TestCase, tf.test.TestCase):
         for data in ((sparse, Y), (ragged.batch(2),), (tf.data.Dataset.from_tensors(1.0),)):
             with self.assertRaisesRegex(ValueError, "dense arrays|first dimension"):
                 trainer_of().fit(*data, verbose=0)
+
+
+class AverageTest(tf.test.TestCase):
+    """At the end of an epoch the model is the one that was scored."""
+
+    def run_epochs(self, *callbacks):
+        trainer = trainer_of()
+        trainer.model.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9), "mse")
+        trainer = Trainer(trainer.model, batch_size=20)
+        seen = []
+
+        class Watch(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                state, _ = trainer.snapshot()
+                seen.append((weights(self.model), state["model/0"], logs["val_loss"]))
+
+        history = trainer.fit(X, Y, epochs=3, validation_data=(X, Y), verbose=0, callbacks=[*callbacks, Watch()])
+        return trainer, seen, history.history["val_loss"]
+
+    def test_scored_weights(self):
+        trainer, seen, scores = self.run_epochs()
+        reference = trainer_of().model
+        raw = [state for _, state, _ in seen]
+        for values, _, score in seen:
+            reference.set_weights(values)
+            self.assertAllClose(reference.evaluate(X, Y, batch_size=40, verbose=0)[0], score, rtol=1e-5)
+        for values, state in zip([values for values, _, _ in seen], raw, strict=True):
+            self.assertNotAllClose(values[0], state)  # a checkpoint still has the weights that go on
+        _, _, swapped = self.run_epochs(keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+        self.assertAllClose(swapped, scores, rtol=1e-6)
+        best = keras.callbacks.EarlyStopping(start_from_epoch=0, restore_best_weights=True)
+        trainer, _, scores = self.run_epochs(best)
+        best = trainer.model.evaluate(X, Y, batch_size=40, verbose=0, return_dict=True)
+        self.assertAllClose(best["loss"], min(scores), rtol=1e-5)
+
+    def test_weights_that_a_callback_sets_stay(self):
+        ones = [np.ones((4, 1)), np.ones(1)]
+        found = []
+
+        class Set(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                self.model.set_weights(ones)
+
+            def on_epoch_begin(self, epoch, logs=None):
+                found.append(weights(self.model)[0])
+
+        self.run_epochs(Set())
+        self.assertAllEqual(found[1:], [ones[0]] * 2)
 
 
 class SizesTest(parameterized.TestCase, tf.test.TestCase):

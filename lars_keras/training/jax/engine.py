@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.scoring import score_batch, summary
-from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
+from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 
 Tensor = Any
 
@@ -190,9 +189,9 @@ class JaxEngine:
         value = variable.value
         return np.array(value if value.is_fully_replicated else self._replicate_fn(value))
 
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """Temporarily swap in the EMA weights, if the optimizer keeps them."""
-        return ema_weights(self.optimizer, lambda v: v.value)  # JAX's arrays do not change
+    def ema_weights(self) -> EmaWeights:
+        """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
+        return EmaWeights(self.optimizer, lambda v: v.value)  # JAX's arrays do not change
 
     # -- evaluation ----------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -16,7 +15,7 @@ from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.scoring import score_batch, summary
-from lars_keras.training.state import ema_weights, inner_optimizer, restore_variables, variables_by_name
+from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 from lars_keras.training.tensorflow.inputs import errors_of_data, pads, scoring_batches, training_iterator
 from lars_keras.training.tensorflow.step import TensorFlowStep
@@ -156,9 +155,9 @@ class TensorFlowEngine:
         if write:
             self.model.save(path)
 
-    def ema_weights(self) -> AbstractContextManager[None]:
-        """Temporarily swap in the EMA weights, if the optimizer keeps them."""
-        return ema_weights(self.optimizer, lambda v: np.array(v.numpy()))
+    def ema_weights(self) -> EmaWeights:
+        """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
+        return EmaWeights(self.optimizer, lambda v: np.array(v.numpy()))
 
     # -- evaluation ----------------------------------------------------------------------------
 
