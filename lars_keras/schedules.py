@@ -7,7 +7,7 @@ the optimizer, so the schedules never see micro-batches.
 import abc
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -174,6 +174,8 @@ class WarmupStep(_Warmup):
         start: float = 0.0,
     ):
         super().__init__(peak, warmup_updates, start)
+        if isinstance(boundaries, str) or not isinstance(boundaries, Iterable):
+            raise ValueError(f"`boundaries` must be a list of updates. Received: boundaries={boundaries!r}")
         self.boundaries = [check_count("boundaries", b) for b in boundaries]
         self.factor = check_number("factor", factor, above=0.0)
         if self.factor > 1.0:
@@ -208,8 +210,11 @@ def duration_in_updates(duration: str | int | float, *, batch_size: int, num_exa
         The smallest number of updates that covers the duration: a new batch size needs no other edit of a recipe.
 
     Raises:
-        ValueError: for a text of another form, a negative number or a fraction of a step.
+        ValueError: for a text of another form, a negative number or a fraction of a step; if `batch_size` or
+            `num_examples` is no whole number above 0.
     """
+    batch_size = check_count("batch_size", batch_size, at_least=1)
+    num_examples = check_count("num_examples", num_examples, at_least=1)
     match = re.fullmatch(r"\s*([-+.\deE]+?)\s*(epochs?|steps?|updates?|examples?)?\s*", str(as_number(duration)))
     try:
         number = float(match[1]) if match else -1.0

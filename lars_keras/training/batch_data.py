@@ -15,7 +15,7 @@ from absl import logging
 from lars_keras.data.keyed import keys
 from lars_keras.data.shuffle import permute
 from lars_keras.training.array_data import weights_of_classes
-from lars_keras.training.inputs import Batch, arrays_of, count_in, rebatch, sliced, spec_of, to_array
+from lars_keras.training.inputs import Batch, arrays_of, copied, count_in, rebatch, sliced, spec_of, to_array
 
 
 class Indexed:
@@ -222,7 +222,7 @@ class GeneratorFeed:
         self._lock = threading.Lock()  # a thread of an earlier `fit` may still read ahead
         self._next: list[Batch] = []
         for batch in itertools.islice(generator, 1):
-            self._next.append(arrays_of(batch))
+            self._next.append(copied(arrays_of(batch)))
         if not self._next:
             raise ValueError("The data must have at least one batch. Received: a generator without any")
         self.element_spec = spec_of(self._next[0])

@@ -275,19 +275,22 @@ def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Itera
 
 
 def rebatch(batches: Iterable[Batch], size: int, *, drop_remainder: bool) -> Iterator[Batch]:
-    """Yield the same examples in batches of exactly `size`; a last one with fewer only without `drop_remainder`."""
+    """Yield the same examples in batches of exactly `size`; a last one with fewer only without `drop_remainder`.
+
+    The arrays are copies: a generator may give all of its batches in the same memory.
+    """
     parts: collections.deque[Batch] = collections.deque()
     missing = size
     for batch in map(arrays_of, batches):
         start, stop = 0, count_in(batch)
         while stop - start >= missing:
-            parts.append(sliced(batch, start, start + missing))
+            parts.append(copied(sliced(batch, start, start + missing)))
             start += missing
             yield joined(parts)
             parts.clear()
             missing = size
         if start < stop:
-            parts.append(sliced(batch, start, stop))
+            parts.append(copied(sliced(batch, start, stop)))
             missing -= stop - start
     if parts and not drop_remainder:
         yield joined(parts)
@@ -310,6 +313,11 @@ def count_in(batch: Batch) -> int:
 def sliced(batch: Batch, start: int, stop: int) -> Batch:
     """Return some of the examples of a batch."""
     return keras.tree.map_structure(lambda a: None if a is None else a[start:stop], batch)
+
+
+def copied(batch: Batch) -> Batch:
+    """Return the arrays of a batch in memory of their own."""
+    return keras.tree.map_structure(lambda a: None if a is None else np.array(a), batch)
 
 
 def joined(parts: Iterable[Batch]) -> Batch:

@@ -222,6 +222,21 @@ class FormsTest(parameterized.TestCase, tf.test.TestCase):
                 self.assertAllClose(trainer.fit(data, verbose=0).history["loss"], [expected], rtol=1e-5)
 
 
+class MemoryTest(tf.test.TestCase):
+    def test_one_memory_for_all_batches(self):
+        def reusing():
+            x, y = np.zeros((10, 4), "float32"), np.zeros((10, 1), "float32")
+            while True:
+                for a, b in batches():
+                    x[:], y[:] = a, b
+                    yield x, y
+
+        trainer, reference = trainer_of(), trainer_of()
+        options = {"epochs": 2, "steps_per_epoch": 5, "verbose": 0}
+        history = trainer.fit(reusing(), **options).history
+        self.assertAllClose(history["loss"], reference.fit(batches(), **options).history["loss"], rtol=1e-6)
+
+
 def feed_of(*arguments, microbatch_size=2, **options):
     return sources.training_data(*arguments, batch_size=BATCH, microbatch_size=microbatch_size, **options)
 

@@ -96,6 +96,24 @@ class HostsTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual([len(x) for x, _ in batches(data, InputContext(1, 0, 2), 2)], [4, 1])
 
 
+class MemoryTest(tf.test.TestCase):
+    def test_arrays_of_a_user_are_left_alone(self):
+        """TensorFlow computes in the memory of arrays that a generator gives it."""
+        y = np.ones((64, 1024), "float32")
+        data = tensorflow_inputs.as_dataset([(y[i : i + 16],) for i in range(0, 64, 16)])
+
+        @tf.function
+        def read(iterator):
+            total = 0.0
+            for _ in tf.range(4):
+                total += tf.reduce_sum(tf.exp(next(iterator)[0] - 3.0))
+            return total
+
+        for size in (16, 8, 4):
+            read(iter(data.rebatch(size)))
+        self.assertAllEqual(y, np.ones_like(y))
+
+
 class SpecTest(tf.test.TestCase):
     def test_shapes_and_dtypes(self):
         expected = (TensorSpec((None, 1), "float32"), TensorSpec((None,), "float32"))

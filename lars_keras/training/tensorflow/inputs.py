@@ -16,6 +16,7 @@ from lars_keras.training.inputs import (
     InputContext,
     arrays_of,
     check_readable_again,
+    copied,
     different_shapes,
     joined,
     spec_of,
@@ -131,20 +132,22 @@ def as_dataset(batches: Any) -> tf.data.Dataset:
     if isinstance(batches, tf.data.Dataset):
         return _of_known_ranks(batches)
     if isinstance(batches, Iterator):  # opened by a function, and read once
-        first = list(itertools.islice(batches, 2))
+        first = [copied(arrays_of(batch)) for batch in itertools.islice(batches, 2)]
         source: Iterable[Batch] = itertools.chain(first, batches)
     else:
         check_readable_again(batches)
-        first, source = list(itertools.islice(iter(batches), 2)), batches
+        first, source = [copied(arrays_of(batch)) for batch in itertools.islice(iter(batches), 2)], batches
     if not first:
         raise ValueError("The data must have at least one batch.")
-    spec = _common_spec([arrays_of(batch) for batch in first])
+    spec = _common_spec(first)
     # A generator of TensorFlow gives no None, so the arrays come without them.
     places = [i for i, s in enumerate(keras.tree.flatten(spec)) if s is not None]
     signature = tuple(keras.tree.flatten(spec)[i] for i in places)
 
     def read() -> Iterator[Any]:
-        for batch in map(arrays_of, source):
+        for batch in map(
+            copied, map(arrays_of, source)
+        ):  # TensorFlow writes into the memory of arrays that it is given
             flat = keras.tree.flatten(batch)
             keras.tree.assert_same_structure(spec, batch)
             arrays = tuple(flat[i] for i in places)
