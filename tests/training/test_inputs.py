@@ -99,19 +99,20 @@ class HostsTest(parameterized.TestCase, tf.test.TestCase):
 class MemoryTest(tf.test.TestCase):
     def test_arrays_of_a_user_are_left_alone(self):
         """TensorFlow computes in the memory of arrays that a generator gives it."""
-        y = np.ones((64, 1024), "float32")
-        data = tensorflow_inputs.as_dataset([(y[i : i + 16],) for i in range(0, 64, 16)])
 
         @tf.function
-        def read(iterator):
+        def read(iterator, count):
             total = 0.0
-            for _ in tf.range(4):
+            for _ in tf.range(count):
                 total += tf.reduce_sum(tf.exp(next(iterator)[0] - 3.0))
             return total
 
-        for size in (16, 8, 4):
-            read(iter(data.rebatch(size)))
-        self.assertAllEqual(y, np.ones_like(y))
+        for columns, size, micro in itertools.product((1, 16, 64), (10, 16), (2, 4)):  # not each time, and not in each
+            y = np.ones((160, columns), "float32")
+            data = tensorflow_inputs.as_dataset([(y[i : i + size],) for i in range(0, 160, size)])
+            for dataset in (data.rebatch(micro), data.repeat().rebatch(micro).prefetch(2)):
+                read(iter(dataset), 160 // micro)
+            self.assertAllEqual(y, np.ones_like(y))
 
 
 class SpecTest(tf.test.TestCase):
