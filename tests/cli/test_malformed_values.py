@@ -1,6 +1,6 @@
 """Malformed arguments of the library and of its programs, in tables: a ValueError that names them, or exit 2.
 
-With the cases of `test_malformed.py`, and those of data and sizes in `tests/training`, they are more than 500.
+They are 351. `test_malformed.py` has 439 more, and `tests/training` has 54 of data and sizes.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class TablesTest(tf.test.TestCase):
                         call(value)
                     self.assertRegex(str(raised.exception), rf"{name}|[Rr]eceived")
                 count += 1
-        self.assertGreater(count, 250)
+        self.assertGreater(count, 320)
 
     def test_run_folders(self):
         """Each is refused by both programs that read a run folder, with exit code 2 and one line."""

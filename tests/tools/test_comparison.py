@@ -17,6 +17,7 @@ from absl.testing import absltest, parameterized
 
 import flags
 from lars_keras.runtime.errors import Preempted, UsageError
+from lars_keras.runtime.folder_lock import lock_folder
 from tests import prepared
 from tools.comparison import command, page, search, worker
 from tools.comparison.candidates import Candidate, Job
@@ -291,6 +292,18 @@ class CommandTest(parameterized.TestCase):
                 code = command.run(["compare.py", f"--data_dir={prepared.digits()}", *arguments, f"--out={folder}"])
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
+
+    def test_a_folder_in_use_is_refused(self):
+        """Two comparisons in one folder would write over each other's results."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), lock_folder(pathlib.Path(folder), "out"):
+            before = sorted(os.listdir(folder))
+            arguments = ["--recipes=flags/recipes/digits_lenet.flags", "--optimizer=lars", "--jit_compile=recipe"]
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+                code = command.run(["compare.py", *arguments, f"--out={folder}", f"--data_dir={prepared.digits()}"])
+            self.assertEqual(code, 2)
+            self.assertIn("--out is in use by", err.getvalue())
+            self.assertEqual(sorted(os.listdir(folder)), before)
 
     def test_stopped_and_resumed(self):
         """Two short runs in processes of their own, one before a signal and one after."""
