@@ -69,16 +69,7 @@ def _main(
         keras.config.set_dtype_policy(config.precision)
 
         # ---- Data
-        data = datasets.load(
-            config.dataset,
-            data_dir=config.data_dir,
-            image_size=config.input_size,
-            augment=config.augment,
-            cache=config.cache,
-            cache_dir=config.cache_dir,
-            remote=cluster.remote_input,
-            validation_split=config.validation_split,
-        )
+        data = datasets.load(config.dataset, remote=cluster.remote_input, **config.data_options)
         steps_per_epoch = data.num_train / config.batch_size  # the batch that crosses the end of an epoch is whole
         total_updates = config.total_updates(data.num_train)
 

@@ -68,8 +68,13 @@ class RunConfig:
     augment: str | None = _choice(
         None,
         data.AUGMENTS,
-        "Augment training images; alternating_flip shifts by 2 pixels and flips in every second epoch, for cifar10; "
-        "the last three come after crop_flip. Default: crop_flip; none for digits.",
+        "Augment training images; crop_mirror takes a window of images stored at one size; alternating_flip shifts by "
+        "2 pixels and flips in every second epoch, for cifar10; the last three come after crop_flip. Default: "
+        "crop_flip; none for digits.",
+    )
+    resized: str | None = _text(
+        None,
+        "Read images that prepare --resize has stored at one size, as in crop256, for imagenet2012 and folder.",
     )
     validation_split: float = _real(
         0.0, "Hold out this fraction of the training images, and score it instead of the test split.", high=0.5
@@ -281,6 +286,12 @@ class RunConfig:
         if self.dataset in data.ANY_SIZE and self.image_size is None:
             return models.default_image_size(self.model)
         return self.image_size
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """Arguments of `lars_keras.data.load` beside the name."""
+        same = ("data_dir", "augment", "resized", "cache", "cache_dir", "validation_split")
+        return {"image_size": self.input_size, **{name: getattr(self, name) for name in same}}
 
     @property
     def optimizer_options(self) -> dict[str, Any]:

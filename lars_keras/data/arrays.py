@@ -72,6 +72,8 @@ class ArrayData(ImageData):
         self.augment = augment or ("crop_flip" if crop_flip else "none")
         if self.augment in ("crop_flip", "alternating_flip") and not crop_flip:
             raise ValueError(f"{name} has no random crop and flip. Received: augment={augment!r}")
+        if self.augment == "crop_mirror":
+            raise ValueError(f"`augment` crop_mirror is for images that are stored at one size, not for {name}.")
         if self.augment == "alternating_flip":
             self._crop_flip = shift_flip
         if self.augment == "randaugment" and train[0].shape[3] != 3:

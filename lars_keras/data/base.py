@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-AUGMENTS = ("none", "crop_flip", "alternating_flip", "randaugment", *MIXES)
+AUGMENTS = ("none", "crop_flip", "crop_mirror", "alternating_flip", "randaugment", *MIXES)
 _EXTRA_DRAWS = 3  # for the augmentations that follow crop and flip
 
 
@@ -39,8 +39,9 @@ class ImageData(abc.ABC):
         num_train, num_test: number of examples in each split.
         mean, std: statistics of each channel over the training split, for pixel values 0 to 255.
         augment: augmentation of training images, one of `AUGMENTS`: none; the random crop and flip of the data set;
-            alternating flips, which for images in memory shift by up to 2 pixels with reflected borders and flip in
-            every second epoch; or RandAugment, mixup or cutmix, which follow crop and flip if the data set has them.
+            a random window and flip of images that are stored at one size, without resizing; alternating flips,
+            which for images in memory shift by up to 2 pixels with reflected borders and flip in every second epoch;
+            or RandAugment, mixup or cutmix, which follow crop and flip if the data set has them.
         description: one line about the data.
         reading: one line about how images are read.
         warnings: what is probably not meant about the data, a sentence each.
@@ -159,8 +160,8 @@ class ImageData(abc.ABC):
     ) -> tuple[Array, Array]:
         """Return the example ids of batch `index`, and the random numbers of each example."""
         ids, epochs = example_ids(positions(index, batch_size, shard), self.num_train, seed)
-        usual = {"none": 0, "crop_flip": self._num_draws, "alternating_flip": self._num_draws}
-        draws = uniforms(keys(seed, epochs, ids), usual.get(kind, self._num_draws + _EXTRA_DRAWS))
+        extra = {"none": -self._num_draws, "crop_flip": 0, "crop_mirror": 0, "alternating_flip": 0}
+        draws = uniforms(keys(seed, epochs, ids), self._num_draws + extra.get(kind, _EXTRA_DRAWS))
         if kind == "alternating_flip":
             first = uniforms(keys(seed, np.uint64(0) * epochs, ids), self._num_draws)
             draws = alternating(draws, first, epochs)

@@ -91,12 +91,22 @@ def central_fraction(size: int) -> float:
 
 
 def _decode(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor], size: int) -> tf.Tensor:
-    """Decode a window of an image, turn it upright, and resize it to `size` squared by bilinear interpolation.
+    """Decode a window as `decode_window` does, and resize it to `size` squared by bilinear interpolation."""
+    import tensorflow as tf
+
+    pixels = tf.image.resize(decode_window(image, window_of), (size, size), method="bilinear")
+    return tf.cast(pixels + 0.5, tf.uint8)  # rounds; bilinear values stay within 0 to 255
+
+
+def decode_window(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """Decode a window of an image that is turned upright.
 
     Args:
         image: scalar string.
         window_of: maps the int32 `(height, width)` of the upright image to int32 `(top, left, height, width)`.
-        size: height and width of the result, in pixels.
+
+    Returns:
+        uint8 `(height, width, 3)`, of unknown height and width.
     """
     import tensorflow as tf
 
@@ -126,10 +136,7 @@ def _decode(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor], size:
         return tf.cond(tf.io.is_jpeg(image) & (turn == 1), part_of_jpeg, lambda: part_of_pixels(turn))
 
     common = tf.cond(tf.io.is_jpeg(image), lambda: ~may_be_turned(image), lambda: tf.constant(False))
-    pixels = tf.cond(common, part_of_jpeg, uncommon)
-    pixels = tf.ensure_shape(pixels, [None, None, 3])
-    pixels = tf.image.resize(pixels, (size, size), method="bilinear")
-    return tf.cast(pixels + 0.5, tf.uint8)  # rounds; bilinear values stay within 0 to 255
+    return tf.ensure_shape(tf.cond(common, part_of_jpeg, uncommon), [None, None, 3])
 
 
 def _decode_any(image: tf.Tensor) -> tf.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from lars_keras.data.base import ImageData
 from lars_keras.data.decode import NUM_DRAWS, central_crop, central_fraction, random_crop
 from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.data.resized import Storage, central_window, mirrored_window
 from lars_keras.data.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ class ImageFileData(ImageData):
         description: one line about the data.
         remote: whether hosts other than this process's make the batches, as for a TPU pod. Such a host runs no Python
             function, so it prints the number of an unreadable image on its own terminal.
+        storage: the form of the images, if they are stored at one size. With `augment="crop_mirror"`, and where they
+            are raw, training takes a random window and evaluation the central window, and nothing is resized.
 
     Raises:
-        ValueError: if `image_size` is not positive.
+        ValueError: if `image_size` is not positive; if `augment` or `image_size` does not suit `storage`.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class ImageFileData(ImageData):
         augment: str = "crop_flip",
         description: str = "",
         remote: bool = False,
+        storage: Storage | None = None,
     ):
         if image_size < 1:
             raise ValueError(f"`image_size` must be positive. Received: image_size={image_size}")
+        self._storage = _check_storage(storage, augment, image_size)
         self._train, self._test = train, test
         self.name = name
         self.num_classes = num_classes
@@ -93,16 +98,31 @@ class ImageFileData(ImageData):
             f"{self.threads} threads, one for each core" if self.threads else "as many threads as each host allows"
         )
         crop = round(central_fraction(image_size) * 256)
-        self.reading = f"decoded by {threads}; evaluation on the central {crop}/256"
+        part = f"{image_size}x{image_size} pixels" if self._storage else f"{crop}/256"
+        self.reading = f"decoded by {threads}; evaluation on the central {part}"
 
     _num_draws = NUM_DRAWS
+
+    @property
+    def train_examples(self) -> Examples:
+        """The encoded images of the training split."""
+        return self._train
+
+    @property
+    def test_examples(self) -> Examples:
+        """The encoded images of the test split."""
+        return self._test
 
     def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
         size = self.image_shape[0]
 
         def load(i: tf.Tensor, draw: tf.Tensor) -> tuple[Any, ...]:
             image, label = self._train.example(i)
-            return random_crop(image, draw, size) if draw.shape[0] else central_crop(image, size), label, 1.0
+            if not draw.shape[0]:
+                return self._central(image), label, 1.0
+            if self._storage:
+                return mirrored_window(image, draw, size, self._storage), label, 1.0
+            return random_crop(image, draw, size), label, 1.0
 
         return self._load_rows(load, (ids, draws), self._train)
 
@@ -111,13 +131,17 @@ class ImageFileData(ImageData):
 
         def decode(i: tf.Tensor) -> tuple[Any, ...]:
             image, label = self._test.example(i)
-            return central_crop(image, self.image_shape[0]), label, 1.0
+            return self._central(image), label, 1.0
 
         def load(i: tf.Tensor) -> tuple[Any, ...]:
             padding = lambda: (tf.zeros(self.image_shape, tf.uint8), tf.zeros((), tf.int64), 0.0)  # noqa: E731
             return tf.cond(i < self.num_test, lambda: decode(i), padding)
 
         return self._load_rows(load, (ids,), self._test)
+
+    def _central(self, image: tf.Tensor) -> tf.Tensor:
+        size = self.image_shape[0]
+        return central_window(image, size, self._storage) if self._storage else central_crop(image, size)
 
     def _load_rows(self, load: Any, arguments: tuple[tf.Tensor, ...], examples: Examples) -> tuple[tf.Tensor, ...]:
         """Apply `load` to each row of `arguments`, of which the first is the id. Mask unreadable images."""
@@ -140,3 +164,23 @@ class ImageFileData(ImageData):
             return mean, 0, tf.ensure_shape(tf.numpy_function(record, row, tf.float32), [])
 
         return map_rows(example, arguments, self.threads, placeholder)
+
+
+def _check_storage(storage: Storage | None, augment: str, image_size: int) -> Storage | None:
+    """Return the storage if windows of the stored images are taken as they are; None if they are resized."""
+    if augment == "crop_mirror" and not storage:
+        raise ValueError(
+            "`augment` crop_mirror takes windows of images that are stored at one size: prepare them with `resize`, "
+            "and set `resized`. Received: augment=crop_mirror"
+        )
+    if storage and storage.encoding == "raw" and augment not in ("crop_mirror", "none"):
+        raise ValueError(
+            f"Raw images need `augment` crop_mirror or none. Received: augment={augment}, resized={storage}"
+        )
+    if not storage or (augment != "crop_mirror" and storage.encoding != "raw"):
+        return None
+    if image_size > storage.size:
+        raise ValueError(
+            f"`image_size` must be at most the stored size. Received: image_size={image_size}, resized={storage}"
+        )
+    return storage

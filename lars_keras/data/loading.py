@@ -14,8 +14,9 @@ from lars_keras.data.augment import pad_crop_flip
 from lars_keras.data.base import AUGMENTS, ImageData
 from lars_keras.data.folder import FolderExamples, describe_left_out, empty_classes, read_folder
 from lars_keras.data.image_files import Examples, ImageFileData
-from lars_keras.data.locate import PREPARED, TEST_SPLIT, data_root, prepared_dir
+from lars_keras.data.locate import PREPARED, data_root, prepared_dir, test_split
 from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFRecords
+from lars_keras.data.resized import Storage
 from lars_keras.data.subset import Subset, holdout
 from lars_keras.files import local_path, printable
 
@@ -36,6 +37,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     image_size: int | None = None,
     augment: str | None = None,
+    resized: str | None = None,
     cache: str = "none",
     cache_dir: str | os.PathLike | None = None,
     remote: bool = False,
@@ -51,6 +53,8 @@ def load(
             `~/tensorflow_datasets`. A bucket (`gs://...`) needs `cache="disk"`.
         image_size: height and width of the images in pixels. Data sets in `ANY_SIZE` accept any (None: 227). The others
             have a fixed size.
+        resized: form of the stored images, such as `"crop256"`, for imagenet2012 and folder: reads what
+            `lars_keras.data.prepare` has written to `data_dir` with `resize`; see `lars_keras.data.resized.Storage`.
         augment: one of `AUGMENTS`; None for `"none"` with digits, and `"crop_flip"` otherwise.
         cache: for data sets in `ANY_SIZE`. `"none"` reads the files where they are; `"memory"` reads all of them once
             and holds them encoded; `"disk"` copies them once to `cache_dir` on a local disk.
@@ -69,7 +73,11 @@ def load(
     _check_arguments(name, data_dir, augment, cache, remote)
     root = data_root(data_dir)
     options: dict[str, Any] = {"image_size": image_size or 227, "augment": augment or "crop_flip", "remote": remote}
-    if name == "folder":
+    if resized is not None:
+        if name not in ANY_SIZE:
+            raise ValueError(f"`resized` is for {' and '.join(ANY_SIZE)}, not {name}. Received: resized={resized}")
+        options["storage"] = Storage.parse(resized)
+    if name == "folder" and not resized:
         if "://" in os.fspath(root):
             raise ValueError(f"A folder of images must be on a local disk: copy it to one. Received: data_dir={root}")
         train_files, test_files, classes = read_folder(root)
@@ -85,20 +93,21 @@ def load(
         return found
     if printable(os.fspath(root)) != os.fspath(root):
         raise ValueError(f"`data_dir` must be UTF-8 for {name}. Received: data_dir={printable(os.fspath(root))}")
-    builder = _builder(root, name)
-    _check_access(builder, root, name, cache, remote)
+    stored_name = f"{name}_{options['storage']}" if resized else name
+    builder = _builder(root, stored_name)
+    _check_access(builder, root, stored_name, cache, remote)
     train, test = (
         _records(
             builder,
             split,
             _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None,
         )
-        for split in ("train", TEST_SPLIT[name])
+        for split in ("train", test_split(name))
     )
     features = builder.info.features
     num_classes = features["label"].num_classes
     origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
-    if name == "imagenet2012":
+    if name in ANY_SIZE:
         parse = _parser(features)
         train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
         return _image_file_data(name, train_images, test_images, validation_split, num_classes, origin, cache, options)
@@ -159,7 +168,7 @@ def _find(root: Any, name: str) -> Any | None:
     """Return the folder of a prepared data set. Raise a `ValueError` for a bucket that cannot be reached."""
     if "://" not in os.fspath(root):
         return prepared_dir(root, name)
-    if name not in ANY_SIZE:
+    if not name.startswith(ANY_SIZE):
         raise ValueError(f"{name} is read from a local folder: copy {root / name} to one, and set `data_dir` to that.")
     try:
         return prepared_dir(root, name)
@@ -195,7 +204,7 @@ def _builder(root: Any, name: str) -> tfds.core.DatasetBuilder:
         ) from e
     if not usable:
         raise ValueError(f"{builder_dir} is not {name}: it has no features image and label. Set another `data_dir`.")
-    for split in ("train", TEST_SPLIT[name]):
+    for split in ("train", test_split(name)):
         if split not in builder.info.splits:
             raise FileNotFoundError(f"{builder_dir} has no {split} split: remove it and prepare it again.")
     return builder
@@ -272,10 +281,15 @@ def _on_disk(paths: Any, root: Any, cache_dir: str | os.PathLike | None) -> list
 
 
 def _how_to_prepare(root: pathlib.Path, name: str) -> str:
-    command = f"python -m lars_keras.data.prepare -n {name} -d {root}"
+    name, _, form = name.partition("_")
+    command = f"python -m lars_keras.data.prepare -n {name} -d {root if name != 'folder' else 'FOLDER'}"
+    if form:
+        command += f" -r {form} -o {root}"
     if name == "imagenet2012" and not any((root / "downloads" / "manual").glob("*.tar")):
         command += " -m FOLDER_OF_THE_TAR_FILES"
-    return f"{name} is not in {root}. Set `data_dir` to its folder, or prepare it: {command}"
+    return (
+        f"{name}{f'_{form}' if form else ''} is not in {root}. Set `data_dir` to its folder, or prepare it: {command}"
+    )
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str, paths: list[str] | None) -> Records:
@@ -288,6 +302,11 @@ def _parser(features: tfds.features.FeaturesDict) -> Callable[[tf.Tensor], tuple
     """Return a function that maps a record to the encoded image and the label."""
     import tensorflow_datasets as tfds
 
+    if not isinstance(features["image"], tfds.features.Image):  # raw pixels
+        import tensorflow as tf
+
+        scalars = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+        return lambda record: tuple(tf.io.parse_single_example(record, scalars)[key] for key in ("image", "label"))
     skip = {"image": tfds.decode.SkipDecoding()}
 
     def parse(record):

@@ -8,8 +8,7 @@ from typing import Any
 
 from lars_keras.files import local_path
 
-TEST_SPLIT = {"digits": "test", "cifar10": "test", "imagenet2012": "validation"}
-PREPARED = tuple(TEST_SPLIT)
+PREPARED = ("digits", "cifar10", "imagenet2012")
 _BUCKETS = ("gs://", "s3://")
 
 
@@ -38,3 +37,8 @@ def prepared_dir(root: Any, name: str) -> Any | None:
     found = [path.parent for path in (root / name).glob("*.*.*/dataset_info.json")]
     found = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
     return max(found, key=lambda path: [int(x) for x in path.name.split(".")], default=None)
+
+
+def test_split(name: str) -> str:
+    """Return the name of the split that scores a data set."""
+    return "test" if name in ("digits", "cifar10") else "validation"

@@ -1,6 +1,8 @@
 """Prepare a data set for `lars_keras.data.load`, once.
 
     python -m lars_keras.data.prepare -n imagenet2012 -m FOLDER_OF_THE_TAR_FILES -d DATA_DIR
+    python -m lars_keras.data.prepare -n imagenet2012 -d DATA_DIR -r crop256
+    python -m lars_keras.data.prepare -n folder -d FOLDER_OF_TRAIN_AND_VAL -r crop256 -o DATA_DIR
 
 The option -h lists all options.
 """
@@ -14,7 +16,9 @@ import os
 import sys
 from collections.abc import Iterator
 
+from lars_keras.data.image_files import ImageFileData
 from lars_keras.data.locate import PREPARED, data_root, prepared_dir
+from lars_keras.data.resized import Storage
 from lars_keras.files import local_path
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
@@ -90,6 +94,43 @@ def prepare(
             raise
 
 
+def prepare_resized(
+    name: str, data_dir: str | os.PathLike | None, resize: str, out_dir: str | os.PathLike | None = None
+) -> str:
+    """Store the images of a data set at one size, unless they are stored already. A call that was killed is resumed.
+
+    Args:
+        name: `"imagenet2012"`, prepared in `data_dir`, or `"folder"`, the folder `data_dir`.
+        data_dir: as in `lars_keras.data.load`.
+        resize: form of the stored images; see `lars_keras.data.resized.Storage`.
+        out_dir: folder of the result; None for `data_dir`, which a folder of images must not be.
+
+    Returns:
+        The folder of the result: `out_dir/NAME_FORM/VERSION`.
+
+    Raises:
+        ValueError: if an argument has no meaning, the disk lacks space, or the result was begun with other images.
+        FileNotFoundError: if the data set is not in `data_dir`.
+    """
+    from lars_keras.data.loading import ANY_SIZE, load
+    from lars_keras.data.store import VERSION, store
+
+    if name not in ANY_SIZE:
+        raise ValueError(f"`resize` is for {' and '.join(ANY_SIZE)}. Received: resize={resize}, {name=}")
+    if name == "folder" and out_dir is None:
+        raise ValueError("`resize` of a folder needs `out_dir`, another folder. Received: out_dir=None")
+    storage = Storage.parse(resize)
+    root = local_path(out_dir or data_root(data_dir), "out_dir")
+    kind = f"{name}_{storage}"
+    if found := prepared_dir(root, kind):
+        return str(found)
+    data = load(name, data_dir=data_dir)
+    assert isinstance(data, ImageFileData)
+    folder = root / kind / VERSION
+    store(data.train_examples, data.test_examples, data.num_classes, folder, kind, storage, data.description)
+    return str(folder)
+
+
 @contextlib.contextmanager
 def _without_progress() -> Iterator[None]:
     """Silence tensorflow-datasets, which speaks of a download of unknown size where nothing is downloaded."""
@@ -106,12 +147,27 @@ def _without_progress() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return the exit code: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepare a data set, once.")
-    parser.add_argument("-n", "--dataset", required=True, choices=PREPARED, help="name of the data set")
+    names = (*PREPARED, "folder")
+    parser.add_argument("-n", "--dataset", required=True, choices=names, help="name of the data set")
     parser.add_argument("-d", "--data_dir", help="folder to write to (default: ~/tensorflow_datasets)")
     parser.add_argument("-m", "--manual_dir", help="folder of the ImageNet archives")
     parser.add_argument("-f", "--file_format", default="tfrecord", choices=("tfrecord", "array_record"))
+    parser.add_argument(
+        "-r",
+        "--resize",
+        metavar="FORM",
+        help="store the images of imagenet2012 or of a folder at one size: crop256 (shorter side 256, then the central "
+        "square), squash256 (the aspect ratio is lost); JPEG of quality 95, or _q90, _png, _raw, as in crop256_raw",
+    )
+    parser.add_argument("-o", "--out_dir", help="write what is resized to this folder (default: DATA_DIR)")
     options = parser.parse_args(arguments)
     try:
+        if options.resize:
+            folder = prepare_resized(options.dataset, options.data_dir, options.resize, options.out_dir)
+            print(f"{options.dataset} is stored as {options.resize} in {folder}.")
+            return 0
+        if options.dataset == "folder":
+            raise ValueError("A folder of images needs no preparation but `resize`. Received: no `resize`")
         prepare(
             options.dataset,
             options.data_dir,

@@ -185,6 +185,7 @@ def prepare(own: absl_flags.FlagValues, held: contextlib.ExitStack) -> Compariso
         (c.config.dataset, c.config.data_dir): datasets.load(
             c.config.dataset,
             data_dir=c.config.data_dir,
+            resized=c.config.resized,
             cache="disk" if c.config.cache == "disk" else "none",
             cache_dir=c.config.cache_dir,
         )

@@ -1,0 +1,175 @@
+"""Images stored at one size: against Pillow, as batches, and after a kill."""
+
+import io
+import pathlib
+import tempfile
+import unittest.mock
+
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+from PIL import Image, ImageOps
+
+import lars_keras.data
+from lars_keras.data import prepare, store
+from lars_keras.data.resized import Storage
+from tests import prepared
+from tests.data.images import parse, read_all
+from tests.data.streams import train_ids
+
+FORMS = ("crop40", "squash40_png", "crop40_raw")
+
+
+def by_pillow(data, storage):
+    """Return what Pillow makes of an encoded image."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    if storage.mode == "crop":
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image.resize((storage.size, storage.size), Image.Resampling.BILINEAR))
+
+
+class StoredTest(tf.test.TestCase, parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.stored = {
+            form: prepare.prepare_resized("imagenet2012", prepared.imagenet(), form, cls.folder) for form in FORMS
+        }
+        cls.original = lars_keras.data.load("imagenet2012", data_dir=prepared.imagenet(), image_size=32)
+
+    def load(self, form, **options):
+        options = {"augment": "crop_mirror", "image_size": 32} | options
+        return lars_keras.data.load("imagenet2012", data_dir=self.folder, resized=form, **options)
+
+    def pixels(self, form, data, split):
+        """Return the stored images of a split, decoded by Pillow."""
+        images = [image for image, _ in (parse_bytes(data, r) for r in read_all(data, split))]
+        if form.endswith("raw"):
+            return [np.frombuffer(image, np.uint8).reshape(40, 40, 3) for image in images]
+        return [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+
+    @parameterized.parameters(*FORMS)
+    def test_images_are_those_of_pillow_in_the_same_order(self, form):
+        storage, data = Storage.parse(form), self.load(form)
+        self.assertEqual((data.num_train, data.num_test, data.num_classes), (29, 11, 7))
+        lossless = "jpeg" not in storage.encoding
+        for split in ("_train", "_test"):
+            originals = [parse(self.original, record) for record in read_all(self.original, split)]
+            labels = [label for _, label in (parse_bytes(data, r) for r in read_all(data, split))]
+            self.assertEqual(labels, [label for _, label in originals])
+            found = self.pixels(form, data, split)
+            for image, (encoded, _) in zip(found, originals, strict=True):
+                difference = np.abs(image.astype(int) - by_pillow(encoded, storage))
+                self.assertLess(difference.mean(), 0.6 if lossless else 3.0)
+                self.assertLessEqual(difference.max(), 2 if lossless else 60)
+
+    @parameterized.parameters(*FORMS)
+    def test_windows_are_pixels_of_the_stored_image(self, form):
+        """Each is one window of 81, or its mirror image; over an epoch they differ. Evaluation takes the centre."""
+        data = self.load(form)
+        stored = self.pixels(form, data, "_train")
+        windows = np.lib.stride_tricks.sliding_window_view
+        images, _, mask = next(data.train_batches(58).as_numpy_iterator())
+        self.assertAllEqual(mask, np.ones(58))
+        places = set()
+        for i, image in zip(train_ids(data, 58)[0], images, strict=True):
+            all_windows = windows(stored[i], (32, 32, 3))[:, :, 0]
+            matches = [np.argwhere((all_windows == x).all((2, 3, 4))) for x in (image, image[:, ::-1])]
+            self.assertGreaterEqual(sum(map(len, matches)), 1)
+            places |= {(flip, *place) for flip, found in enumerate(matches) for place in found[:1]}
+        self.assertGreater(len(places), 30)
+        tests, _, _ = next(data.test_batches(11).as_numpy_iterator())
+        self.assertAllEqual(tests, np.stack(self.pixels(form, data, "_test"))[:, 4:36, 4:36])
+
+    def test_a_window_may_be_the_whole_image(self):
+        data = self.load("crop40_raw", image_size=40, augment="none")
+        images, _, _ = next(data.train_batches(29).as_numpy_iterator())
+        self.assertAllEqual(images, np.stack(self.pixels("crop40_raw", data, "_train"))[train_ids(data, 29)[0]])
+
+    def test_tensorflow_datasets_reads_them(self):
+        import tensorflow_datasets as tfds
+
+        for form in ("squash40_png", "crop40_raw"):
+            read = tfds.builder_from_directory(self.stored[form]).as_dataset(split="train", shuffle_files=False)
+            for found, example in zip(self.pixels(form, self.load(form), "_train"), read, strict=True):
+                self.assertAllEqual(found, example["image"])
+
+    def test_a_call_that_was_killed_goes_on(self):
+        """The bytes are those of a call that was not; what is complete is not written again."""
+        whole, killed = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
+        write = store._write_shard
+        written = []
+
+        def die(examples, path, ids, storage):
+            if len(written) == 2:
+                path.with_name(path.name + ".part").write_bytes(b"torn")
+                raise KeyboardInterrupt
+            written.append(path)
+            return write(examples, path, ids, storage)
+
+        with unittest.mock.patch.object(store, "_SHARD", 8):
+            prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", whole)
+            with unittest.mock.patch.object(store, "_write_shard", die), self.assertRaises(KeyboardInterrupt):
+                prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", killed)
+            with self.assertRaisesRegex(FileNotFoundError, "imagenet2012_crop24 is not in .*-r crop24"):
+                lars_keras.data.load("imagenet2012", data_dir=killed, resized="crop24")
+            first = {path: path.stat().st_mtime_ns for path in written}
+            prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", killed)
+        self.assertLen(first, 2)
+        self.assertEqual(first, {path: path.stat().st_mtime_ns for path in written})
+        files = [sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file()) for root in (whole, killed)]
+        self.assertEqual(*files)
+        for path in files[0]:
+            self.assertEqual((whole / path).read_bytes(), (killed / path).read_bytes(), path)
+
+    def test_an_unreadable_image_keeps_its_place(self):
+        root, out = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
+        for split in ("train", "val"):
+            for name in "ab":
+                (root / split / name).mkdir(parents=True)
+                for i in range(3):
+                    Image.new("RGB", (30, 20), (80 * i, 0, 0)).save(root / split / name / f"{i}.png")
+        (root / "train" / "b" / "1.png").write_bytes(b"no image")
+        for form in ("crop24", "crop24_raw"):
+            self.assertEqual(prepare.main(["-n", "folder", "-d", str(root), "-r", form, "-o", str(out)]), 0)
+            data = lars_keras.data.load("folder", data_dir=out, resized=form, image_size=24, augment="none")
+            _, labels, mask = next(data.train_batches(6).as_numpy_iterator())
+            ids = train_ids(data, 6)[0]
+            self.assertAllEqual(mask, np.where(ids == 4, 0.0, 1.0))
+            self.assertAllEqual(labels, np.where(ids == 4, 0, ids // 3))
+            self.assertLen(data.unreadable_images.found, 1)
+
+    def test_refusals(self):
+        for text in ("256", "crop", "crop0", "crop256_q0", "crop256_q101", "fit256", "crop256_bmp"):
+            with self.assertRaisesRegex(ValueError, "`resized` must be crop or squash"):
+                Storage.parse(text)
+        for form in ("crop256", "squash256_q90", "crop384_png", "crop64_raw"):
+            self.assertEqual(str(Storage.parse(form)), form)
+        with self.assertRaisesRegex(ValueError, "`image_size` must be at most the stored size"):
+            self.load("crop40", image_size=41)
+        with self.assertRaisesRegex(ValueError, "Raw images need `augment` crop_mirror or none"):
+            self.load("crop40_raw", augment="mixup")
+        with self.assertRaisesRegex(ValueError, "prepare them with `resize`"):
+            lars_keras.data.load("imagenet2012", data_dir=prepared.imagenet(), augment="crop_mirror")
+        with self.assertRaisesRegex(ValueError, "crop_mirror is for images that are stored at one size"):
+            lars_keras.data.load("digits", data_dir=prepared.digits(), augment="crop_mirror")
+        with self.assertRaisesRegex(ValueError, "`resized` is for imagenet2012 and folder"):
+            lars_keras.data.load("digits", data_dir=prepared.digits(), resized="crop40")
+        with self.assertRaisesRegex(ValueError, "needs `out_dir`"):
+            prepare.prepare_resized("folder", self.folder, "crop40")
+        with self.assertRaisesRegex(ValueError, "need about .* GB in .*, and 0.0 GB are free"):
+            with unittest.mock.patch("shutil.disk_usage", lambda path: unittest.mock.Mock(free=1000)):
+                prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop48", self.folder)
+
+
+def parse_bytes(data, record):
+    """Return the stored image and the label of a record."""
+    image, label = data._train.parse(record)
+    return image.numpy(), int(label)
+
+
+if __name__ == "__main__":
+    tf.test.main()
