@@ -69,13 +69,11 @@ def resized(image: tf.Tensor, storage: Storage) -> tf.Tensor:
     """
     import tensorflow as tf
 
-    def window(shape: tf.Tensor) -> tf.Tensor:
-        if storage.mode == "squash":
-            return tf.concat([[0, 0], shape], 0)
+    pixels = decode_window(image, lambda shape: tf.concat([[0, 0], shape], 0))
+    if storage.mode == "crop":  # of the whole image, because the border of a decoded window differs
+        shape = tf.shape(pixels)[:2]
         side = tf.reduce_min(shape)
-        return tf.concat([(shape - side) // 2, [side, side]], 0)
-
-    pixels = decode_window(image, window)
+        pixels = tf.slice(pixels, tf.concat([(shape - side) // 2, [0]], 0), tf.stack([side, side, 3]))
     pixels = tf.image.resize(pixels, (storage.size, storage.size), method="bilinear", antialias=True)
     pixels = tf.saturate_cast(tf.round(pixels), tf.uint8)
     if storage.encoding == "raw":

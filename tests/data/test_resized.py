@@ -64,7 +64,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             for image, (encoded, _) in zip(found, originals, strict=True):
                 difference = np.abs(image.astype(int) - by_pillow(encoded, storage))
                 self.assertLess(difference.mean(), 0.6 if lossless else 3.0)
-                self.assertLessEqual(difference.max(), 2 if lossless else 60)
+                self.assertLessEqual(difference.max(), 1 if lossless else 60)
 
     @parameterized.parameters(*FORMS)
     def test_windows_are_pixels_of_the_stored_image(self, form):
