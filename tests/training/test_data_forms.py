@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras.training import Trainer, sources
+from lars_keras.training import Trainer, array_data, sources
 from lars_keras.training.inputs import InputContext
 from tests.second_process import run_on
 
@@ -220,6 +220,16 @@ class FormsTest(parameterized.TestCase, tf.test.TestCase):
             with self.subTest(name):
                 self.assertAllClose(trainer.evaluate(data)["loss"], expected, rtol=1e-5)
                 self.assertAllClose(trainer.fit(data, verbose=0).history["loss"], [expected], rtol=1e-5)
+
+
+class ClassWeightsTest(tf.test.TestCase):
+    def test_of_each_example(self):
+        classes, found = np.array([0, 1, 2, 2]), {0: 2.0, 2: 0.5}
+        for y in (classes, classes[:, None], classes.astype("float32"), np.eye(3)[classes]):
+            self.assertAllEqual(array_data.weights_of_classes(y, found), [2.0, 1.0, 0.5, 0.5])
+        files = feed_of(Files(7), class_weight={0: 3.0, 1: 3.0, -1: 3.0, 2: 3.0, -2: 3.0, 3: 3.0, -3: 3.0})
+        x, y, weight = next(files(InputContext(), 0))
+        self.assertAllEqual(weight, [3.0, 3.0])
 
 
 class MemoryTest(tf.test.TestCase):
