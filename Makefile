@@ -69,10 +69,10 @@ compare: setup
 	$(BIN)/python compare.py --flagfile=flags/comparisons/digits.flags
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m ""
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -m ""
 
 # Lanes are run by hand: the tests with other versions than requirements/dev.txt pins, in an environment on top of .venv.
 LANES = keras-oldest keras-newest torch
@@ -84,7 +84,7 @@ $(LANES:%=test-%): test-%: setup
 	$(BIN)/python -m venv .venv-$*
 	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > "$$(echo .venv-$*/lib/python*/site-packages)/base.pth"
 	.venv-$*/bin/python $(PIP) $(WITH_$*)
-	.venv-$*/bin/python -m pytest -q -n 2 --dist loadscope $(TESTS_$*) $(TESTS)
+	.venv-$*/bin/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder $(TESTS_$*) $(TESTS)
 
 # In an empty environment, outside the checkout: Keras, one backend and the wheel.
 test-wheel: setup
@@ -102,7 +102,7 @@ test-tpu-wheel: setup
 	$(PYTHON) -m venv .venv-tpu; \
 	.venv-tpu/bin/python $(PIP) --no-deps --require-hashes -r requirements/tpu.txt; \
 	.venv-tpu/bin/python $(PIP) --no-deps --no-build-isolation --editable .; \
-	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope
+	.venv-tpu/bin/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 # FLAGS are those of train.py and of `python -m tools.pod_check --help`.
 FLAGS = --flagfile=flags/recipes/alexnet_bn_32k.flags --topology=v5e:16x16

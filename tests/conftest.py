@@ -24,6 +24,9 @@ from tests.prepared import SESSION_FOLDER  # noqa: E402
 
 TPU_BUILD = any(d.name.replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
 
+# Each starts processes and waits for them: at the end, a worker alone would wait.
+LONGEST = ("tests/jax/test_on_jax.py", "tests/tools/test_comparison.py::CommandTest", "tests/pod/test_check.py")
+
 
 def pytest_configure(config):
     """Make the session's data folder, and eight logical devices, except in a process that only starts others."""
@@ -39,8 +42,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Drop `tf.test.TestCase.test_session`, which looks like a test and is none."""
+    """Drop `tf.test.TestCase.test_session`, which looks like a test and is none; take the longest tests first."""
     items[:] = [item for item in items if getattr(item, "originalname", item.name) != "test_session"]
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 def pytest_collection_finish():

@@ -1,4 +1,4 @@
-"""Run a file of tests again on another Keras backend, of which a process has only one."""
+"""Run files of tests again on another Keras backend, of which a process has only one."""
 
 import importlib.util
 import os
@@ -7,16 +7,16 @@ import subprocess
 import sys
 
 
-def run_on(backend, test, file, *options, **environment):
-    """Run `file` with pytest and `options`; `test`, a test case, is skipped where the backend is not installed."""
+def run_on(backend, test, *arguments, **environment):
+    """Run pytest with these arguments; `test`, a test case, is skipped where the backend is not installed."""
     if importlib.util.find_spec(backend) is None:
         test.skipTest(f"{backend} is not installed")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *options, file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *arguments],
         env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | environment,
         cwd=pathlib.Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )
-    test.assertEqual(run.returncode, 0, run.stdout[-6000:] + run.stderr[-2000:])
+    test.assertEqual(run.returncode, 0, run.stdout[-12000:] + run.stderr[-2000:])
     test.assertIn(" passed", run.stdout)

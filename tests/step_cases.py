@@ -75,6 +75,9 @@ TABLE = tuple(itertools.product((1, 4), OPTIMIZERS, ("float32", "mixed_bfloat16"
 PAIRS = tuple(TABLE[i] for i in (0, 3, 5, 6))
 """The rows in which any two settings meet, whatever the third."""
 
+OPPOSITES = TABLE[1], TABLE[6]
+"""Two rows in which every setting comes once."""
+
 
 def trained_row(strategy_name, replicas, accumulation_steps, optimizer, policy):
     """Return what `trained` does, for a row of `TABLE`."""

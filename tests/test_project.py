@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import tensorflow as tf
 
 import lars_keras
@@ -147,6 +148,7 @@ class ProjectTest(tf.test.TestCase):
         lengths = {path: len(path.read_text().splitlines()) for path in files}
         self.assertEqual([f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n >= 450], [])
 
+    @pytest.mark.slow  # the next one says it of JAX
     def test_import_brings_keras_only(self):
         self.assertEqual(imports_in_new_process("tensorflow")["lars_keras"], ["lars_keras"])
 

@@ -1,7 +1,6 @@
 """The JAX engine takes the steps of the TensorFlow engine, on any number of devices, with the update sharded or not.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax and eight logical CPU devices; the
-TensorFlow engine's results go with it in a file.
+`test_on_jax.py` runs this file on JAX, with eight logical CPU devices and the TensorFlow engine's results in a file.
 """
 
 import contextlib
@@ -25,7 +24,6 @@ from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
 from tests import step_cases as cases
-from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 ENGINES = 2e-6  # between the two engines, five updates in float32; the sums have other orders
@@ -140,26 +138,15 @@ CASES = {
 QUICK = ("batch_norm, lars", "synchronized, lars", "wide, lars")
 
 
-@on("tensorflow")
-class SecondProcessTest(parameterized.TestCase):
-    def test_jax(self):
-        self.run_on_jax({name: CASES[name] for name in QUICK})
-
-    @pytest.mark.slow
-    def test_jax_in_full(self):
-        self.run_on_jax(CASES, "-m", "")
-
-    def run_on_jax(self, table, *options):
-        results = {}
-        for name, (model, optimizer, microbatch_size) in table.items():
-            strategy = "mirrored2" if model == "synchronized" else "none"
-            results[name] = trained(model, optimizer, microbatch_size=microbatch_size, strategy=strategy)[:2]
-        results[TELEMETRY] = trained("wide", "lars", layer_ratios=True)[2].layer_norms
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / "tensorflow.pickle"
-            path.write_bytes(pickle.dumps(results))
-            eight = "--xla_force_host_platform_device_count=8"
-            run_on("jax", self, __file__, *options, **{FROM_TENSORFLOW: os.fspath(path), "XLA_FLAGS": eight})
+def tensorflow_results(names):
+    """Return what the TensorFlow engine makes of the named `CASES`, and its telemetry."""
+    results = {}
+    for name in names:
+        model, optimizer, microbatch_size = CASES[name]
+        strategy = "mirrored2" if model == "synchronized" else "none"
+        results[name] = trained(model, optimizer, microbatch_size=microbatch_size, strategy=strategy)[:2]
+    results[TELEMETRY] = trained("wide", "lars", layer_ratios=True)[2].layer_norms
+    return results
 
 
 @on("jax")

@@ -1,6 +1,6 @@
 """`model.fit` of Keras under `keras.distribution`: LARS and LAMB take the steps that they take on one device.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax and eight logical CPU devices.
+`test_on_jax.py` runs this file on JAX, with eight logical CPU devices.
 """
 
 import functools
@@ -13,7 +13,6 @@ from absl.testing import parameterized
 from lars_keras import LAMB, LARS, schedules
 from lars_keras.training import Trainer
 from tests import step_cases as cases
-from tests.second_process import run_on
 
 ON_JAX = keras.backend.backend() == "jax"
 OPTIMIZERS = {
@@ -130,9 +129,6 @@ class OnTensorFlowTest(tf.test.TestCase):
         super().setUp()
         if ON_JAX:
             self.skipTest("this is the process on JAX")
-
-    def test_on_jax(self):
-        run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
     def test_keras_clips_the_gradients_of_each_replica(self):
         """So the page on devices says that two replicas can take twice the step; `Trainer` does not."""

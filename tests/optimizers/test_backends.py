@@ -1,10 +1,8 @@
 """LARS on the JAX and torch backends: a Keras backend is chosen at import, so each has its own process.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND set, and only then holds the
-comparisons with the oracle.
+Run by pytest on TensorFlow, this file holds no comparison with the oracle, only a start of itself on torch.
+`tests/jax/test_on_jax.py` runs it on JAX.
 """
-
-import os
 
 import keras
 import numpy as np
@@ -17,7 +15,6 @@ from tests.reference import ReferenceLAMB, ReferenceLARS
 from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
-FOLDER = os.path.dirname(__file__)
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
@@ -40,11 +37,8 @@ class Comparison(parameterized.TestCase):
 
 @on("tensorflow")
 class SecondProcessTest(parameterized.TestCase):
-    @parameterized.named_parameters(("jax", "jax"), ("torch", "torch"))
-    def test_backend(self, backend):
-        others = [f"{FOLDER}/test_internals.py", f"{FOLDER}/test_settings.py"] if backend == "jax" else []
-        others += [f"{FOLDER}/../test_blocks.py"]
-        run_on(backend, self, __file__, "-k", "not (SourceTest or RawRateTest)", *others)
+    def test_torch(self):
+        run_on("torch", self, __file__, "tests/test_blocks.py")
 
 
 @on("jax")

@@ -1,6 +1,6 @@
 """Private names of Keras, TensorFlow and JAX: a version that renames one fails here, and the failure names it.
 
-`test_backends.py` runs this file on JAX, where it looks at JAX's names and at Keras's again.
+`tests/jax/test_on_jax.py` runs this file on JAX, where it looks at JAX's names and at Keras's again.
 """
 
 import ast

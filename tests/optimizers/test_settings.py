@@ -1,6 +1,6 @@
 """Settings of the optimizers and schedules: numbers, names, exclusions over saving, what warns.
 
-`test_backends.py` runs this file on JAX, too.
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
 import os

@@ -5,6 +5,7 @@ import tempfile
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from lars_keras import LARS
@@ -13,6 +14,7 @@ from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run_functions_eagerly`")
 _RNG = np.random.default_rng(0)
 X, Y = _RNG.normal(size=(64, 4)).astype("f4"), _RNG.normal(size=(64, 1)).astype("f4")
 
@@ -74,10 +76,19 @@ class Script:
         return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
 
-class RunEndTest(tf.test.TestCase):
+class HostTestCase(tf.test.TestCase):
+    """Tests of what the host does around updates. They run eagerly: compiling a step takes longer than 20 of them."""
+
+    def setUp(self):
+        super().setUp()
+        tf.config.run_functions_eagerly(True)
+        self.addCleanup(tf.config.run_functions_eagerly, False)
+
     def folder(self):
         return pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
+
+class RunEndTest(HostTestCase):
     def test_a_lone_first_checkpoint_of_another_run_is_kept(self):
         folder = self.folder()
         Script(folder).fit(Stop(update=1), epochs=1)
@@ -144,9 +155,7 @@ class RunEndTest(tf.test.TestCase):
             self.assertEqual(run.saved, [0, 5, 10, 15, 20])
 
 
-class CallbackMemoryTest(tf.test.TestCase):
-    folder = RunEndTest.folder
-
+class CallbackMemoryTest(HostTestCase):
     def check(self, callback, optimizer, cuts, read):
         whole = Script(self.folder(), optimizer()).fit(callback(), epochs=8)
         for cut in cuts:

@@ -7,6 +7,7 @@ import json
 import pathlib
 import pickle
 import tempfile
+import unittest.mock
 
 import keras
 import pytest
@@ -15,11 +16,13 @@ from absl.testing import parameterized
 
 from lars_keras.pod.batch import parse_batch
 from lars_keras.pod.chips import CHIPS
+from lars_keras.pod.driver import BACKENDS
 from lars_keras.pod.measure import Program
 from lars_keras.pod.roofline import roofline
 from tools import pod_check, pod_recipe
 from tools.benchmarks import pod_models, pod_scaling
 
+SMALL = ("--flagfile=flags/recipes/demo.flags", "--batch_size=64", "--microbatch_size=16", "--topology=v5e:2x2")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -75,6 +78,16 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         self.assertRegex(err, message)
         self.assertLen(err.splitlines(), 1)
 
+    def test_flags_reach_the_check(self):
+        with unittest.mock.patch.object(pod_check, "check", side_effect=ValueError("asked")) as check:
+            code, _, err = self.run_command(*SMALL, "--backend=both", "--one_size")
+        self.assertEqual((code, err), (2, "pod_check: error: asked\n"))
+        expected = {"topology": "v5e:2x2", "backend": BACKENDS[0], "search": False, "batch_size": 64}
+        asked = check.call_args.kwargs
+        self.assertEqual({name: asked[name] for name in expected}, expected)
+        self.assertEqual(asked["microbatch_size"], 16)
+
+    @pytest.mark.slow  # tests/pod/test_check.py compiles a model for a real chip in every run
     def test_a_small_model_for_a_real_chip(self):
         self.check_a_small_model("jax")
 
@@ -88,10 +101,7 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "check.json"
             code, out, err = self.run_command(
-                "--flagfile=flags/recipes/demo.flags",
-                "--batch_size=64",
-                "--microbatch_size=16",
-                "--topology=v5e:2x2",
+                *SMALL,
                 f"--backend={backend}",
                 f"--out={path}",
                 *(["--one_size"] if backend == "tensorflow" else []),

@@ -1,6 +1,6 @@
 """`Trainer` takes data in the forms that `model.fit` takes, and resumes exactly where they can be indexed.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
 import itertools
@@ -12,7 +12,6 @@ from absl.testing import parameterized
 
 from lars_keras.training import Trainer, array_data, sources
 from lars_keras.training.inputs import InputContext
-from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 RNG = np.random.default_rng(0)
@@ -388,13 +387,6 @@ class RefusedTest(parameterized.TestCase, tf.test.TestCase):
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 call()
-
-
-if BACKEND == "tensorflow":
-
-    class OnJaxTest(tf.test.TestCase):
-        def test_on_jax(self):
-            run_on("jax", self, __file__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Losses that are no plain mean over examples: masks, `ignore_class`, Dice; against Keras's update of the whole batch.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
 import keras
@@ -9,8 +9,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
-from tests.second_process import run_on
-from tests.training.test_meaning import BACKEND, Subclassed, compiled, dataset, replicas
+from tests.training.test_meaning import Subclassed, compiled, dataset, replicas
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([1, 6, 1, 5, 6, 6, 2, 1, 6, 3, 1, 1, 4, 6, 6, 6])
@@ -168,10 +167,3 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
     def test_taken(self):
         for loss in (scalar_mean, keras.losses.Dice(axis=-1)):
             self.trainer(self.model(loss))()
-
-
-if BACKEND == "tensorflow":
-
-    class OnJaxTest(tf.test.TestCase):
-        def test_on_jax(self):
-            run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=2")

@@ -1,16 +1,16 @@
 """`Trainer` means what `model.fit` and `model.evaluate` mean, or refuses, on TensorFlow and JAX.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
 from models.batch_norm import SyncBatchNormalization
-from tests.second_process import run_on
 
 BACKEND = keras.backend.backend()
 RNG = np.random.default_rng(0)
@@ -175,13 +175,24 @@ CASES = {
     "no weights": (lambda: compiled(IgnoresWeights()), X[:25], Y[:25]),
 }
 DEVICES = (1, 2)
+ALL = tuple((case, devices) for case in CASES for devices in DEVICES)
+# On two devices every case, on one those with several losses, masks, and a loss of the model's own.
+QUICK = tuple(cell for cell in ALL if cell[1] == 2 or cell[0] in ("two outputs", "masked time steps", "compute_loss"))
 
 
 class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
     """25 examples in batches that do not divide them, against one batch in Keras."""
 
-    @parameterized.parameters(*((case, devices) for case in CASES for devices in DEVICES))
+    @parameterized.parameters(*QUICK)
     def test_as_keras(self, case, devices):
+        self.check(case, devices)
+
+    @parameterized.parameters(*(cell for cell in ALL if cell not in QUICK))
+    @pytest.mark.slow
+    def test_the_rest_as_keras(self, case, devices):
+        self.check(case, devices)
+
+    def check(self, case, devices):
         make, x, y = CASES[case]
         with replicas(devices):
             model = make()
@@ -355,10 +366,3 @@ class SecondPhaseTest(parameterized.TestCase, tf.test.TestCase):
         model.add(keras.layers.Dense(1, name="another"))
         with self.assertRaisesRegex(ValueError, "another layer, another"):
             trainer.evaluate(data)
-
-
-if BACKEND == "tensorflow":
-
-    class OnJaxTest(tf.test.TestCase):
-        def test_on_jax(self):
-            run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=2")

@@ -1,6 +1,6 @@
 """The norms that both engines measure for the noise scale, against every ghost batch's gradient in float64 NumPy.
 
-The same file runs on JAX, in a process of its own.
+`tests/jax/test_on_jax.py` runs this file on JAX, too, with eight devices.
 """
 
 import keras
@@ -13,7 +13,6 @@ from lars_keras.noise_scale import NoiseScaleEstimator
 from lars_keras.training import Trainer
 from lars_keras.training.cluster import make_cluster
 from tests import step_cases as cases
-from tests.second_process import run_on
 
 GHOST = 8
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -147,11 +146,6 @@ class NoiseScaleTest(tf.test.TestCase, parameterized.TestCase):
             keras.distribution.set_distribution(None)
         for values, expected in zip(found, measured_by_numpy(), strict=True):
             self.assertAllClose(values, expected, rtol=1e-5)
-
-    def test_on_jax(self):
-        if not ON_TENSORFLOW:
-            self.skipTest("this is the process on JAX")
-        run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`Trainer` takes shapes, sizes and objects as `model.fit` does: unknown sizes, NumPy's numbers, no config, an EMA.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
 import unittest.mock
@@ -11,7 +11,6 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
-from tests.second_process import run_on
 from tests.training.test_data_forms import BATCH, RNG, X, Y, dataset, trainer_of, weights
 
 BACKEND = keras.backend.backend()
@@ -216,10 +215,6 @@ if BACKEND == "tensorflow":
                     history = trainer.fit(images, Y[:8], verbose=0).history
                     self.assertTrue(np.isfinite(history["loss"][0]))
                     self.assertEqual(hasattr(trainer.engine.step.gradient, "get_concrete_function"), name == "conv")
-
-    class OnJaxTest(tf.test.TestCase):
-        def test_on_jax(self):
-            run_on("jax", self, __file__)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tests import workers
 STRATEGIES = ("none", "one", "mirrored2", "mirrored8")
 FLOAT32 = 1e-6
 SYNC_BATCH_NORM = 1e-5
+BATCH_NORM = cases.batch_norm()
 BFLOAT16 = 2**-5  # eight roundings to 8 bits; the sums over a batch cancel
 
 
@@ -38,11 +39,12 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         super().setUpClass()
         cls.single = {}
 
-    def reference(self, make_model, optimizer, policy):
-        """Return the same updates on one device, each of one micro-batch."""
-        key = (make_model, optimizer, policy)
+    def reference(self, make_model, optimizer="lars", policy="float32", microbatch_size=None):
+        """Return the same updates on one device, each of one micro-batch unless its size is given."""
+        key = (make_model, optimizer, policy, microbatch_size)
         if key not in self.single:
-            trainer, history = cases.trained(make_model, cases.OPTIMIZERS[optimizer], policy=policy)
+            options = {"policy": policy, "microbatch_size": microbatch_size}
+            trainer, history = cases.trained(make_model, cases.OPTIMIZERS[optimizer], **options)
             self.single[key] = cases.state(trainer), history
         return self.single[key]
 
@@ -76,7 +78,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         self.check(cases.state(trainer), history, optimizer, policy)
 
     def test_same_update_on_two_workers(self):
-        self.check_two_workers("PAIRS")
+        self.check_two_workers("OPPOSITES")
 
     @pytest.mark.slow
     def test_whole_table_on_two_workers(self):
@@ -132,14 +134,14 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         """Check that the statistics of a micro-batch over all replicas are those of the global batch."""
         make_model = cases.batch_norm(synchronized=True)
         trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy)
-        expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"])
-        self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
+        expected, _ = self.reference(BATCH_NORM)
+        self.assertLess(difference(cases.state(trainer), expected), (SYNC_BATCH_NORM,))
 
-    @parameterized.parameters(cases.batch_norm(), cases.dropout)
+    @parameterized.parameters(BATCH_NORM, cases.dropout)
     def test_ghost_batches(self, make_model):
         self.check_ghost_batches(make_model, "mirrored2")
 
-    @parameterized.parameters(cases.batch_norm(), cases.dropout)
+    @parameterized.parameters(BATCH_NORM, cases.dropout)
     @pytest.mark.slow
     def test_ghost_batches_of_eight(self, make_model):
         self.check_ghost_batches(make_model, "mirrored8")
@@ -147,10 +149,10 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
     def check_ghost_batches(self, make_model, strategy):
         """Check that an update depends on the ghost batches, not on whether they lie in time or on replicas."""
         trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy, microbatch_size=8)
-        expected, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], microbatch_size=8)
-        self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
-        one_ghost_batch, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"])
-        self.assertGreater(difference(cases.state(trainer), cases.state(one_ghost_batch)), (1e-3,))
+        expected, _ = self.reference(make_model, microbatch_size=8)
+        self.assertLess(difference(cases.state(trainer), expected), (SYNC_BATCH_NORM,))
+        one_ghost_batch, _ = self.reference(make_model)
+        self.assertGreater(difference(cases.state(trainer), one_ghost_batch), (1e-3,))
 
     def test_moving_statistics_move_once_per_update(self):
         """They become the mean over the ghost batches of what each of them made of the same start."""
@@ -198,10 +200,11 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_xla_takes_the_moments_of_batch_norm_in_one_pass(self):
         with mock.patch.object(forward, "one_pass_moments", wraps=forward.one_pass_moments) as one_pass_moments:
-            expected, _ = cases.trained(cases.batch_norm(), cases.OPTIMIZERS["lars"], microbatch_size=16)
+            expected, _ = cases.trained(BATCH_NORM, cases.OPTIMIZERS["lars"], microbatch_size=8)
+            self.single[BATCH_NORM, "lars", "float32", 8] = cases.state(expected), None
             one_pass_moments.assert_not_called()
             trainer, _ = cases.trained(
-                cases.batch_norm(), cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=16, jit_compile=True
+                BATCH_NORM, cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=8, jit_compile=True
             )
             one_pass_moments.assert_called()
         self.assertLess(difference(cases.state(trainer), cases.state(expected)), (SYNC_BATCH_NORM,))
