@@ -1,6 +1,5 @@
 """Settings of the test process, made before TensorFlow, JAX or Matplotlib is imported."""
 
-import gc
 import importlib.metadata
 import os
 import shutil
@@ -20,6 +19,7 @@ for name, value in {
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
+from tests.frozen import pytest_collection_finish  # noqa: E402, F401
 from tests.prepared import SESSION_FOLDER  # noqa: E402
 
 TPU_BUILD = any(d.name.replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
@@ -45,13 +45,6 @@ def pytest_collection_modifyitems(items):
     """Drop `tf.test.TestCase.test_session`, which looks like a test and is none; take the longest tests first."""
     items[:] = [item for item in items if getattr(item, "originalname", item.name) != "test_session"]
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
-
-
-def pytest_collection_finish():
-    """Keep what was imported out of garbage collections, which would take a third of the processor time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,18 @@ def run_on(backend, test, *arguments, **environment):
     if importlib.util.find_spec(backend) is None:
         test.skipTest(f"{backend} is not installed")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.frozen",
+            "--noconftest",
+            *arguments,
+        ],
         env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | environment,
         cwd=pathlib.Path(__file__).parents[1],
         capture_output=True,
