@@ -186,6 +186,17 @@ def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
     return [loss.loss for loss in (model._compile_loss._flat_losses or [])] if model._compile_loss else []
 
 
+def single_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """Return all metrics of a built model, those given to `compile` one by one."""
+    compiled = model._compile_metrics
+    return [m for m in model.metrics if m is not compiled] + (compiled.metrics if compiled else [])
+
+
+def metric_function(metric: keras.metrics.Metric) -> Callable[..., Tensor] | None:
+    """Return the function or loss that a metric is the mean of; None if it is no `MeanMetricWrapper`."""
+    return metric._fn if isinstance(metric, keras.metrics.MeanMetricWrapper) else None
+
+
 def layer_losses(model: keras.Model) -> list[Tensor]:
     """Return what the layers have added to the loss in this stateless scope, without regularizers of weights."""
     return [loss for layer in layers_of(model) for loss in layer._get_own_losses()]

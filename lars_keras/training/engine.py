@@ -10,6 +10,7 @@ import numpy as np
 
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import LossTerms
+from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.state import EmaWeights, inner_optimizer
 
 
@@ -67,9 +68,11 @@ class Engine(Protocol):
 
     Attributes:
         loss_terms: the terms of the loss.
+        metric_terms: which metrics may be split.
     """
 
     loss_terms: LossTerms
+    metric_terms: MetricTerms
 
     def __init__(self, model: keras.Model, cluster: Any, options: EngineOptions, element_spec: Any): ...
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from absl import logging
 from keras import ops
 
 from lars_keras import _keras_internals as keras_internals
@@ -114,46 +115,59 @@ def _suspects(model: keras.Model) -> list[str]:
     """Return the name of a part of the loss that may be no mean over examples; no more than one."""
     if is_overridden(model, "compute_loss"):
         return [f"{type(model).__name__}.compute_loss"]
-    unknown = [loss.name for loss in keras_internals.compiled_losses(model) if not _is_known_mean(loss)]
+    unknown = [loss.name for loss in keras_internals.compiled_losses(model) if not is_known_mean(loss)]
     return unknown[:1]
 
 
-def _is_known_mean(loss: keras.losses.Loss) -> bool:
+def is_known_mean(loss: Any) -> bool:
+    """Return True for Keras's own losses, objects or functions, that are means over examples."""
     if isinstance(loss, _OVER_THE_BATCH):
         return False
-    function = getattr(loss, "fn", None)
-    parts = [type(loss)] if function is None else [type(loss), function]
-    names = ("dice", "tversky", "circle")
-    return all(p.__module__.startswith("keras.") and p.__name__ not in names for p in parts)
+    function = getattr(loss, "fn", loss)
+    parts = [function] if function is loss and not isinstance(loss, keras.losses.Loss) else [type(loss), function]
+    names = [getattr(p, "__name__", type(p).__name__) for p in parts]
+    return all(p.__module__.startswith("keras.") for p in parts) and not {"dice", "tversky", "circle"} & set(names)
 
 
 def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
     """Try made-up targets and predictions of four examples, together and in two parts; None if that says nothing."""
-    rng = np.random.default_rng(0)
-
-    def made_up(spec: TensorSpec | None, target: bool) -> np.ndarray | None:
-        if spec is None:
-            return None
-        shape = [4, *(size or 2 for size in spec.shape[1:])]
-        if target or not keras.backend.is_float_dtype(spec.dtype):
-            return rng.integers(0, 2, shape)
-        return rng.uniform(0.1, 0.9, shape)
-
-    arrays = [keras.tree.map_structure(lambda s, y=i == 1: made_up(s, y), part) for i, part in enumerate(batch)]
+    arrays = made_up_batch(batch, 4)
 
     def loss(*part: int) -> float:
-        def tensor(a: np.ndarray | None, spec: TensorSpec | None) -> Tensor | None:
-            return None if a is None or spec is None else ops.convert_to_tensor(a[slice(*part)], spec.dtype)
-
-        x, y, y_pred = keras.tree.map_structure(tensor, arrays, list(batch))
+        x, y, y_pred = part_of(arrays, batch, *part)
         values = [(v, ops.convert_to_tensor(v)) for v in [*model.variables, *model.metrics_variables]]
         with keras_internals.losses_of_one_replica(), keras.StatelessScope(values, collect_losses=True):
             return float(keras_internals.compute_loss(model, x, y, y_pred, None, training=True))
 
     try:
         whole, again, parts = loss(0, 4), loss(0, 4), (loss(0, 2) + loss(2, 4)) / 2
-    except Exception:  # it asks for other data; whatever it raises, so would the first update, or not
+    except Exception as error:  # it asks for other data than these
+        logging.warning("Whether the loss is a mean over examples cannot be tried: %s", error)
         return None
     if whole != again or not np.isfinite([whole, parts]).all():  # random, or no loss of such numbers
         return None
     return bool(abs(whole - parts) <= _TOLERANCE * max(abs(whole), abs(parts)))
+
+
+def made_up_batch(batch: tuple[Any, Any, Any], examples: int) -> list[Any]:
+    """Return arrays for the `TensorSpec`s of `(x, y, y_pred)`: targets of 0 and 1, other numbers between them."""
+    rng = np.random.default_rng(0)
+
+    def made_up(spec: TensorSpec | None, target: bool) -> np.ndarray | None:
+        if spec is None:
+            return None
+        shape = [examples, *(size or 2 for size in spec.shape[1:])]
+        if target or not keras.backend.is_float_dtype(spec.dtype):
+            return rng.integers(0, 2, shape)
+        return rng.uniform(0.1, 0.9, shape)
+
+    return [keras.tree.map_structure(lambda s, y=i == 1: made_up(s, y), part) for i, part in enumerate(batch)]
+
+
+def part_of(arrays: list[Any], batch: tuple[Any, Any, Any], start: int, stop: int) -> Any:
+    """Return some examples of `made_up_batch` as tensors."""
+
+    def tensor(a: np.ndarray | None, spec: TensorSpec | None) -> Tensor | None:
+        return None if a is None or spec is None else ops.convert_to_tensor(a[start:stop], spec.dtype)
+
+    return keras.tree.map_structure(tensor, arrays, list(batch))

@@ -223,7 +223,9 @@ class Trainer:
         engine = self._current.of(data, 0)
         self._current.check_unchanged(engine)
         check_optimizer(self.model)
-        check_terms(self.model, engine.loss_terms, self.replicas * self.accumulation_steps)
+        ghost_batches = self.replicas * self.accumulation_steps
+        check_terms(self.model, engine.loss_terms, ghost_batches)
+        engine.metric_terms.check(ghost_batches, self.replicas)
         for warning in long_averages(self.model, ends[-1] if ends else 0):
             logging.warning("%s", warning)
         restored, self._restored = self._restored, None

@@ -19,6 +19,7 @@ from lars_keras.training.jax.cluster import JaxCluster
 from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
 from lars_keras.training.loss_terms import check_scored_terms
+from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 
@@ -34,6 +35,7 @@ class JaxEngine:
     Attributes:
         step: the programs of an update.
         loss_terms: the terms of the loss.
+        metric_terms: which metrics may be split.
     """
 
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
@@ -58,6 +60,7 @@ class JaxEngine:
             masked=self.loss_terms.masked,
         )
         self.step.check_every_weight_is_used(element_spec)
+        self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         self._score_fn = jax.jit(self._score)
         self._results_fn = jax.jit(self._results)
         self._replicate_fn = jax.jit(lambda values: values, out_shardings=self.step.replicated)
@@ -212,6 +215,7 @@ class JaxEngine:
         scores = []
         for i, batch in enumerate(batches):
             check_scored_terms(self.model, self.loss_terms, i + 1)
+            self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
             metrics, score = self._score_fn(weights, metrics, self._for_scoring(batch))
             scores.append(score)

@@ -148,14 +148,25 @@ class JaxStep:
         """Take an update of one micro-batch."""
 
         def on_device(
-            shards: list[Tensor], batch_stats: list[Tensor], rng_state: list[Tensor], scale: Tensor, data: Any
+            shards: list[Tensor],
+            batch_stats: list[Tensor],
+            rng_state: list[Tensor],
+            metrics: list[Tensor],
+            scale: Tensor,
+            data: Any,
         ) -> tuple[list[Tensor], Any, list[Tensor]]:
             weights = self._weights.gather(shards)
-            sums, rng_state = self._ghost_sums(weights, batch_stats, rng_state, data, self._ghost_number(), scale)
-            return *self._weights.reduce(*sums), rng_state
+            index = self._ghost_number()
+            sums, metrics, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
+            return *self._weights.reduce(sums[0], (*sums[1], metrics)), rng_state
 
-        arguments = (state["trainable"], state["batch_stats"], state["rng_state"], self._loss_scale(state), data)
-        specs = (self._weights.specs, _REPLICATED, _REPLICATED, _REPLICATED, self._batch_spec)
+        arguments = (
+            *(state[group] for group in ("trainable", "batch_stats", "rng_state")),
+            self._first_metrics(state["metrics"]),
+            self._loss_scale(state),
+            data,
+        )
+        specs = (self._weights.specs, *[_REPLICATED] * 4, self._batch_spec)
         on_devices = self._on_devices(on_device, specs, (self._weights.specs, _REPLICATED, _REPLICATED))
         gradients, others, rng_state = on_devices(*arguments)
         return self._applied(state, gradients, others, rng_state)
@@ -166,14 +177,14 @@ class JaxStep:
         No weights if none is sharded: the state has them, and a copy would take as much memory again.
         """
         weights = self._weights.round(state["trainable"]) if self._weights.sharded else []
-        groups = (self.forward.trainable, self.forward.batch_stats, self.variables["metrics"])
-        gradients, batch_stats, metrics = (
-            [jnp.zeros((self.devices, *v.shape), "float32" if group < 2 else v.dtype) for v in variables]
-            for group, variables in enumerate(groups)
+        gradients, batch_stats = (
+            [jnp.zeros((self.devices, *v.shape), "float32") for v in variables]
+            for variables in (self.forward.trainable, self.forward.batch_stats)
         )
+        metrics = [jnp.repeat(v[None], self.devices, 0) for v in self._first_metrics(state["metrics"])]
         squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise))
         valid = jnp.zeros((self.devices, 1 * self._masked))
-        others = (batch_stats, metrics, jnp.zeros(self.devices), squares, valid)
+        others = (batch_stats, jnp.zeros(self.devices), squares, valid, metrics)
         return weights, self._loss_scale(state), (gradients, others)
 
     def _accumulate(
@@ -192,8 +203,10 @@ class JaxStep:
             batch_stats, rng_state, scale, data, i = arguments
             weights = [w.astype(v.dtype) for w, v in zip(weights, self.forward.trainable, strict=True)]
             index = i * self.devices + self._ghost_number()
-            own, rng_state = self._ghost_sums(weights, batch_stats, rng_state, data, index, scale)
-            return jax.tree.map(lambda total, value: total + value[None], sums, own), rng_state
+            gradients, (*others, metrics) = jax.tree.map(lambda total: total[0], sums)
+            own, metrics, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
+            gradients, others = jax.tree.map(jnp.add, (gradients, tuple(others)), own)
+            return jax.tree.map(lambda total: total[None], (gradients, (*others, metrics))), rng_state
 
         specs = (self._batch_spec, *[_REPLICATED] * 4, self._batch_spec, _REPLICATED)
         on_devices = self._on_devices(on_device, specs, (self._batch_spec, _REPLICATED))
@@ -219,7 +232,7 @@ class JaxStep:
 
         The compiler shards the update as its arguments are.
         """
-        batch_stats, metrics, loss, squares, valid = others
+        batch_stats, loss, squares, valid, metrics = others
         if self._masked:
             ghosts = self.devices * self.accumulation_steps
             mean = jnp.where(valid[0] > 0, ghosts / jnp.where(valid[0] > 0, valid[0], 1.0), 0.0)
@@ -238,7 +251,9 @@ class JaxStep:
             "batch_stats": [a.astype(v.dtype) for a, v in zip(batch_stats, self.forward.batch_stats, strict=True)],
             "rng_state": rng_state,
             "optimizer": optimizer,
-            "metrics": [total + own for total, own in zip(state["metrics"], metrics, strict=True)],
+            "metrics": metrics
+            if self.devices == 1
+            else [total + own for total, own in zip(state["metrics"], metrics, strict=True)],
         }
         rows, scale = [], self._loss_scale(state)
         if self._measure_norms:
@@ -266,35 +281,37 @@ class JaxStep:
         weights: list[Tensor],
         batch_stats: list[Tensor],
         rng_state: list[Tensor],
+        metrics: list[Tensor],
         data: Any,
         index: Tensor,
         scale: Tensor,
-    ) -> tuple[Any, list[Tensor]]:
-        """Return what a ghost batch adds to the sums, and the rng_state.
-
-        The sums are `(gradients, (batch_stats, metrics, loss, squares, valid))`.
-        """
+    ) -> tuple[Any, list[Tensor], list[Tensor]]:
+        """Return what a ghost batch adds to `(gradients, (batch_stats, loss, squares, valid))`, metrics, rng_state."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         ghosts = self.devices * self.accumulation_steps
 
         def loss_of(weights: list[Tensor]) -> tuple[Tensor, Any]:
             loss, y_pred, *state = self.forward.loss(
-                weights, batch_stats, rng_state, x, y, sample_weight, index, _zeros(self.forward.metrics)
+                weights, batch_stats, rng_state, x, y, sample_weight, index, metrics
             )
             loss = loss / ghosts
             return loss * scale.astype(loss.dtype), (loss, y_pred, *state)
 
         (_, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(weights)
-        loss, y_pred, new_batch_stats, new_rng_state, metrics, valid = aux
+        loss, y_pred, new_batch_stats, new_rng_state, new_metrics, valid = aux
         gradients = [g.astype(jnp.float32) for g in gradients]
         new_batch_stats = [a.astype(jnp.float32) / ghosts for a in new_batch_stats]
-        metrics = self._with_compiled_metrics(metrics, x, y, y_pred, sample_weight)
+        new_metrics = self._with_compiled_metrics(new_metrics, x, y, y_pred, sample_weight)
         squares = _squares(gradients) if self._measure_noise else jnp.zeros(0)
         loss = loss.astype(jnp.float32)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
             gradients, loss = [g * valid for g in gradients], loss * valid
         valid = valid[None] if self._masked else jnp.zeros(0)
-        return (gradients, (new_batch_stats, metrics, loss, squares, valid)), new_rng_state
+        return (gradients, (new_batch_stats, loss, squares, valid)), new_metrics, new_rng_state
+
+    def _first_metrics(self, metrics: list[Tensor]) -> list[Tensor]:
+        """Return the metrics that the devices begin an update with: their own, or zeros if they are to be added up."""
+        return metrics if self.devices == 1 else [jnp.zeros_like(v) for v in metrics]
 
     def _ghost_number(self) -> Tensor:
         """Return the number of this device's ghost batch in its micro-batch."""

@@ -14,6 +14,7 @@ from lars_keras.training.engine import EngineOptions, StepResult, check_accumula
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
+from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
@@ -30,6 +31,7 @@ class TensorFlowEngine:
     Attributes:
         step: the functions of one replica.
         loss_terms: the terms of the loss.
+        metric_terms: which metrics may be split.
     """
 
     def __init__(self, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions, element_spec: Any):
@@ -39,6 +41,7 @@ class TensorFlowEngine:
         jit_compile = has_accelerator() and supports_jit(model) if auto else bool(options.jit_compile)
         with self.strategy.scope():
             self.loss_terms = build_model(model, element_spec)
+        self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         masked = self.loss_terms.masked and self.replicas * options.accumulation_steps > 1
         self.step = TensorFlowStep(model, self.replicas, options, jit_compile, masked)
         with self.strategy.scope():
@@ -170,6 +173,7 @@ class TensorFlowEngine:
         with errors_of_data():
             for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
                 check_scored_terms(self.model, self.loss_terms, (i + 1) * self.replicas)
+                self.metric_terms.check((i + 1) * self.replicas, self.replicas)
                 before_batch(i)
                 self._score_fn(batch)
                 after_batch(i)

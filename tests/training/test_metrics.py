@@ -1,0 +1,161 @@
+"""Metrics over micro-batches and replicas, against Keras's of the whole batch; those that would be wrong are refused.
+
+Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.training import Trainer
+from tests.second_process import run_on
+from tests.training.test_meaning import BACKEND, Subclassed, X, dataset, replicas
+
+TARGETS = np.random.default_rng(1).integers(0, 2, (64, 1)).astype("float32")
+
+
+class State(keras.metrics.Metric):
+    """A metric of one number."""
+
+    start, dtype_of_state = 0.0, "float32"
+
+    def __init__(self, name=None):
+        super().__init__(name=name or type(self).__name__.lower())
+        start = keras.initializers.Constant(self.start)
+        self.v = self.add_variable((), start, name="v", dtype=self.dtype_of_state)
+
+    def reset_state(self):
+        self.v.assign(self.start)
+
+    def update_state(self, y, p, sample_weight=None):
+        self.v.assign(self.updated(self.v, keras.ops.abs(y - p)))
+
+    def result(self):
+        return keras.ops.convert_to_tensor(self.v)
+
+
+class Largest(State):
+    def updated(self, v, error):
+        return keras.ops.maximum(v, keras.ops.max(error))
+
+
+class Smallest(State):
+    start = 1e9
+
+    def updated(self, v, error):
+        return keras.ops.minimum(v, keras.ops.min(error))
+
+
+class Count(State):
+    dtype_of_state = "int32"
+
+    def updated(self, v, error):
+        return v + keras.ops.shape(error)[0]
+
+
+class FromOne(State):
+    """A sum that does not start from 0."""
+
+    start = 1.0
+
+    def updated(self, v, error):
+        return v + keras.ops.sum(error)
+
+
+class Moving(State):
+    def updated(self, v, error):
+        return 0.5 * v + 0.5 * keras.ops.mean(error)
+
+
+def root_of_mean(y, p):
+    return keras.ops.sqrt(keras.ops.mean((y - p) ** 2))
+
+
+def mean_error(y, p):
+    return keras.ops.mean(keras.ops.abs(y - p))
+
+
+def model(*metrics):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])
+    model.set_weights([np.linspace(-1, 1, 4, dtype="float32")[:, None], np.zeros(1, "float32")])
+    model.compile(keras.optimizers.SGD(0.0), "mse", weighted_metrics=list(metrics))
+    return model
+
+
+def sums():
+    return [
+        keras.metrics.AUC(num_thresholds=20, name="auc"),
+        keras.metrics.Precision(name="precision"),
+        keras.metrics.RootMeanSquaredError(name="rmse"),
+        keras.metrics.R2Score(name="r2"),
+        Count(),
+        mean_error,
+    ]
+
+
+class MetricsTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(1, 2)
+    def test_as_keras(self, devices):
+        """Sums anywhere; a maximum and a minimum on one device."""
+        ordered = [Largest, Smallest, FromOne] if devices == 1 else []
+
+        def metrics():
+            return sums() + [metric() for metric in ordered]
+
+        with replicas(devices):
+            trainer = Trainer(model(*metrics()), batch_size=16, microbatch_size=4)
+            history = trainer.fit(dataset(X, TARGETS), epochs=2, verbose=0).history
+            scores = trainer.evaluate(dataset(X, TARGETS))
+        expected = model(*metrics()).evaluate(X, TARGETS, batch_size=64, verbose=0, return_dict=True)
+        for name, value in expected.items():
+            self.assertAllClose(history[name], [value, value], rtol=1e-5, msg=name)
+            self.assertAllClose(scores[name], value, rtol=1e-5, msg=name)
+
+    def test_of_batches_are_refused(self):
+        for metric, name in ((Moving(), "moving"), (root_of_mean, "root_of_mean")):
+            with self.subTest(name):
+                trainer = Trainer(model(metric, "mae"), batch_size=16, microbatch_size=8)
+                with self.assertRaisesRegex(ValueError, rf"each part of a batch.*Received: {name}$"):
+                    trainer.fit(dataset(X, TARGETS), verbose=0)
+                with self.assertRaisesRegex(ValueError, rf"Received: {name}$"):
+                    trainer.evaluate(dataset(X, TARGETS))
+                trainer.evaluate(dataset(X[:8], TARGETS[:8]))
+        trainer = Trainer(model(Moving()), batch_size=16)
+        history = trainer.fit(dataset(X, TARGETS), verbose=0).history
+        expected = model(Moving()).fit(X, TARGETS, batch_size=16, shuffle=False, verbose=0).history
+        self.assertAllClose(history["moving"], expected["moving"], rtol=1e-5)
+
+    def test_that_cannot_be_added_are_refused_on_replicas(self):
+        with replicas(2):
+            trainer = Trainer(model(Largest(), "mae", FromOne()), batch_size=16)
+            with self.assertRaisesRegex(ValueError, "each replica, which are added up.*Received: largest, fromone$"):
+                trainer.fit(dataset(X, TARGETS), verbose=0)
+            if BACKEND == "tensorflow":  # on JAX an evaluation is one program over all devices
+                with self.assertRaisesRegex(ValueError, "Received: largest, fromone$"):
+                    trainer.evaluate(dataset(X, TARGETS))
+            else:
+                expected = np.abs(trainer.model(X) - TARGETS).max()
+                self.assertAllClose(trainer.evaluate(dataset(X, TARGETS))["largest"], expected)
+
+    def test_in_compute_loss(self):
+        class Own(Subclassed):
+            def __init__(self):
+                super().__init__()
+                self.tracker = Moving()
+
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+                self.tracker.update_state(y, y_pred)
+                return super().compute_loss(x, y, y_pred, sample_weight)
+
+        own = Own()
+        own.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "Received: moving$"):
+            Trainer(own, batch_size=16, microbatch_size=8).fit(dataset(X, TARGETS), verbose=0)
+
+
+if BACKEND == "tensorflow":
+
+    class OnJaxTest(tf.test.TestCase):
+        def test_on_jax(self):
+            run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=2")
