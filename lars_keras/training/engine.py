@@ -86,6 +86,9 @@ class Engine(Protocol):
     def train(self, iterator: Any, updates: int) -> StepResult:
         """Take `updates` updates without returning to Python between them."""
 
+    def check_scoring(self) -> None:
+        """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
+
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
     ) -> dict[str, float]:

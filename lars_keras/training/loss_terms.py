@@ -77,7 +77,7 @@ def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> Non
             f"{ghost_batches} ghost batches, and `Trainer` can do so for one masked mean alone. {remedy} Received: "
             f"a masked loss with {_parts(model, terms)}"
         )
-    for name in _suspects(model):
+    for name in suspects(model):
         if _is_mean(model, terms.batch) is False:
             raise ValueError(
                 f"The loss of a batch is not the mean over its examples, so the {ghost_batches} ghost batches of a "
@@ -111,7 +111,7 @@ def _parts(model: keras.Model, terms: LossTerms) -> str:
     return ", ".join(parts)
 
 
-def _suspects(model: keras.Model) -> list[str]:
+def suspects(model: keras.Model) -> list[str]:
     """Return the name of a part of the loss that may be no mean over examples; no more than one."""
     if is_overridden(model, "compute_loss"):
         return [f"{type(model).__name__}.compute_loss"]

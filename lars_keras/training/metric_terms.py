@@ -57,7 +57,7 @@ class MetricTerms:
 
 def _probed(model: keras.Model, batch: tuple[Any, Any, Any]) -> dict[str, list[str]]:
     """Return the names of the metrics that may not be split at all, and of those whose states may not be added."""
-    if all(map(_is_known_sum, keras_internals.single_metrics(model))):
+    if all(map(is_known_sum, keras_internals.single_metrics(model))):
         return {"parts": [], "sums": []}
     arrays = made_up_batch(batch, 8)
     variables = [v for metric in model.metrics for v in metric.variables]
@@ -106,7 +106,8 @@ def _probed(model: keras.Model, batch: tuple[Any, Any, Any]) -> dict[str, list[s
     return {"parts": parts, "sums": sums}
 
 
-def _is_known_sum(metric: keras.metrics.Metric) -> bool:
+def is_known_sum(metric: keras.metrics.Metric) -> bool:
+    """Return True for Keras's own metrics, whose states are sums."""
     function = keras_internals.metric_function(metric)
     return type(metric).__module__.startswith("keras.") and (function is None or is_known_mean(function))
 

@@ -31,7 +31,7 @@ def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -
         weights, in units of examples; the model's own losses times their number of examples; that number; and `n`.
     """
     y_pred = model(x, training=False)
-    loss_weight = _aligned(weight, y_pred) if padded else weight
+    loss_weight = aligned(weight, y_pred) if padded else weight
     with keras_internals.losses_of_one_replica(), keras_internals.recorded_masks() as masks:
         loss = keras_internals.compute_loss(model, x, y, y_pred, loss_weight, training=False)
     model.compute_metrics(x, y, y_pred, weight)
@@ -66,7 +66,7 @@ def _units(masks: list[Tensor | None], weight: Any, size: Tensor, dtype: str) ->
     return size * ops.mean(mask), size * ops.mean(weighted), n
 
 
-def _aligned(weight: Any, y_pred: Any) -> Any:
+def aligned(weight: Any, y_pred: Any) -> Any:
     """Return weights that broadcast to the losses of each element, which have a dimension less than the output."""
     if keras.tree.is_nested(weight):
         return weight

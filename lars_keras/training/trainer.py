@@ -226,6 +226,8 @@ class Trainer:
         ghost_batches = self.replicas * self.accumulation_steps
         check_terms(self.model, engine.loss_terms, ghost_batches)
         engine.metric_terms.check(ghost_batches, self.replicas)
+        if validation_data is not None:
+            engine.check_scoring()
         for warning in long_averages(self.model, ends[-1] if ends else 0):
             logging.warning("%s", warning)
         restored, self._restored = self._restored, None

@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
+from lars_keras.training.padding_terms import check_padding
 from tests.second_process import run_on
 from tests.training.test_meaning import BACKEND, Subclassed, X, dataset, replicas
 
@@ -152,6 +153,46 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
         own.compile("sgd", "mse")
         with self.assertRaisesRegex(ValueError, "Received: moving$"):
             Trainer(own, batch_size=16, microbatch_size=8).fit(dataset(X, TARGETS), verbose=0)
+
+
+class PaddingTest(parameterized.TestCase, tf.test.TestCase):
+    """Where the last batch is filled up, as on several hosts: what ignores weights is refused by name."""
+
+    def check(self, own):
+        engine = Trainer(own, batch_size=16)
+        engine.evaluate(dataset(X, TARGETS))
+        engine = engine.engine
+        engine.check_scoring()  # nothing is padded on one host
+        check_padding(own, engine.loss_terms)
+
+    def test_refused_by_name(self):
+        class IgnoresWeights(Subclassed):
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+                return keras.ops.mean(keras.ops.abs(y - y_pred))
+
+        own = IgnoresWeights()
+        own.compile("sgd", "mse")
+        active = model("mae")
+        active.layers[0].activity_regularizer = keras.regularizers.L2()
+        scalar = model()
+        scalar.compile("sgd", mean_error)
+        for refused, name in (
+            (own, r"IgnoresWeights\.compute_loss"),
+            (scalar, "mean_error"),
+            (model(Count(), "mae"), "count"),
+            (active, "losses that layers add"),
+        ):
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"weight 0. They would count in: {name}[.,] "):
+                self.check(refused)
+
+    def test_taken(self):
+        class Penalty(Subclassed):
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+                return super().compute_loss(x, y, y_pred, sample_weight) + keras.ops.sum(self.dense.kernel**2)
+
+        own = Penalty()
+        own.compile("sgd", "mse", weighted_metrics=["mae", lambda y, p: keras.ops.mean(keras.ops.abs(y - p), -1)])
+        self.check(own)
 
 
 if BACKEND == "tensorflow":

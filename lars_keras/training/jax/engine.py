@@ -20,6 +20,7 @@ from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.metric_terms import MetricTerms
+from lars_keras.training.padding_terms import check_padding
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 
@@ -198,6 +199,11 @@ class JaxEngine:
 
     # -- evaluation ----------------------------------------------------------------------------
 
+    def check_scoring(self) -> None:
+        """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
+        if self._context.num_input_pipelines > 1:
+            check_padding(self.model, self.loss_terms)
+
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
     ) -> dict[str, float]:
@@ -209,6 +215,7 @@ class JaxEngine:
             from lars_keras.training.tensorflow.inputs import numpy_scoring_batches
 
             batches = numpy_scoring_batches(data, self._context, self.options.microbatch_size)
+        self.check_scoring()
         self.model.reset_metrics()
         weights = [jax.device_put(v.value, s) for v, s in self._model_state()]
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]

@@ -15,6 +15,7 @@ from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.metric_terms import MetricTerms
+from lars_keras.training.padding_terms import check_padding
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
@@ -164,10 +165,16 @@ class TensorFlowEngine:
 
     # -- evaluation ----------------------------------------------------------------------------
 
+    def check_scoring(self) -> None:
+        """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
+        if pads(self.strategy):
+            check_padding(self.model, self.loss_terms)
+
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
     ) -> dict[str, float]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
+        self.check_scoring()
         self.model.reset_metrics()
         self._scored.assign(np.zeros(5))
         with errors_of_data():
