@@ -49,6 +49,7 @@ class StatelessForward:
         trainable: trainable variables.
         batch_stats: floating-point state, averaged over the ghost batches.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
+        loss_dtype: dtype in which the loss is summed: float64 if a weight has it, else float32.
         metrics: variables of all metrics, which a loss, layer or `compute_loss` may update.
     """
 
@@ -62,6 +63,7 @@ class StatelessForward:
         self.model = model
         self._moments = (lambda: one_pass_moments(model, over_replicas)) if compiled else contextlib.nullcontext
         self.trainable = list(model.trainable_variables)
+        self.loss_dtype = "float64" if any(v.dtype == "float64" for v in self.trainable) else "float32"
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
         self.rng_state = [v for v in state if not keras.backend.is_float_dtype(v.dtype)]

@@ -17,6 +17,11 @@ def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
     return optimizer
 
 
+def sum_dtype(dtype: str) -> str:
+    """Return the dtype in which values of a dtype are summed: float32, or float64 for itself."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def variables_by_name(model: keras.Model) -> dict[str, keras.Variable]:
     """Return the variables of a compiled model and its optimizer: the state that all replicas have in common."""
     # By number: the paths have the names of model and optimizer, which count the models of a process.

@@ -3,6 +3,8 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -73,6 +75,24 @@ def replicas(count):
 
     devices = jax.devices()[:count]
     return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False).scope()
+
+
+@contextlib.contextmanager
+def float64():
+    """Make float64 the default, which JAX has only if asked for."""
+
+    def switch(on):
+        keras.config.set_floatx("float64" if on else "float32")
+        if BACKEND == "jax":
+            import jax
+
+            jax.config.update("jax_enable_x64", on)
+
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
 
 
 T = RNG.normal(size=(25, 10, 4)).astype("float32")
@@ -260,6 +280,35 @@ class TrainingTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllClose(history["loss"], expected["loss"], rtol=2e-3)  # a spacing of inputs is 1e-3 of their range
         variance = (1 - 0.5**3) * x.astype("float64").var(0) + 0.5**3
         self.assertAllClose(np.array(model.layers[0].moving_variance), variance, rtol=1e-5)
+
+    def test_float64(self):
+        """Sums of gradients, loss and batch statistics keep the digits of Keras's own."""
+        with float64(), replicas(1):
+            x, y = RNG.normal(size=(16, 4)), RNG.normal(size=(16, 1))
+
+            def make():
+                layers = [keras.layers.Dense(1, dtype="float64")]
+                if BACKEND == "tensorflow":  # on JAX Keras's batch normalization computes in float32
+                    layers = [keras.layers.BatchNormalization(dtype="float64"), *layers]
+                model = sequential(*layers, metrics=[], dtype="float64")
+                model.set_weights([np.ones(w.shape) for w in model.get_weights()])
+                return model
+
+            model, reference = make(), make()
+            loss = Trainer(model, batch_size=16, microbatch_size=16).fit(dataset(x, y), verbose=0).history["loss"]
+            expected = reference.fit(x, y, batch_size=16, verbose=0).history["loss"]
+            split = make()
+            for layer in split.layers[:-1]:
+                layer.trainable = False
+            once = keras.models.clone_model(split)
+            once.set_weights(split.get_weights())
+            for m, size in ((split, 4), (once, 16)):
+                m.compile(keras.optimizers.SGD(0.1), "mse")
+                Trainer(m, batch_size=16, microbatch_size=size).fit(dataset(x, y), verbose=0)
+        self.assertAllClose(loss, expected, rtol=1e-6)  # Keras's own losses are in floatx
+        for actual, value in ((model, reference), (split, once)):
+            for a, b in zip(actual.get_weights(), value.get_weights(), strict=True):
+                self.assertAllClose(np.array(a), np.array(b), rtol=1e-13, atol=1e-14)
 
     def test_resume_with_several_losses(self):
         _, x, y = CASES["two outputs"]

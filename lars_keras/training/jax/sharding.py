@@ -103,9 +103,11 @@ class WeightSharding:
             others: a tree of further arrays.
 
         Returns:
-            The sums of the gradients, float32, of sharded weights this device's shard alone; and of `others`.
+            The sums of the gradients, in float32 or float64, of sharded weights this device's shard alone; and of
+            `others`.
         """
-        sent = [g.astype(self._reduce_dtype) for g in gradients]
+        low = self._reduce_dtype != "float32"
+        sent = [g.astype(self._reduce_dtype) if low else g for g in gradients]  # which is float64 for such weights
         replicated, others = lax.psum(
             ([g for g, dims in zip(sent, self._dims, strict=True) if dims is None], others), self.axes
         )
@@ -113,7 +115,7 @@ class WeightSharding:
         summed = [
             next(rest) if dims is None else self._scatter(g, dims) for g, dims in zip(sent, self._dims, strict=True)
         ]
-        return [g.astype(jnp.float32) for g in summed], others
+        return [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in summed], others
 
     def _scatter(self, gradient: Tensor, dims: Sequence[int]) -> Tensor:
         """Return this device's shard of a gradient, summed over the devices.

@@ -28,7 +28,7 @@ from lars_keras.training.forward import StatelessForward
 from lars_keras.training.inputs import spec_of
 from lars_keras.training.jax.mesh import ghost_numbers
 from lars_keras.training.jax.sharding import WeightSharding, shard_sharding
-from lars_keras.training.state import inner_optimizer
+from lars_keras.training.state import inner_optimizer, sum_dtype
 
 Tensor = Any
 State: TypeAlias = dict[str, list[Any]]
@@ -178,13 +178,13 @@ class JaxStep:
         """
         weights = self._weights.round(state["trainable"]) if self._weights.sharded else []
         gradients, batch_stats = (
-            [jnp.zeros((self.devices, *v.shape), "float32") for v in variables]
+            [jnp.zeros((self.devices, *v.shape), sum_dtype(v.dtype)) for v in variables]
             for variables in (self.forward.trainable, self.forward.batch_stats)
         )
         metrics = [jnp.repeat(v[None], self.devices, 0) for v in self._first_metrics(state["metrics"])]
-        squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise))
-        valid = jnp.zeros((self.devices, 1 * self._masked))
-        others = (batch_stats, jnp.zeros(self.devices), squares, valid, metrics)
+        squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise), "float32")
+        valid = jnp.zeros((self.devices, 1 * self._masked), "float32")
+        others = (batch_stats, jnp.zeros(self.devices, self.forward.loss_dtype), squares, valid, metrics)
         return weights, self._loss_scale(state), (gradients, others)
 
     def _accumulate(
@@ -236,7 +236,7 @@ class JaxStep:
         if self._masked:
             ghosts = self.devices * self.accumulation_steps
             mean = jnp.where(valid[0] > 0, ghosts / jnp.where(valid[0] > 0, valid[0], 1.0), 0.0)
-            gradients, loss = [g * mean for g in gradients], loss * mean
+            gradients, loss = [g * mean.astype(g.dtype) for g in gradients], loss * mean.astype(loss.dtype)
         with measuring() as measures:  # what nobody asks for, the compiler leaves out
             trainable, optimizer = self.optimizer.stateless_apply(
                 state["optimizer"],
@@ -299,14 +299,14 @@ class JaxStep:
 
         (_, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(weights)
         loss, y_pred, new_batch_stats, new_rng_state, new_metrics, valid = aux
-        gradients = [g.astype(jnp.float32) for g in gradients]
-        new_batch_stats = [a.astype(jnp.float32) / ghosts for a in new_batch_stats]
+        gradients = [g.astype(sum_dtype(g.dtype.name)) for g in gradients]
+        new_batch_stats = [a.astype(sum_dtype(a.dtype.name)) / ghosts for a in new_batch_stats]
         new_metrics = self._with_compiled_metrics(new_metrics, x, y, y_pred, sample_weight)
-        squares = _squares(gradients) if self._measure_noise else jnp.zeros(0)
-        loss = loss.astype(jnp.float32)
+        squares = _squares(gradients) if self._measure_noise else jnp.zeros(0, "float32")
+        loss = loss.astype(self.forward.loss_dtype)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
-            gradients, loss = [g * valid for g in gradients], loss * valid
-        valid = valid[None] if self._masked else jnp.zeros(0)
+            gradients, loss = [g * valid.astype(g.dtype) for g in gradients], loss * valid.astype(loss.dtype)
+        valid = valid[None] if self._masked else jnp.zeros(0, "float32")
         return (gradients, (new_batch_stats, loss, squares, valid)), new_metrics, new_rng_state
 
     def _first_metrics(self, metrics: list[Tensor]) -> list[Tensor]:

@@ -94,7 +94,7 @@ class TensorFlowEngine:
 
     def _train(self, iterator: Any, updates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Run the body of `train`, in cross-replica context."""
-        losses = tf.TensorArray(tf.float32, size=updates)
+        losses = tf.TensorArray(self.step.forward.loss_dtype, size=updates)
         rates = tf.TensorArray(tf.float32, size=updates)
         norms = tf.TensorArray(tf.float32, size=updates)
         waited = tf.constant(0.0, tf.float64)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.engine import EngineOptions
 from lars_keras.training.forward import StatelessForward
-from lars_keras.training.state import inner_optimizer
+from lars_keras.training.state import inner_optimizer, sum_dtype
 from lars_keras.training.tensorflow.update import apply_update
 
 Tensor = Any
@@ -53,9 +53,13 @@ class TensorFlowStep:
 
     def zero_sums(self) -> Sums:
         """Return the sums before the first micro-batch of an update."""
-        shapes = [v.shape for v in self.forward.trainable + self.forward.batch_stats] + [()]
+        variables = self.forward.trainable + self.forward.batch_stats
+        shapes = [v.shape for v in variables] + [()]
         shapes += [(len(self.forward.trainable),)] * self._measure_noise + [()] * self._masked
-        return [tf.zeros(shape) for shape in shapes], [tf.convert_to_tensor(v) for v in self.forward.rng_state]
+        dtypes = [*(sum_dtype(v.dtype) for v in variables), self.forward.loss_dtype]
+        dtypes += ["float32"] * (len(shapes) - len(dtypes))
+        zeros = [tf.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return zeros, [tf.convert_to_tensor(v) for v in self.forward.rng_state]
 
     def accumulate(self, sums: Sums, data: Any, i: Tensor) -> Sums:
         """Add this replica's ghost batch of micro-batch `i` to its sums."""
@@ -77,11 +81,12 @@ class TensorFlowStep:
             variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
         squares = [_squares(gradients)] * self._measure_noise
-        gradients, batch_stats, loss, *squares = tf.nest.map_structure(
-            lambda s: tf.cast(s, tf.float32), [gradients, batch_stats, loss, *squares]
+        gradients, batch_stats = (
+            [tf.cast(s, sum_dtype(s.dtype.name)) for s in group] for group in (gradients, batch_stats)
         )
+        loss = tf.cast(loss, self.forward.loss_dtype)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
-            gradients, loss = [g * valid for g in gradients], loss * valid
+            gradients, loss = [g * tf.cast(valid, g.dtype) for g in gradients], loss * tf.cast(valid, loss.dtype)
         return [*gradients, *batch_stats, loss, *squares, *[valid] * self._masked], rng_state
 
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -136,7 +141,7 @@ class TensorFlowStep:
         gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
         if valid is not None:
             mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), valid)
-            gradients, loss = [g * mean for g in gradients], loss * mean
+            gradients, loss = [g * tf.cast(mean, g.dtype) for g in gradients], loss * tf.cast(mean, loss.dtype)
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
