@@ -5,9 +5,10 @@ from typing import Any
 import keras
 
 from lars_keras.training.backend import engine_class
-from lars_keras.training.compiled_state import CompiledState
+from lars_keras.training.compiled_state import CompiledState, check_optimizer
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, element_spec
+from lars_keras.training.loss_terms import check_terms
 from lars_keras.training.overrides import check_loss, check_overrides
 
 
@@ -62,6 +63,28 @@ class CurrentEngine:
         assert self._built_for
         self._built_for.check(self._model, training=False)
         return self.engine
+
+    def for_training(self, data: Data, replicas: int, ghost_batches: int, scored: bool) -> Engine:
+        """Return the engine, once the model is known to train as with Keras's `fit`.
+
+        Args:
+            data: for training.
+            replicas: number of replicas.
+            ghost_batches: number of them in a global batch.
+            scored: True if the model is also evaluated.
+
+        Raises:
+            ValueError: if the model was changed without another `compile`; if its optimizer, loss or metrics do not
+                go with it or with several ghost batches.
+        """
+        engine = self.of(data, 0)
+        self.check_unchanged(engine)
+        check_optimizer(self._model)
+        check_terms(self._model, engine.loss_terms, ghost_batches)
+        engine.metric_terms.check(ghost_batches, replicas)
+        if scored:
+            engine.check_scoring()
+        return engine
 
     def running(self) -> Engine:
         """Return the engine that a call before has made.

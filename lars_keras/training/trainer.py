@@ -18,11 +18,9 @@ from lars_keras.training.averages import long_averages
 from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
-from lars_keras.training.compiled_state import check_optimizer
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, take_updates
-from lars_keras.training.loss_terms import check_terms
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import EmaWeights, check_identity, identity_of, inner_optimizer
@@ -220,14 +218,9 @@ class Trainer:
         if steps_per_epoch is None:
             data, steps_per_epoch = self.whole_updates(data)
         ends = epoch_ends(epochs, steps_per_epoch)
-        engine = self._current.of(data, 0)
-        self._current.check_unchanged(engine)
-        check_optimizer(self.model)
-        ghost_batches = self.replicas * self.accumulation_steps
-        check_terms(self.model, engine.loss_terms, ghost_batches)
-        engine.metric_terms.check(ghost_batches, self.replicas)
-        if validation_data is not None:
-            engine.check_scoring()
+        engine = self._current.for_training(
+            data, self.replicas, self.replicas * self.accumulation_steps, scored=validation_data is not None
+        )
         for warning in long_averages(self.model, ends[-1] if ends else 0):
             logging.warning("%s", warning)
         restored, self._restored = self._restored, None
