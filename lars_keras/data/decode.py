@@ -14,7 +14,7 @@ from lars_keras.data.tracing import traced_once
 if TYPE_CHECKING:
     import tensorflow as tf
 
-_DCT = "INTEGER_ACCURATE"  # bit for bit what other JPEG readers use, and no slower; TensorFlow's default differs
+DCT = "INTEGER_ACCURATE"  # bit for bit what other JPEG readers use, and no slower; TensorFlow's default differs
 _TRIES = 10
 NUM_DRAWS = 2 * _TRIES + 3  # area and aspect ratio of each try; then row, column, flip
 
@@ -112,12 +112,12 @@ def decode_window(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor])
 
     def part_of_jpeg() -> tf.Tensor:
         window = window_of(tf.image.extract_jpeg_shape(image)[:2])
-        return tf.io.decode_and_crop_jpeg(image, window, channels=3, dct_method=_DCT)
+        return tf.io.decode_and_crop_jpeg(image, window, channels=3, dct_method=DCT)
 
     def part_of_pixels(turn: tf.Tensor) -> tf.Tensor:
         pixels = tf.cond(
             tf.io.is_jpeg(image),
-            lambda: tf.io.decode_jpeg(image, channels=3, dct_method=_DCT),
+            lambda: tf.io.decode_jpeg(image, channels=3, dct_method=DCT),
             lambda: tf.cond(
                 is_webp(image),
                 lambda: _decode_webp(image),

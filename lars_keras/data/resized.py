@@ -9,7 +9,7 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING
 
-from lars_keras.data.decode import decode_window
+from lars_keras.data.decode import DCT, decode_window
 from lars_keras.data.tracing import traced_once
 
 if TYPE_CHECKING:
@@ -116,9 +116,12 @@ def _window(image: tf.Tensor, start: tf.Tensor, size: int, storage: Storage) -> 
 
     if storage.encoding == "raw":
         pixels = tf.reshape(tf.io.decode_raw(image, tf.uint8), (storage.size, storage.size, 3))
+    elif storage.encoding == "png":
+        pixels = tf.io.decode_png(image, channels=3)
     else:
         # A JPEG decoder interpolates the colours at the border of a window without the pixels beyond it.
         first = tf.maximum(start - _BORDER, 0)
         sides = tf.minimum(start + size + _BORDER, storage.size) - first
-        pixels, start = decode_window(image, lambda shape: tf.concat([first, sides], 0)), start - first
+        pixels = tf.io.decode_and_crop_jpeg(image, tf.concat([first, sides], 0), channels=3, dct_method=DCT)
+        start -= first
     return tf.ensure_shape(tf.slice(pixels, tf.concat([start, [0]], 0), (size, size, 3)), (size, size, 3))

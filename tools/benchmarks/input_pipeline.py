@@ -13,7 +13,9 @@ feeds updates of 32,768 images in micro-batches of 256, as training does, and re
 """
 
 import argparse
+import atexit
 import concurrent.futures
+import functools
 import importlib.util
 import io
 import itertools
@@ -21,7 +23,9 @@ import os
 import pathlib
 import platform
 import resource
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,9 +42,12 @@ from lars_keras.data.cache import InMemory
 from lars_keras.data.decode import NUM_DRAWS, central_window, random_window
 from lars_keras.data.loading import prepared_dir
 from lars_keras.data.parallel_map import cores
+from lars_keras.data.prepare import prepare_resized
+from lars_keras.data.resized import Storage
 from lars_keras.training.tensorflow.inputs import training_iterator
 from tools.committed import write_json
 
+STORED = ("squash256", "squash256_q90", "squash256_raw")
 Candidate = Callable[[], Iterator[Any]]
 
 
@@ -116,6 +123,49 @@ def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Itera
     return iter(torch.utils.data.DataLoader(many, batch, shuffle=train, num_workers=cores()))
 
 
+def stored(data_dir: str, batch: int, size: int) -> dict[str, Candidate]:
+    """Return the candidates that read images stored at 256 x 256, which are stored for it."""
+    found: dict[str, Candidate] = {}
+    for form in STORED:
+        data = load(
+            "imagenet2012", data_dir=prepared(data_dir, form), image_size=size, augment="crop_mirror", resized=form
+        )
+        assert isinstance(data, ImageFileData)
+        many = ImageFileData(
+            "images",
+            Repeated(data.train_examples, 10**6),
+            data.test_examples,
+            1000,
+            image_size=size,
+            augment="crop_mirror",
+            storage=Storage.parse(form),
+        )
+        if not form.endswith("raw"):
+            files = tf.constant([data.train_examples.example(tf.constant(i))[0].numpy() for i in range(data.num_train)])
+            start = np.random.default_rng(0).integers(0, 257 - size, (data.num_train * 20, 2))
+            windows = np.concatenate([start, np.full_like(start, size)], 1).astype(np.int32)
+            found[f"decode_and_crop_jpeg alone, {form}"] = functools.partial(_decoder, files, windows, batch)
+        found[f"lars_keras, --resized={form}"] = functools.partial(_batches, many, batch)
+    return found
+
+
+def _decoder(files: tf.Tensor, windows: np.ndarray, batch: int) -> Iterator[Any]:
+    return iter(decoded(files, windows, batch, None))
+
+
+def _batches(data: ImageFileData, batch: int) -> Iterator[Any]:
+    return iter(data.train_batches(batch))
+
+
+@functools.cache
+def prepared(data_dir: str, form: str) -> str:
+    """Store the images in another form, in a folder that is removed at the end."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    prepare_resized("imagenet2012", data_dir, form, folder)
+    return folder
+
+
 def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict[str, dict[str, Candidate]]:
     """Return the candidates of training and of evaluation by name."""
     data = load("imagenet2012", data_dir=data_dir, image_size=size)
@@ -158,7 +208,7 @@ def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict
         if not importlib.util.find_spec(name):
             print(f"{name} is not installed: not run")
     return {
-        "training": group(True, random, lambda data: data.train_batches(batch)),
+        "training": group(True, random, lambda data: data.train_batches(batch)) | stored(data_dir, batch, size),
         "evaluation": group(False, central, lambda data: data.test_batches(batch)),
     }
 
