@@ -25,7 +25,7 @@ help:
 	@echo "make pod-models  compile what is missing of results/pod_models.json; about an hour; needs keras-hub"
 	@echo "make lint    check style, docstrings, format, spelling and types"
 	@echo "make docs    build the site in build/site, with strict checks of its links (.venv-docs)"
-	@echo "make notebook  write docs/quickstart.ipynb from docs/quickstart.py"
+	@echo "make notebook  write docs/*.ipynb from docs/*.py"
 	@echo "make lock    resolve requirements/*.txt again (needs uv); LOCK=--upgrade takes newer versions"
 	@echo "make clean   remove .venv, .venv-LANE, caches and build output"
 	@echo "test, lint and the others run setup first where needed. PYTHON=python3.12 chooses its interpreter."
@@ -134,7 +134,7 @@ docs: .venv-docs/installed
 	.venv-docs/bin/python $(PIP) --require-hashes -r requirements/docs.txt
 	@touch $@
 
-# The notebook from its source, docs/quickstart.py.
+# The notebooks from their sources, docs/quickstart.py and docs/tpu.py.
 notebook:
 	$(PYTHON) -m tools.notebook
 

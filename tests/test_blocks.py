@@ -28,6 +28,7 @@ SCALED = {
     },
     "docs/noise_scale.md": {"batch_size=512, microbatch_size=64": "batch_size=64, microbatch_size=16"},
     "docs/quickstart.py": {"3 * 60": "3 * 30", "epochs=60": "epochs=30", "120": "60"},
+    "docs/tpu.py": {"BATCH, MICROBATCH, EPOCHS = 4096, 512, 12": "BATCH, MICROBATCH, EPOCHS = 1024, 64, 2"},
     "docs/running.md": {"batch_size=8192, microbatch_size=256": "batch_size=64, microbatch_size=16", "=90": "=1"},
     "docs/trainer.md": {"batch_size=8192, microbatch_size=256": "batch_size=64, microbatch_size=16", "=90": "=1"},
 }
@@ -63,6 +64,18 @@ def code_of(page):
     code = "\n".join(code for reason, code in blocks(page, "python") if not reason)
     for before, after in SCALED.get(page, {}).items():
         assert before in code, f"{page} has no {before}"
+        code = code.replace(before, after)
+    return code
+
+
+def notebook_code(name):
+    """Return the code of a notebook, with the sizes of the tests."""
+    from tools import notebook
+
+    (source,) = (source for source in notebook.SOURCES if source.stem == name)
+    code = "\n".join(text for kind, text in notebook.cells_of(source.read_text()) if kind == "code")
+    for before, after in SCALED[f"docs/{name}.py"].items():
+        assert before in code, f"{name} has no {before}"
         code = code.replace(before, after)
     return code
 
@@ -104,13 +117,9 @@ class PagesTest(parameterized.TestCase):
     def test_quickstart(self):
         from tools import notebook
 
-        script = notebook.SOURCE.read_text()
-        self.assertEqual(notebook.SOURCE.with_suffix(".ipynb").read_text(), notebook.notebook_of(script))
-        code = "\n".join(text for kind, text in notebook.cells_of(script) if kind == "code")
-        for before, after in SCALED["docs/quickstart.py"].items():
-            self.assertIn(before, code)
-            code = code.replace(before, after)
-        names = {}
+        for source in notebook.SOURCES:
+            self.assertEqual(source.with_suffix(".ipynb").read_text(), notebook.notebook_of(source.read_text()))
+        code, names = notebook_code("quickstart"), {}
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             exec(compile(code, "quickstart", "exec"), names)
         for score in (names["model"], names["trainer"]):

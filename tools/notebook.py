@@ -1,8 +1,8 @@
-"""The quickstart in its three forms: a script in the percent form of jupytext is the source of notebook and page.
+"""Notebooks and their pages: a script in the percent form of jupytext is the source of both.
 
     python -m tools.notebook
 
-writes docs/quickstart.ipynb. The page is made while the site is built.
+writes docs/*.ipynb. The pages are made while the site is built.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).parents[1] / "docs" / "quickstart.py"
+SOURCES = tuple(Path(__file__).parents[1] / "docs" / f"{name}.py" for name in ("quickstart", "tpu"))
 
 
 def cells_of(script: str) -> list[tuple[str, str]]:
@@ -44,4 +44,5 @@ def notebook_of(script: str) -> str:
 
 
 if __name__ == "__main__":
-    SOURCE.with_suffix(".ipynb").write_text(notebook_of(SOURCE.read_text()))
+    for source in SOURCES:
+        source.with_suffix(".ipynb").write_text(notebook_of(source.read_text()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-from tools.notebook import page_of
+from tools.notebook import SOURCES, page_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", **{name: name for name in ("BUILD-notes.md", "CHANGELOG.md", "CONTRIBUTING.md")}}
@@ -15,11 +15,11 @@ _LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)]*)?\))")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add README as the front page, the other pages of the root, the quickstart, and the files that pages link to."""
+    """Add README as the front page, the other pages of the root, the notebooks, and the files that pages link to."""
     for name, page in PAGES.items():
         files.append(File.generated(config, page, content=_moved((ROOT / name).read_text(), "")))
-    script = (ROOT / "docs" / "quickstart.py").read_text()
-    files.append(File.generated(config, "quickstart.md", content=page_of(script)))
+    for source in SOURCES:
+        files.append(File.generated(config, f"{source.stem}.md", content=page_of(source.read_text())))
     texts = [(ROOT / name).read_text() for name in PAGES] + [p.read_text() for p in (ROOT / "docs").glob("*.md")]
     for name in sorted({posixpath.normpath(link[1]) for text in texts for link in _LINK.findall(text)}):
         name = name.removeprefix("../")

@@ -13,6 +13,7 @@ from absl.testing import parameterized
 from lars_keras import LAMB, LARS, schedules
 from lars_keras.training import Trainer
 from tests import step_cases as cases
+from tests.test_blocks import notebook_code
 
 ON_JAX = keras.backend.backend() == "jax"
 OPTIMIZERS = {
@@ -122,6 +123,22 @@ class PlainFitTest(tf.test.TestCase, parameterized.TestCase):
         model.fit(*cases.examples(), batch_size=cases.BATCH // 4, epochs=1, shuffle=False, verbose=0)
         self.assertEqual(int(optimizer.iterations), cases.UPDATES)
         self.assertAllClose(optimizer.learning_rate, schedule(4 * cases.UPDATES))
+
+
+class NotebookTest(tf.test.TestCase):
+    def test_first_minutes_on_a_tpu(self):
+        """The notebook, shortened, on eight devices."""
+        if not ON_JAX:
+            self.skipTest("the notebook is JAX's")
+        names = {}
+        try:
+            exec(compile(notebook_code("tpu"), "tpu", "exec"), names)
+        finally:
+            keras.distribution.set_distribution(None)
+            keras.config.set_dtype_policy("float32")
+        self.assertEqual(names["trainer"].replicas, 8)
+        self.assertGreater(names["scores"]["accuracy"], 0.85)
+        self.assertLen(names["noise"], 62)
 
 
 class OnTensorFlowTest(tf.test.TestCase):
