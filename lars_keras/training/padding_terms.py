@@ -12,6 +12,7 @@ from absl import logging
 from keras import ops
 
 from lars_keras import _keras_internals as keras_internals
+from lars_keras.metrics import MaskedExamples
 from lars_keras.training.loss_terms import LossTerms, made_up_batch, part_of, suspects
 from lars_keras.training.metric_terms import is_known_sum
 from lars_keras.training.scoring import aligned
@@ -30,10 +31,11 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
         ValueError: if it would; the message names the part.
     """
     found = ["losses that layers add, such as activity regularizers"] * bool(terms.layer_losses)
-    unknown = [m for m in keras_internals.single_metrics(model) if not is_known_sum(m)]
+    metrics = keras_internals.single_metrics(model)
+    counts = [m for m in metrics if isinstance(m, MaskedExamples)]  # what has weight 0 is what they are for
     losses = suspects(model)
-    if losses or unknown:
-        found += _that_ignore_weights(model, terms.batch, losses)
+    if losses or not all(is_known_sum(m) or m in counts for m in metrics):
+        found += _that_ignore_weights(model, terms.batch, losses, tuple(m.name for m in counts))
     if found:
         raise ValueError(
             "On several hosts, and on a TPU, the last batch of an evaluation is filled up with examples of weight 0. "
@@ -41,8 +43,17 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
         )
 
 
-def _that_ignore_weights(model: keras.Model, batch: tuple[Any, Any, Any], losses: list[str]) -> list[str]:
-    """Try made-up examples: three, the same with a fourth of weight 0, and with another fourth."""
+def _that_ignore_weights(
+    model: keras.Model, batch: tuple[Any, Any, Any], losses: list[str], meant: tuple[str, ...]
+) -> list[str]:
+    """Try made-up examples: three, the same with a fourth of weight 0, and with another fourth.
+
+    Args:
+        model: compiled and built.
+        batch: the form of a batch.
+        losses: names of the losses that may ignore weights.
+        meant: names of the metrics that count padding on purpose.
+    """
     arrays = made_up_batch(batch, 5)
     variables = [v for metric in model.metrics for v in metric.variables]
 
@@ -66,7 +77,8 @@ def _that_ignore_weights(model: keras.Model, batch: tuple[Any, Any, Any], losses
         logging.warning("Whether the loss and the metrics leave out examples of weight 0 cannot be tried: %s", error)
         return []
     found = losses if losses and not _same(loss, other_loss) else []
-    return found + [n for n in three if not (_same(three[n], padded[n]) and _same(three[n], other[n]))]
+    names = [n for n in three if not n.endswith(meant)]
+    return found + [n for n in names if not (_same(three[n], padded[n]) and _same(three[n], other[n]))]
 
 
 def _same(a: Any, b: Any) -> bool:

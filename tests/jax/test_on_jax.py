@@ -21,6 +21,7 @@ FILES = (
     "tests/jax/test_plain_fit.py",
     "tests/training/test_meaning.py",
     "tests/training/test_masks.py",
+    "tests/training/test_metrics.py",
     "tests/training/test_data_forms.py",
     "tests/training/test_shapes.py",
     "tests/training/test_noise_scale.py",

@@ -198,7 +198,8 @@ class WorkersTest(tf.test.TestCase):
         deadline = time.monotonic() + 240
         while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text():
             self.assertLess(time.monotonic(), deadline, "no update was logged")
-            self.assertIsNone(process.poll())
+            if process.poll() is not None:
+                self.fail(process.communicate()[0])
             time.sleep(0.5)
 
     def test_a_killed_worker_stops_the_other(self):

@@ -1,6 +1,6 @@
 """Metrics over micro-batches and replicas, against Keras's of the whole batch; those that would be wrong are refused.
 
-Run by pytest on TensorFlow, this file starts itself again with KERAS_BACKEND=jax.
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
 import keras
@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+from lars_keras.metrics import MaskedExamples
 from lars_keras.training import Trainer
 from lars_keras.training.padding_terms import check_padding
-from tests.second_process import run_on
 from tests.training.test_meaning import BACKEND, Subclassed, X, dataset, replicas
 
 TARGETS = np.random.default_rng(1).integers(0, 2, (64, 1)).astype("float32")
@@ -193,10 +193,6 @@ class PaddingTest(parameterized.TestCase, tf.test.TestCase):
         own = Penalty()
         own.compile("sgd", "mse", weighted_metrics=["mae", lambda y, p: keras.ops.mean(keras.ops.abs(y - p), -1)])
         self.check(own)
-
-
-if BACKEND == "tensorflow":
-
-    class OnJaxTest(tf.test.TestCase):
-        def test_on_jax(self):
-            run_on("jax", self, __file__, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+        self.check(model("mae", MaskedExamples()))  # train.py's: to count what has weight 0 is what it is for
+        with self.assertRaisesRegex(ValueError, "They would count in: count[.,] "):
+            self.check(model(Count(), MaskedExamples()))
