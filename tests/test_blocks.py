@@ -28,7 +28,7 @@ SCALED = {
     },
     "docs/noise_scale.md": {"batch_size=512, microbatch_size=64": "batch_size=64, microbatch_size=16"},
     "docs/quickstart.py": {"3 * 60": "3 * 30", "epochs=60": "epochs=30", "120": "60"},
-    "docs/tpu.py": {"BATCH, MICROBATCH, EPOCHS = 4096, 512, 12": "BATCH, MICROBATCH, EPOCHS = 1024, 64, 2"},
+    "docs/tpu.py": {"EPOCHS = 4096, 512, 12": "EPOCHS = 1024, 64, 2"},
     "docs/running.md": {"batch_size=8192, microbatch_size=256": "batch_size=64, microbatch_size=16", "=90": "=1"},
     "docs/trainer.md": {"batch_size=8192, microbatch_size=256": "batch_size=64, microbatch_size=16", "=90": "=1"},
 }
