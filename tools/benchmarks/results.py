@@ -123,6 +123,36 @@ def pytorch_lars_part() -> str:
     )
 
 
+def fast_part(runs: list[dict[str, Any]]) -> str:
+    """Return the section of the fast network: its finished runs, one a row."""
+    text = (
+        "## The fast network on CIFAR-10\n\n"
+        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, with the settings of "
+        "results/cifar10_fast.jsonl. One seed each; the machine did other work, so no times. Larger batches: not run.\n"
+    )
+    for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
+        rows = [
+            [
+                run["model"].removeprefix("fast_cifar").removeprefix("_") or "full",
+                f"{run['batch_size']:,}",
+                f"{run['epochs']:g}",
+                f"{run['updates']:,}",
+                f"{run['learning_rate']:g}",
+                f"{run['excluded_lr_scale']:g}",
+                f"{run['weight_decay']:g}",
+                *(f"{100 * run[key]:.2f} %" if key in run else "–" for key in ("top1", "top5", "top1_views")),
+            ]
+            for run in runs
+            if run["finished"] and run["scored_on"] == split
+        ]
+        head = ["widths", "batch", "epochs", "updates", "peak rate", "excluded x", "weight decay", "top-1", "top-5"]
+        if any("top1_views" in run for run in runs if run["scored_on"] == split):
+            head.append("top-1 of six views")
+        if rows:
+            text += f"\nScored on {words}:\n\n" + _table(head, [row[: len(head)] for row in rows])
+    return text
+
+
 def noise_scale_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.noise_scale`: over a run, and beside the scores of its comparison."""
     text = (
@@ -251,6 +281,7 @@ def page() -> str:
         HEAD,
         *(comparison_part(name, heading) for name, heading in COMPARISONS.items()),
         pytorch_lars_part(),
+        fast_part([json.loads(line) for line in (RESULTS / "cifar10_fast.jsonl").read_text().splitlines()]),
         noise_scale_part(read("noise_scale")),
         "## One update\n",
         optimizer_part(read("optimizer_step")),
