@@ -125,7 +125,7 @@ class ArrayFeed:
 
     @property
     def order(self) -> list[Any]:
-        """What the order depends on, for a checkpoint."""
+        """The values on which the order depends, for a checkpoint."""
         return [self.seed, self.examples, self.per_epoch]
 
     def first(self, count: int) -> "ArrayFeed":

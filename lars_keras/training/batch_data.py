@@ -110,7 +110,7 @@ class IndexedFeed:
 
     @property
     def order(self) -> list[Any]:
-        """What the order depends on, for a checkpoint."""
+        """The values on which the order depends, for a checkpoint."""
         return [self.seed, self.examples, self.per_epoch or self.examples]
 
     def first(self, count: int) -> "IndexedFeed":

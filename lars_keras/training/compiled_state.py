@@ -7,7 +7,7 @@ from lars_keras.training.state import inner_optimizer
 
 
 class CompiledState:
-    """What a compiled and built model consists of now, to be compared with what it consists of later.
+    """The parts of a compiled and built model now, to be compared with its parts later.
 
     Keras's own programs keep what they were compiled with. Where a layer is frozen without another `compile`, its
     `fit` goes on with the old state on TensorFlow, without a word, and fails on JAX.

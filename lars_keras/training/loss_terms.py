@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class LossTerms:
-    """What the loss of a built model consists of.
+    """The terms of the loss of a built model.
 
     Attributes:
         masks: for each mean that the loss takes, True if a mask leaves entries out of it.

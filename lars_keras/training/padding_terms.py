@@ -1,4 +1,4 @@
-"""What an evaluation whose last batch is filled up would count of the padding: it is refused.
+"""Refuse models that would count the padding of an evaluation whose last batch is filled up.
 
 Where hosts or TPU cores must keep step, the last batch holds copies of an example with weight 0. Keras's losses and
 metrics leave them out. Losses of layers do not, nor do a loss or a metric that ignores weights.

@@ -105,7 +105,7 @@ class PlainFitTest(tf.test.TestCase, parameterized.TestCase):
         ("mixed_bfloat16", "lars", "data"),
     )
     def test_features(self, feature, optimizer, distribution):
-        """Each feature changes the step, and changes it as on one device."""
+        """A feature changes the step, and changes it as on one device."""
         one, many = fitted("none", optimizer, feature), fitted(distribution, optimizer, feature)
         # bfloat16 gradients are summed in another order
         self.assertLess(largest_difference(many, one), 0.02 if feature == "mixed_bfloat16" else 2e-6)
