@@ -78,7 +78,7 @@ class TablesTest(tf.test.TestCase):
         self.assertGreater(count, 320)
 
     def test_run_folders(self):
-        """Each is refused by both programs that read a run folder, with exit code 2 and one line."""
+        """Both programs that read a run folder refuse it, with exit code 2 and one line."""
         root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         logs = (b"", b"\xff\xfe", b"{", b"[]\n", b"3\n", b"null\n", b'{"update": "x"}\n', b'{"kind": 3}\n' * 3)
         names = ["none", "file", "gs://bucket/run", "~nobody-of-this-name", "empty"]

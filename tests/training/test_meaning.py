@@ -264,7 +264,7 @@ class TrainingTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters([(n,) for n in DEVICES if n == 1 or BACKEND == "jax"])
     def test_batch_norm_far_from_zero(self, devices):
-        """In a compiled step, where E[x^2] - E[x]^2 had no digit left at a mean of 1e4."""
+        """A compiled step keeps the variance where E[x^2] - E[x]^2 had no digit left, at a mean of 1e4."""
         x = X[:16] + np.float32([0.0, 1e3, -1e4, 1e4])
 
         def make(synchronized):

@@ -80,7 +80,7 @@ class ShapesTest(parameterized.TestCase, tf.test.TestCase):
                 self.assertEqual(trainer.evaluate(data)["n"], 40)
 
     def test_varying(self):
-        """Each batch is a micro-batch: it trains. Else the message says what to do."""
+        """Training works if each batch is a micro-batch. Else the message says what to do."""
         data, padded = self.tokens(), [np.pad(x, [(0, 0), (0, 7 - x.shape[1])]) for x, _ in self.tokens()]
         signature = (tf.TensorSpec((None, None), tf.int32), tf.TensorSpec((None, 1)))
         of_tf = tf.data.Dataset.from_generator(lambda: data, output_signature=signature)
@@ -204,7 +204,7 @@ if BACKEND == "tensorflow":
 
     class JitTest(tf.test.TestCase):
         def test_auto_asks_the_layers(self):
-            """On an accelerator, simulated, XLA compiles a model unless one of its layers does not allow it."""
+            """XLA compiles a model on an accelerator, simulated, unless one of its layers does not allow it."""
             images = RNG.random((8, 8, 8, 3), dtype="float32")
             first = {"rotation": keras.layers.RandomRotation(0.1), "conv": keras.layers.Conv2D(2, 3)}
             with unittest.mock.patch.object(engine, "has_accelerator", lambda: True):

@@ -128,7 +128,8 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     text = (
         "## The fast network on CIFAR-10\n\n"
         "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, with the settings of "
-        "results/cifar10_fast.jsonl. One seed each; the machine did other work, so no times. Larger batches: not run.\n"
+        "results/cifar10_fast.jsonl. One seed each; the machine did other work, so no minutes. Larger batches: not "
+        "run.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
