@@ -56,13 +56,18 @@ def uses_weight_decay(optimizer: keras.optimizers.Optimizer, variable: Any) -> b
     return optimizer._use_weight_decay(variable)
 
 
+def is_overwritten(variable: Any) -> bool:
+    """Return whether the gradient of a variable is its new value: scales and histories of float8 layers."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
 def update_ema(optimizer: keras.optimizers.Optimizer) -> None:
     """Update the EMA of the optimizer's variables."""
     optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
 
 
-def ema_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """Return the EMA of each of the optimizer's variables, in their order."""
+def ema_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable | None]:
+    """Return the EMA of each of the optimizer's variables, in their order; None for those that are overwritten."""
     return optimizer._model_variables_moving_average
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lars_keras._keras_internals import WholeUpdateOptimizer, variable_index
+from lars_keras._keras_internals import WholeUpdateOptimizer, is_overwritten, variable_index
 from lars_keras.checks import as_number, check_number
 from lars_keras.compiled import CompiledUpdate, being_traced, distributed
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole, check_patterns, match_patterns, resolve_roles
@@ -107,7 +107,11 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         """
         if self.built or not variables:  # Keras builds with none when it loads a legacy .h5 file
             return
-        self._roles = resolve_roles(variables, **self._patterns, saved=self._matches)
+        roles = resolve_roles(variables, **self._patterns, saved=self._matches)
+        self._roles = [
+            dataclasses.replace(role, adapt=False, decay=False, lr_scale=0.0) if is_overwritten(v) else role
+            for role, v in zip(roles, variables, strict=True)
+        ]
         given = [p for patterns in self._patterns.values() for p in patterns or () if p not in DEFAULT_EXCLUDE]
         self._matches = match_patterns(variables, given, saved=self._matches) if given else None
         super().build(variables)
@@ -118,6 +122,8 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     def layer_plan(self) -> list[VariableRole]:
         """Return one row per trainable variable: path, shape, dtype, whether it is adapted and decayed, its lr factor.
+
+        The factor is 0 for the scales and histories of float8 layers: Keras overwrites them, and no rule moves them.
 
         Raises:
             ValueError: before the optimizer is built.
@@ -180,7 +186,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         return [ops.stack([ops.cast(x, "float32") for x in measures])] if measure else []
 
     def _lr_scale(self, role: VariableRole) -> float:
-        return 1.0 if role.adapt else self.excluded_lr_scale
+        return 1.0 if role.adapt else role.lr_scale * self.excluded_lr_scale
 
     # One program takes the place of a call of `update_step` for each variable. Under `tf.distribute`, Keras reduces the
     # gradients and comes back through `update_step`; `lars_keras.training` reduces them itself and calls `update`.
@@ -242,7 +248,7 @@ def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_l
     at 14 with a factor of 0.05.
     """
     raw_rate = peak_rate * excluded_lr_scale
-    excluded = [role.path for role in roles if not role.adapt]
+    excluded = [role.path for role in roles if not role.adapt and role.lr_scale]
     if raw_rate > MAX_RAW_RATE and excluded and not any(role.normalises for role in roles):
         warnings.warn(
             f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and no normalisation layer "
@@ -254,10 +260,13 @@ def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_l
 
 
 def _dense(gradient: Tensor, variable: Any) -> Tensor:
-    """Make a sparse gradient (of an Embedding) dense: momentum and decay move every row anyway.
+    """Make a sparse gradient dense, TensorFlow's of an Embedding or JAX's BCOO.
 
-    The sum adds up repeated rows, which a conversion or a norm over the slices would not.
+    Momentum and decay move every row anyway. The sum adds up repeated rows, which a conversion or a norm over the
+    slices would not.
     """
+    if hasattr(gradient, "todense"):
+        return gradient.todense()
     if hasattr(gradient, "dense_shape"):
         return ops.add(ops.zeros(variable.shape, gradient.dtype), gradient)
     return gradient

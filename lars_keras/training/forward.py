@@ -8,6 +8,8 @@ defined by that list alone:
 - Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
   the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
+- The scales and histories of float8 layers, whose "gradient" is their new value, become the largest of the new values.
+  Their entries are largest absolute values, so that is what the whole batch would have given.
 
 So ghost batches may run one after the other on one device, or side by side on replicas: the update is the same.
 """
@@ -22,6 +24,7 @@ from keras import ops
 
 from lars_keras._keras_internals import (
     compute_loss,
+    is_overwritten,
     is_seed_state,
     layer_losses,
     losses_of_one_replica,
@@ -47,6 +50,7 @@ class StatelessForward:
 
     Attributes:
         trainable: trainable variables.
+        overwritten: for each of them, True if its gradient is its new value.
         batch_stats: floating-point state, averaged over the ghost batches.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
         loss_dtype: dtype in which the loss is summed: float64 if a weight has it, else float32.
@@ -63,6 +67,7 @@ class StatelessForward:
         self.model = model
         self._moments = (lambda: one_pass_moments(model, over_replicas)) if compiled else contextlib.nullcontext
         self.trainable = list(model.trainable_variables)
+        self.overwritten = [is_overwritten(v) for v in self.trainable]
         self.loss_dtype = "float64" if any(v.dtype == "float64" for v in self.trainable) else "float32"
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]

@@ -111,6 +111,19 @@ def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> li
     return [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
 
 
+def finalize(model: keras.Model) -> None:
+    """Let a model have the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it."""
+    optimizer = inner_optimizer(model.optimizer)
+    averages = keras_internals.ema_variables(optimizer) if optimizer.use_ema else []
+    if all(average is not None for average in averages):
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+        return
+    # Keras on TensorFlow would assign None to the scales of float8 layers.
+    for variable, average in zip(keras_internals.optimized_variables(optimizer), averages, strict=True):
+        if average is not None:
+            variable.assign(average)
+
+
 class EmaWeights:
     """A context in which the model has the EMA of its weights, if the optimizer keeps it.
 
@@ -130,6 +143,8 @@ class EmaWeights:
         if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
             variables = keras_internals.optimized_variables(optimizer)
             for variable, average in zip(variables, keras_internals.ema_variables(optimizer), strict=True):
+                if average is None:
+                    continue
                 current = self._copy_of(variable)
                 variable.assign(average)
                 self._swapped.append((variable, current, self._copy_of(variable)))

@@ -23,7 +23,7 @@ from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
-from lars_keras.training.state import EmaWeights, check_identity, identity_of, inner_optimizer
+from lars_keras.training.state import EmaWeights, check_identity, finalize, identity_of, inner_optimizer
 from lars_keras.training.votes import hold_vote
 
 
@@ -292,7 +292,7 @@ class Trainer:
                 callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
             if self.model.stop_training:
                 break
-        self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
+        finalize(self.model)
         callback_list.on_train_end(position.logs)
         return self.model.history
 

@@ -20,6 +20,7 @@ FILES = (
     "tests/jax/test_engine.py",
     "tests/jax/test_plain_fit.py",
     "tests/training/test_meaning.py",
+    "tests/training/test_gradients.py",
     "tests/training/test_masks.py",
     "tests/training/test_metrics.py",
     "tests/training/test_data_forms.py",

@@ -63,6 +63,7 @@ class WeightSharding:
         mesh: of the replicas.
         sharded: shard what is large enough; else every device has all weights.
         reduce_dtype: dtype of the gradients on their way between devices.
+        overwritten: for each variable, True if its gradient is its new value: it is never sharded.
 
     Attributes:
         shardings: where each variable lies.
@@ -70,11 +71,21 @@ class WeightSharding:
     """
 
     def __init__(
-        self, model: keras.Model, variables: Sequence[keras.Variable], mesh: Mesh, sharded: bool, reduce_dtype: str
+        self,
+        model: keras.Model,
+        variables: Sequence[keras.Variable],
+        mesh: Mesh,
+        sharded: bool,
+        reduce_dtype: str,
+        overwritten: Sequence[bool],
     ):
         self.axes, self.sharded, self._reduce_dtype = mesh.axis_names, sharded, reduce_dtype
-        self._dims = [shard_dims(v.shape, mesh) if sharded else None for v in variables]
-        self.specs = [shard_spec(v.shape, mesh) if sharded else PartitionSpec() for v in variables]
+        self._overwritten = overwritten
+        shared = [sharded and not o for o in overwritten]
+        self._dims = [shard_dims(v.shape, mesh) if s else None for v, s in zip(variables, shared, strict=True)]
+        self.specs = [
+            shard_spec(v.shape, mesh) if s else PartitionSpec() for v, s in zip(variables, shared, strict=True)
+        ]
         self.shardings = [NamedSharding(mesh, spec) for spec in self.specs]
         low_precision = _low_precision_weights(model) if sharded else {}
         self._sent_dtypes = [
@@ -104,18 +115,21 @@ class WeightSharding:
 
         Returns:
             The sums of the gradients, in float32 or float64, of sharded weights this device's shard alone; and of
-            `others`.
+            `others`. Of variables that are overwritten, the largest of the new values.
         """
-        low = self._reduce_dtype != "float32"
-        sent = [g.astype(self._reduce_dtype) if low else g for g in gradients]  # which is float64 for such weights
-        replicated, others = lax.psum(
-            ([g for g, dims in zip(sent, self._dims, strict=True) if dims is None], others), self.axes
-        )
-        rest = iter(replicated)
-        summed = [
-            next(rest) if dims is None else self._scatter(g, dims) for g, dims in zip(sent, self._dims, strict=True)
+        low = self._reduce_dtype != "float32"  # else float64 for such weights
+        reduced = [
+            None if o else g.astype(self._reduce_dtype) if low else g
+            for g, o in zip(gradients, self._overwritten, strict=True)
         ]
-        return [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in summed], others
+        replicated, others = lax.psum(
+            ([None if dims else g for g, dims in zip(reduced, self._dims, strict=True)], others), self.axes
+        )
+        results = []
+        for new, g, total, dims in zip(gradients, reduced, replicated, self._dims, strict=True):
+            total = lax.pmax(new, self.axes) if g is None else self._scatter(g, dims) if dims else total
+            results.append(total.astype(jnp.promote_types(total.dtype, jnp.float32)))
+        return results, others
 
     def _scatter(self, gradient: Tensor, dims: Sequence[int]) -> Tensor:
         """Return this device's shard of a gradient, summed over the devices.

@@ -12,7 +12,7 @@ micro-batches, gets its shard of the summed gradients (a reduce-scatter), and up
 sums over the shards, which the compiler adds up. `lars_keras.training.jax.sharding` has the sources.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lars_keras._jax_internals import used_inputs
-from lars_keras.layerwise import measuring
+from lars_keras.layerwise import MEASURES, measuring
 from lars_keras.training.forward import StatelessForward
 from lars_keras.training.inputs import spec_of
 from lars_keras.training.jax.mesh import ghost_numbers
@@ -35,6 +35,8 @@ State: TypeAlias = dict[str, list[Any]]
 """The values of all variables, by group; see `JaxStep.variables`."""
 
 _REPLICATED = PartitionSpec()
+_NOTHING = np.zeros(len(MEASURES), "float32")
+"""The measures of a variable that the optimizer does not update."""
 
 
 class JaxStep:
@@ -86,7 +88,10 @@ class JaxStep:
             "optimizer": list(self.optimizer.variables),
             "metrics": self.forward.metrics,
         }
-        self._weights = WeightSharding(model, self.forward.trainable, mesh, shard_optimizer_state, reduce_dtype)
+        self._overwritten = self.forward.overwritten
+        self._weights = WeightSharding(
+            model, self.forward.trainable, mesh, shard_optimizer_state, reduce_dtype, self._overwritten
+        )
         self.replicated = everywhere = NamedSharding(mesh, _REPLICATED)
         self.state_shardings = {group: [everywhere] * len(variables) for group, variables in self.variables.items()}
         self.state_shardings["trainable"] = self._weights.shardings
@@ -111,7 +116,7 @@ class JaxStep:
             The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(rows, variables)`.
             With `layer_norms` two rows: the norms of the gradients, 0 if the update is skipped, and of the weights
             after it. With `noise_scale` a row: the root mean square of the norms of the ghost-batch gradients. With
-            `layer_ratios` those of `MEASURES`.
+            `layer_ratios` those of `MEASURES`. All but the weights are 0 for variables that are overwritten.
         """
         if self.accumulation_steps == 1:
             return self.single_update(state, next_batch(state["trainable"]))
@@ -135,7 +140,8 @@ class JaxStep:
 
         arguments = (shapes["trainable"], shapes["batch_stats"], shapes["rng_state"], data)
         used = used_inputs(loss, list(zip(self.axes, self.mesh.devices.shape, strict=True)), *arguments)
-        unused = [v.path for v, u in zip(self.forward.trainable, used, strict=False) if not u]
+        weights = zip(self.forward.trainable, self._overwritten, used, strict=False)
+        unused = [v.path for v, overwritten, u in weights if not u and not overwritten]
         if unused:
             raise ValueError(
                 "The loss does not depend on these trainable variables; set `trainable = False` on their layers: "
@@ -181,6 +187,7 @@ class JaxStep:
             [jnp.zeros((self.devices, *v.shape), sum_dtype(v.dtype)) for v in variables]
             for variables in (self.forward.trainable, self.forward.batch_stats)
         )
+        gradients = [jnp.full_like(g, -jnp.inf) if o else g for g, o in self._and_overwritten(gradients)]
         metrics = [jnp.repeat(v[None], self.devices, 0) for v in self._first_metrics(state["metrics"])]
         squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise), "float32")
         valid = jnp.zeros((self.devices, 1 * self._masked), "float32")
@@ -205,7 +212,9 @@ class JaxStep:
             index = i * self.devices + self._ghost_number()
             gradients, (*others, metrics) = jax.tree.map(lambda total: total[0], sums)
             own, metrics, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
-            gradients, others = jax.tree.map(jnp.add, (gradients, tuple(others)), own)
+            others = jax.tree.map(jnp.add, tuple(others), own[1])
+            pairs = zip(self._and_overwritten(gradients), own[0], strict=True)
+            gradients = [jnp.maximum(g, new) if o else g + new for (g, o), new in pairs]
             return jax.tree.map(lambda total: total[None], (gradients, (*others, metrics))), rng_state
 
         specs = (self._batch_spec, *[_REPLICATED] * 4, self._batch_spec, _REPLICATED)
@@ -236,7 +245,7 @@ class JaxStep:
         if self._masked:
             ghosts = self.devices * self.accumulation_steps
             mean = jnp.where(valid[0] > 0, ghosts / jnp.where(valid[0] > 0, valid[0], 1.0), 0.0)
-            gradients, loss = [g * mean.astype(g.dtype) for g in gradients], loss * mean.astype(loss.dtype)
+            gradients, loss = self._weighted(gradients, mean), loss * mean.astype(loss.dtype)
         with measuring() as measures:  # what nobody asks for, the compiler leaves out
             trainable, optimizer = self.optimizer.stateless_apply(
                 state["optimizer"],
@@ -257,11 +266,13 @@ class JaxStep:
         }
         rows, scale = [], self._loss_scale(state)
         if self._measure_norms:
-            rows += [jnp.where(taken, jnp.sqrt(_squares(gradients)) / scale, 0.0), jnp.sqrt(_squares(trainable))]
+            norms = jnp.sqrt(self._gradient_squares(gradients)) / scale
+            rows += [jnp.where(taken, norms, 0.0), jnp.sqrt(_squares(trainable))]
         if self._measure_noise:  # each is of a gradient divided by the number of ghost batches
             rows += [jnp.where(taken, jnp.sqrt(self.devices * self.accumulation_steps * squares) / scale, 0.0)]
         if self._measure_ratios:
-            rows += [*jnp.stack(measures, axis=1)]
+            found = iter(measures)
+            rows += [*jnp.stack([_NOTHING if o else next(found) for o in self._overwritten], axis=1)]
         norms = jnp.stack(rows) if rows else jnp.zeros([0, len(trainable)])
         with keras.StatelessScope(self._mapping("optimizer", state)):
             rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)
@@ -302,12 +313,21 @@ class JaxStep:
         gradients = [g.astype(sum_dtype(g.dtype.name)) for g in gradients]
         new_batch_stats = [a.astype(sum_dtype(a.dtype.name)) / ghosts for a in new_batch_stats]
         new_metrics = self._with_compiled_metrics(new_metrics, x, y, y_pred, sample_weight)
-        squares = _squares(gradients) if self._measure_noise else jnp.zeros(0, "float32")
+        squares = self._gradient_squares(gradients) if self._measure_noise else jnp.zeros(0, "float32")
         loss = loss.astype(self.forward.loss_dtype)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
-            gradients, loss = [g * valid.astype(g.dtype) for g in gradients], loss * valid.astype(loss.dtype)
+            gradients, loss = self._weighted(gradients, valid), loss * valid.astype(loss.dtype)
         valid = valid[None] if self._masked else jnp.zeros(0, "float32")
         return (gradients, (new_batch_stats, loss, squares, valid)), new_metrics, new_rng_state
+
+    def _and_overwritten(self, gradients: list[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+        return zip(gradients, self._overwritten, strict=True)
+
+    def _weighted(self, gradients: list[Tensor], weight: Tensor) -> list[Tensor]:
+        return [g if o else g * weight.astype(g.dtype) for g, o in self._and_overwritten(gradients)]
+
+    def _gradient_squares(self, gradients: list[Tensor]) -> Tensor:
+        return _squares([jnp.zeros(()) if o else g for g, o in self._and_overwritten(gradients)])
 
     def _first_metrics(self, metrics: list[Tensor]) -> list[Tensor]:
         """Return the metrics that the devices begin an update with: their own, or zeros if they are to be added up."""

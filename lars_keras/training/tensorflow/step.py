@@ -5,6 +5,7 @@ An update of R replicas and k micro-batches takes R * k ghost batches; replica r
 statistics and the loss, and each replica applies the same update to its own copy.
 """
 
+import math
 from typing import Any, TypeAlias
 
 import keras
@@ -58,13 +59,18 @@ class TensorFlowStep:
         shapes += [(len(self.forward.trainable),)] * self._measure_noise + [()] * self._masked
         dtypes = [*(sum_dtype(v.dtype) for v in variables), self.forward.loss_dtype]
         dtypes += ["float32"] * (len(shapes) - len(dtypes))
-        zeros = [tf.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        return zeros, [tf.convert_to_tensor(v) for v in self.forward.rng_state]
+        sums = [tf.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        for i, overwritten in enumerate(self.forward.overwritten):
+            if overwritten:
+                sums[i] = tf.fill(shapes[i], tf.constant(-math.inf, dtypes[i]))
+        return sums, [tf.convert_to_tensor(v) for v in self.forward.rng_state]
 
     def accumulate(self, sums: Sums, data: Any, i: Tensor) -> Sums:
         """Add this replica's ghost batch of micro-batch `i` to its sums."""
         values, rng_state = self.ghost_sums(data, i)
-        return [total + value for total, value in zip(sums[0], values, strict=True)], rng_state
+        overwritten = self.forward.overwritten + [False] * (len(values) - len(self.forward.overwritten))
+        triples = zip(sums[0], values, overwritten, strict=True)
+        return [tf.maximum(total, value) if o else total + value for total, value, o in triples], rng_state
 
     def ghost_sums(self, data: Any, i: Tensor) -> Sums:
         """Return what this replica's ghost batch of micro-batch `i` adds to the sums."""
@@ -80,13 +86,13 @@ class TensorFlowStep:
         for variable, value in zip(self.forward.metrics, metrics, strict=True):
             variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
-        squares = [_squares(gradients)] * self._measure_noise
+        squares = [self._gradient_squares(gradients)] * self._measure_noise
         gradients, batch_stats = (
             [tf.cast(s, sum_dtype(s.dtype.name)) for s in group] for group in (gradients, batch_stats)
         )
         loss = tf.cast(loss, self.forward.loss_dtype)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
-            gradients, loss = [g * tf.cast(valid, g.dtype) for g in gradients], loss * tf.cast(valid, loss.dtype)
+            gradients, loss = self._weighted(gradients, valid), loss * tf.cast(valid, loss.dtype)
         return [*gradients, *batch_stats, loss, *squares, *[valid] * self._masked], rng_state
 
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -134,14 +140,14 @@ class TensorFlowStep:
         """
         # Out of a loop the sums come without a device, which the reduction asks for.
         values, rng_state = [tf.identity(s) for s in sums[0]], sums[1]
-        values = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
+        values = self._all_reduced(values)
         trainable, batch_stats = self.forward.trainable, self.forward.batch_stats
         valid = values.pop() if self._masked else None
         squares = values.pop() if self._measure_noise else None
         gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
         if valid is not None:
             mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), valid)
-            gradients, loss = [g * tf.cast(mean, g.dtype) for g in gradients], loss * tf.cast(mean, loss.dtype)
+            gradients, loss = self._weighted(gradients, mean), loss * tf.cast(mean, loss.dtype)
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
@@ -152,14 +158,39 @@ class TensorFlowStep:
         norms = self._norms(gradients, squares, taken, tf.cast(scale, tf.float32))
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
 
+    def _all_reduced(self, values: list[Tensor]) -> list[Tensor]:
+        """Sum values over the replicas; of variables that are overwritten, take the largest.
+
+        `tf.distribute` has no maximum. Each replica sends what it has in a row of its own, in the same reduction.
+        """
+        context = tf.distribute.get_replica_context()
+        places = [i for i, overwritten in enumerate(self.forward.overwritten) if overwritten]
+        for i in places:
+            own = tf.equal(tf.range(self.replicas), context.replica_id_in_sync_group)
+            own = tf.reshape(own, [-1] + [1] * len(values[i].shape))
+            values[i] = tf.where(own, values[i][tf.newaxis], tf.zeros_like(values[i]))
+        values = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+        for i in places:
+            values[i] = tf.reduce_max(values[i], 0)
+        return values
+
+    def _weighted(self, gradients: list[Tensor], weight: Tensor) -> list[Tensor]:
+        pairs = zip(gradients, self.forward.overwritten, strict=True)
+        return [g if overwritten else g * tf.cast(weight, g.dtype) for g, overwritten in pairs]
+
+    def _gradient_squares(self, gradients: list[Tensor]) -> Tensor:
+        pairs = zip(gradients, self.forward.overwritten, strict=True)
+        return _squares([tf.zeros(()) if overwritten else g for g, overwritten in pairs])
+
     def _norms(self, gradients: list[Tensor], squares: Tensor | None, taken: Tensor, scale: Tensor) -> Tensor:
         """Return the norms that are asked for: of gradients, weights and ghost-batch gradients.
 
-        Norms of gradients are 0 if their update is skipped. That of the ghost-batch gradients is a root mean square.
+        Norms of gradients are 0 if their update is skipped, and of variables that are overwritten. That of the
+        ghost-batch gradients is a root mean square.
         """
         rows = []
         if self._measure_norms:
-            rows = [tf.where(taken > 0, tf.sqrt(_squares(gradients)) / scale, 0.0)]
+            rows = [tf.where(taken > 0, tf.sqrt(self._gradient_squares(gradients)) / scale, 0.0)]
             rows += [tf.sqrt(_squares([tf.convert_to_tensor(v) for v in self.forward.trainable]))]
         if squares is not None:  # each is of a gradient divided by the number of ghost batches
             ghosts = float(self.replicas * self.accumulation_steps)

@@ -39,25 +39,29 @@ def apply_update(
 
     Args:
         optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
-        gradients: gradients of the scaled loss, summed over replicas and micro-batches.
+        gradients: gradients of the scaled loss, summed over replicas and micro-batches; the new values of variables
+            that are overwritten.
         variables: their variables.
         measure: return what a `LayerwiseOptimizer` measures in each variable.
 
     Returns:
         A scalar int: 1, or 0 if dynamic loss scaling found a value that is not finite and skipped the update. The
         caller adds it to `optimizer.iterations`, in cross-replica context. Then the measures of
-        `LayerwiseOptimizer.update`, 0 if it was skipped; an empty list from other optimizers.
+        `LayerwiseOptimizer.update`, 0 if it was skipped or the variable is overwritten; an empty list from other
+        optimizers.
     """
+    overwritten = [keras_internals.is_overwritten(v) for v in variables]
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.loss_scale_factor is not None:
-            gradients = [g / optimizer.loss_scale_factor for g in gradients]
+            scale = optimizer.loss_scale_factor
+            gradients = [g if o else g / scale for g, o in zip(gradients, overwritten, strict=True)]
         return tf.constant(1), _step(optimizer, gradients, variables, measure)
 
     scale = tf.convert_to_tensor(optimizer.dynamic_scale)
     finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
 
     def take() -> tuple[tf.Tensor, list[tf.Tensor]]:
-        unscaled = [g / tf.cast(scale, g.dtype) for g in gradients]
+        unscaled = [g if o else g / tf.cast(scale, g.dtype) for g, o in zip(gradients, overwritten, strict=True)]
         measures = _step(optimizer.inner_optimizer, unscaled, variables, measure)
         grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
         optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
@@ -81,7 +85,12 @@ def _step(
     measure: bool,
 ) -> list[tf.Tensor]:
     """Clip, decay, apply the rule, average and constrain, in the order of Keras's `Optimizer.apply`."""
-    rate = optimizer.learning_rate
+    rate, all_variables = optimizer.learning_rate, variables
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if keras_internals.is_overwritten(variable):
+            variable.assign(gradient)
+    pairs = [p for p in zip(gradients, variables, strict=True) if not keras_internals.is_overwritten(p[1])]
+    gradients, variables = [g for g, _ in pairs], [v for _, v in pairs]
     gradients = keras_internals.clip_gradients(optimizer, gradients)
     for variable in variables:
         if optimizer.weight_decay and keras_internals.uses_weight_decay(optimizer, variable):
@@ -89,7 +98,9 @@ def _step(
             variable.assign(variable - variable * factor)
     measures = []
     if isinstance(optimizer, LayerwiseOptimizer):
-        measures = optimizer.update(gradients, variables, rate, measure)
+        found = iter(optimizer.update(gradients, variables, rate, measure))
+        nothing = tf.zeros([len(MEASURES)])
+        measures = [nothing if keras_internals.is_overwritten(v) else next(found) for v in all_variables if measure]
     else:
         for gradient, variable in zip(gradients, variables, strict=True):
             optimizer.update_step(gradient, variable, rate)
@@ -109,4 +120,5 @@ def _average(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variab
     due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
     averages = keras_internals.ema_variables(optimizer)
     for variable, average in zip(keras_internals.optimized_variables(optimizer), averages, strict=True):
-        variable.assign(ops.where(due, average, variable))
+        if average is not None:
+            variable.assign(ops.where(due, average, variable))
