@@ -134,7 +134,7 @@ docs: .venv-docs/installed
 	.venv-docs/bin/python $(PIP) --require-hashes -r requirements/docs.txt
 	@touch $@
 
-# The notebooks from their sources, docs/quickstart.py and docs/tpu.py.
+# The notebooks from their sources, the scripts in docs/.
 notebook:
 	$(PYTHON) -m tools.notebook
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-SOURCES = tuple(Path(__file__).parents[1] / "docs" / f"{name}.py" for name in ("quickstart", "tpu"))
+SOURCES = tuple(Path(__file__).parents[1] / "docs" / f"{name}.py" for name in ("quickstart", "cifar10", "tpu"))
 
 
 def cells_of(script: str) -> list[tuple[str, str]]:

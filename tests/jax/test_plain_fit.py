@@ -3,7 +3,11 @@
 `test_on_jax.py` runs this file on JAX, with eight logical CPU devices.
 """
 
+import contextlib
 import functools
+import io
+import re
+import unittest.mock
 
 import keras
 import numpy as np
@@ -139,6 +143,24 @@ class NotebookTest(tf.test.TestCase):
         self.assertEqual(names["trainer"].replicas, 8)
         self.assertGreater(names["scores"]["accuracy"], 0.85)
         self.assertLen(names["noise"], 62)
+
+    def test_large_batch_on_cifar_10(self):
+        """The notebook, shortened, on images made here. Classes differ in brightness."""
+        if not ON_JAX:
+            self.skipTest("one backend is enough")
+        random, labels = np.random.default_rng(0), np.arange(192) % 10
+        images = random.integers(0, 75, (192, 32, 32, 3)) + 18 * labels[:, None, None, None]
+        images, labels = images.astype("uint8"), labels.astype("uint8")[:, None]
+        parts = (images[:160], labels[:160]), (images[160:], labels[160:])
+        names, printed = {}, io.StringIO()
+        with (
+            unittest.mock.patch.object(keras.datasets.cifar10, "load_data", lambda: parts),
+            contextlib.redirect_stdout(printed),
+        ):
+            exec(compile(notebook_code("cifar10"), "cifar10", "exec"), names)
+        self.assertEqual(int(names["trainer"].model.optimizer.iterations), 15)
+        self.assertRegex(printed.getvalue(), "lars +batch +32 +peak rate 10 +top-1")
+        self.assertLen(re.findall("(?m)^Noise scale", printed.getvalue()), 2)
 
 
 class OnTensorFlowTest(tf.test.TestCase):

@@ -17,6 +17,11 @@ from tools.comparison.page import score
 UNBOUND = {
     "README.md": ("Python 3.11 to 3.13 and make", "in `.venv`: 1.4 GB, then 2.8 GB."),
     "docs/api.md": (),
+    "docs/cifar10.py": (
+        "A rate of 0.05 is good",
+        "A rate of 0.1 is better",
+        "a layer by about 2 % of the layer's norm",
+    ),
     "docs/choosing.md": ("without batch normalisation: 58.2 % against 44.8 % at 8K",),
     "docs/data.md": ("A random window of 8 to 100 % of the area",),
     "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release",),
@@ -28,7 +33,9 @@ UNBOUND = {
         "| 60.2, 60.4, 60.1, 59.3, 57.8 % | LARS paper",
         "| 10, 17, 21.2, 24.7 | 42, 44, 57, 86 | 75.9 % (target) | MLPerf reference points",
     ),
+    "docs/quickstart.py": ("need a factor of 0.05",),
     "docs/running.md": (),
+    "docs/tpu.py": (),
     "docs/trainer.md": (),
 }
 
@@ -129,6 +136,7 @@ def phrases() -> dict[str, list[str]]:
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
         ],
+        "docs/cifar10.py": [table("cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192, 16384))],
         "docs/noise_scale.md": [
             f"digits: noise scale {halfway('digits')} halfway",
             f"batch 1,024, where an example teaches {teaches('digits', 1024)}",

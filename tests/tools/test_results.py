@@ -12,6 +12,7 @@ from absl.testing import absltest
 
 from running.resume import config_of_flags
 from tests.tools import quoted
+from tools import notebook
 from tools.benchmarks import results
 from tools.committed import write_json
 from tools.comparison import command
@@ -85,14 +86,16 @@ class FiguresTest(absltest.TestCase):
     def setUp(self):
         super().setUp()
         self.texts = {name: (ROOT / name).read_text() for name in quoted.UNBOUND}
+        self.texts |= {name: notebook.page_of(text) for name, text in self.texts.items() if name.endswith(".py")}
 
     def test_figures_are_those_of_their_cells(self):
         for name, text in self.texts.items():
             self.assertEqual(figures_amiss(name, text), [], name)
 
     def test_every_page_is_held(self):
-        """Pages of docs/ but the generated one, and the one whose tables `tests/pod` holds."""
-        pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - {"docs/results.md", "docs/pod.md"}
+        """Notebooks, and pages of docs/ but the generated one, and the one whose tables `tests/pod` holds."""
+        paths = [*(ROOT / "docs").glob("*.md"), *notebook.SOURCES]
+        pages = {f"docs/{path.name}" for path in paths} - {"docs/results.md", "docs/pod.md"}
         self.assertEqual(set(quoted.UNBOUND), {"README.md", *pages})
 
     def test_any_changed_figure_is_found(self):
