@@ -96,5 +96,6 @@ print(sentence(noise.total(), BATCH, EPOCHS))
 # %% [markdown]
 # ## Next
 #
+# - The same on several hosts, on Cloud TPU or GKE: [several hosts](hosts.md)
 # - ImageNet on a pod slice, by `train.py`: [devices](devices.md)
 # - Does your model fit a slice, and how fast can it be? Ask the TPU compiler without a TPU: [pod check](pod.md)

@@ -51,7 +51,8 @@ def make_cluster(
             `"mirrored"`: all GPUs (on JAX all devices) of this machine, or the first `replicas` of them. Without an
             accelerator: `replicas` logical CPU devices, to try it anywhere.
             `"multi_worker"`: the processes that the environment variable TF_CONFIG lists. On JAX all their devices;
-            without TF_CONFIG, the processes that `jax.distributed` finds (a TPU slice, Slurm, Open MPI).
+            without TF_CONFIG, the processes that `keras.distribution.initialize()` joins: those of the variables
+            KERAS_DISTRIBUTION_*, or those that JAX finds (a TPU slice, Slurm, Open MPI).
             `"tpu"`: the TPU slice `tpu`; on JAX the TPU chips of this machine.
             `"auto"`: the first that applies of tpu (if `tpu` is given), multi_worker (if TF_CONFIG lists several
             workers), mirrored (if there are several devices, or `replicas` is given), single.

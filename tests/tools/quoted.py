@@ -25,6 +25,7 @@ UNBOUND = {
     "docs/choosing.md": ("without batch normalisation: 58.2 % against 44.8 % at 8K",),
     "docs/data.md": ("A random window of 8 to 100 % of the area",),
     "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release",),
+    "docs/hosts.md": (),
     "docs/migrating.md": (),
     "docs/noise_scale.md": ("at batch 512 an example teaches 60 % of what it does",),  # the form of the sentence
     "docs/optimizers.md": (),

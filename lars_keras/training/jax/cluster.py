@@ -149,16 +149,11 @@ def _join(workers: list[str]) -> None:
     """Make this process one of the processes of a run."""
     if jax.distributed.is_initialized():
         return
-    arguments: dict[str, Any] = {}
-    if workers:
-        arguments = {
-            "coordinator_address": workers[0],
-            "num_processes": len(workers),
-            "process_id": tf_config.index(),
-        }
     try:
-        jax.distributed.initialize(**arguments)
+        if workers:
+            jax.distributed.initialize(workers[0], len(workers), tf_config.index())
+        else:  # asks the variables KERAS_DISTRIBUTION_*, then the machine
+            keras.distribution.initialize()
     except (RuntimeError, ValueError) as e:
-        raise ValueError(
-            f"{tf_config.unset_message(', or processes that JAX finds')} Received: {str(e).splitlines()[0]}"
-        ) from e
+        message = tf_config.unset_message(", or KERAS_DISTRIBUTION_*, or processes that JAX finds")
+        raise ValueError(f"{message} Received: {str(e).splitlines()[0]}") from e

@@ -1,0 +1,80 @@
+"""Two processes that `keras.distribution.initialize()` joins train as one process does: docs/hosts.md's program."""
+
+import importlib.util
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+
+import numpy as np
+
+from tests.test_blocks import blocks
+from tests.workers import ROOT, wait
+
+JOINED = """
+keras.distribution.initialize()  # before anything else asks for a device
+keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+"""
+JOINED_BY_TRAIN = """
+from lars_keras.training.cluster import make_cluster
+
+make_cluster("multi_worker")
+"""
+EPILOGUE = """
+import sys
+np.savez(sys.argv[1], *model.get_weights())
+"""
+
+
+class HostsTest(unittest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def start(self, program, out, devices, **environment):
+        """Start the program in a process with so many devices; it writes its weights to `out`."""
+        path = self.folder / f"{out}.py"
+        path.write_text(program)
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["PYTHONPATH"] = os.fspath(ROOT)
+        return subprocess.Popen(
+            [sys.executable, path, self.folder / out],
+            cwd=self.folder,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def weights(self, name):
+        with np.load(self.folder / f"{name}.npz") as arrays:
+            return list(arrays.values())
+
+    @unittest.skipUnless(importlib.util.find_spec("jax"), "jax is not installed")
+    def test_two_processes_are_one(self):
+        """The second joins by the call of `train.py --strategy=multi_worker`."""
+        program = "".join(code for _, code in blocks("docs/hosts.md", "python")) + EPILOGUE
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            address = f"127.0.0.1:{s.getsockname()[1]}"
+        joined = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
+        alone = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "KERAS_DISTRIBUTION_NUM_PROCESSES": "1"}
+        self.assertIn(JOINED, program)
+        programs = program, program.replace(JOINED, JOINED_BY_TRAIN)
+        two = [
+            self.start(text, f"{i}.npz", 1, **joined, KERAS_DISTRIBUTION_PROCESS_ID=str(i))
+            for i, text in enumerate(programs)
+        ]
+        for process, output in zip(two, wait(two), strict=True):
+            self.assertEqual(process.returncode, 0, output)
+        one = [self.start(program, "one.npz", 2, **alone, KERAS_DISTRIBUTION_PROCESS_ID="0")]
+        self.assertIn("step", wait(one)[0])
+        for first, second, expected in zip(*map(self.weights, ("0", "1", "one")), strict=True):
+            np.testing.assert_array_equal(first, second)
+            self.assertLess(np.linalg.norm(first - expected), 1e-5 * np.linalg.norm(expected))
+
+
+if __name__ == "__main__":
+    unittest.main()
