@@ -113,6 +113,11 @@ class ImageFileData(ImageData):
         """The encoded images of the test split."""
         return self._test
 
+    @property
+    def storage(self) -> Storage | None:
+        """The form of the stored images whose windows are taken as they are; None if images are resized."""
+        return self._storage
+
     def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
         size = self.image_shape[0]
 
