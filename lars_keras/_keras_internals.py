@@ -91,6 +91,11 @@ def has_autocast(variable: keras.Variable) -> bool:
     return variable._autocast
 
 
+def backend_value(variable: keras.Variable) -> Any:
+    """Return the array that a variable holds, without a look at scopes."""
+    return variable._value
+
+
 def set_backend_value(variable: keras.Variable, value: Any) -> None:
     """Put an array in the place of a variable's value, without a look at its layout."""
     variable._value = value

@@ -120,6 +120,7 @@ class KerasTest(parameterized.TestCase):
             self.name(cast, "_value")
             _keras_internals.set_backend_value(cast, np.ones(2, "float32"))
             np.testing.assert_array_equal(cast.value, [1, 1])
+            self.assertIs(_keras_internals.backend_value(cast), cast.value)
 
     def test_compiled_metrics(self):
         for arguments, unweighted in (

@@ -1,13 +1,14 @@
-"""The candidates of `tools.benchmarks.optimizer_step` take correct steps; their speed is not tested."""
+"""The benchmarks measure what they say; their speed is not tested."""
 
 import math
+from unittest import mock
 
 import keras
 import numpy as np
 import pytest
 from absl.testing import absltest
 
-from tools.benchmarks import optimizer_step
+from tools.benchmarks import host_time, optimizer_step
 
 
 class OptimizerStepTest(absltest.TestCase):
@@ -39,6 +40,25 @@ class OptimizerStepTest(absltest.TestCase):
         for w, ours, theirs in zip(first, *results, strict=True):
             self.assertGreater(np.abs(ours - w).max(), 1e-3)
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+class HostTimeTest(absltest.TestCase):
+    def test_both_loops_take_every_update(self):
+        taken = {}
+        for name, take in host_time.loops(lambda: host_time.chain(2), updates=3).items():
+            indices = taken[name] = []
+            take(keras.callbacks.LambdaCallback(on_train_batch_end=lambda i, logs, indices=indices: indices.append(i)))
+        self.assertEqual(taken, {"Trainer": [0, 1, 2], "Keras fit": [0, 1, 2]})
+
+    def test_time_between_updates(self):
+        clock = mock.Mock(perf_counter=mock.Mock(side_effect=[0.0, 5.0, 5.5, 6.5, 10.0, 10.25, 10.5, 12.5]))
+        intervals = host_time.Intervals(warm_up=2)
+        with mock.patch.object(host_time, "time", clock):
+            for _ in range(2):
+                intervals.on_train_begin()
+                for i in range(4):
+                    intervals.on_train_batch_end(i)
+        self.assertEqual(intervals.seconds, [0.5, 1.0, 0.25, 2.0])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from lars_keras._keras_internals import set_backend_value
+from lars_keras._keras_internals import backend_value, set_backend_value
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
 from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
@@ -140,7 +140,9 @@ class JaxEngine:
         seen: set[int] = set()
 
         def value(variable: keras.Variable, sharding: jax.sharding.Sharding) -> Tensor:
-            array = jax.device_put(variable.value, sharding)
+            array = backend_value(variable)
+            if getattr(array, "sharding", None) != sharding:  # `device_put` takes long to find out
+                array = jax.device_put(variable.value, sharding)
             if id(array) in seen:
                 array = jnp.copy(array)
             seen.add(id(array))
@@ -154,7 +156,7 @@ class JaxEngine:
     def _write_state(self, state: State) -> None:
         for group, variables in self.step.variables.items():
             for variable, value in zip(variables, state[group], strict=True):
-                variable.assign(value)
+                set_backend_value(variable, value)  # `assign` would look at dtype, shape and layout of each
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Return a copy of all that the next update depends on. Collective: call it on every host.

@@ -102,12 +102,17 @@ class TensorFlowEngine:
         for u in tf.range(updates):
             rates = rates.write(u, tf.cast(self.optimizer.learning_rate, tf.float32))
             # The sums are values, not variables: nothing but the data's own way orders the micro-batches.
-            sums = self.strategy.run(self.step.zero_sums)
-            for i in tf.range(self.options.accumulation_steps):
+            if self.options.accumulation_steps == 1:  # a loop would add an operation or five for each variable
                 data = next(iterator)
                 waited += tf.maximum(_time_of(data) - idle, 0.0)
-                sums = self.strategy.run(self.step.accumulate, args=(sums, data, i))
-                idle = _time_of(sums)
+                sums = self.strategy.run(self.step.ghost_sums, args=(data, tf.constant(0)))
+            else:
+                sums = self.strategy.run(self.step.zero_sums)
+                for i in tf.range(self.options.accumulation_steps):
+                    data = next(iterator)
+                    waited += tf.maximum(_time_of(data) - idle, 0.0)
+                    sums = self.strategy.run(self.step.accumulate, args=(sums, data, i))
+                    idle = _time_of(sums)
             outcome = self.strategy.run(self.step.finish, args=(sums,))
             loss, taken, norm = (self.strategy.experimental_local_results(o)[0] for o in outcome)
             iterations = inner_optimizer(self.optimizer).iterations
