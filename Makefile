@@ -57,7 +57,7 @@ $(STAMP): $(DEMO_STAMP) requirements/dev.txt
 	@echo "$(VENV) is ready"
 
 demo: $(DEMO_STAMP)
-	$(BIN)/python -W ignore::SyntaxWarning train.py --flagfile=flags/recipes/demo.flags
+	$(BIN)/python -W ignore::SyntaxWarning train.py --flagfile=flags/recipes/demo.flags --noise_scale_every=6
 	@echo
 	@echo "Open the report in a browser. Then try:"
 	@echo "  $(BIN)/python train.py --flagfile=flags/recipes/demo.flags --batch_size=1024 --learning_rate=5   # a smaller batch"

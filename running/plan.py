@@ -155,7 +155,9 @@ def _layers(optimizer: LayerwiseOptimizer) -> list[str]:
         adapt, decay = ("yes" if flag else "-" for flag in (role.adapt, role.decay))
         lines.append(f"  {role.path:<{width}}  {shape:<18} {adapt:<7}  {decay:<7}  {role.lr_scale:g}")
     adapted = sum(math.prod(r.shape) for r in plan if r.adapt) / sum(math.prod(r.shape) for r in plan)
-    lines.append(f"  adapted: {sum(r.adapt for r in plan)} of {len(plan)} variables, {adapted:.2%} of the weights")
+    lines.append(
+        f"  adapted: {sum(r.adapt for r in plan)} of {len(plan)} variables, {100 * adapted:.2f} % of the weights"
+    )
     return lines
 
 

@@ -49,9 +49,11 @@ def write_results(
 def scores_line(values: dict[str, float], num_test: int) -> str:
     """Return an evaluation in one line."""
     missing = num_test - round(values["n"])
-    views = f"; {values['test_views']} views: top-1 {values['top1_views']:.2%}" if "test_views" in values else ""
+    views = (
+        f"; {values['test_views']} views: top-1 {100 * values['top1_views']:.2f} %" if "test_views" in values else ""
+    )
     return (
-        f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  loss {values['loss']:.4f}  "
+        f"top-1 {100 * values['top1']:.2f} %  top-5 {100 * values['top5']:.2f} %  loss {values['loss']:.4f}  "
         f"n={values['n']:.0f}, each image once" + (f"; {missing:,} could not be read" if missing else "") + views
     )
 

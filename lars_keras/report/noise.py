@@ -111,7 +111,7 @@ def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) 
     if len(adapted) > 1:
         (least, first), (most, final) = min(adapted), max(adapted)
         lines.append(
-            f"Of the adapted variables, {first} has the smallest noise scale, {least:,.0f}, and {final} the largest, "
-            f"{most:,.0f}: the layers with a large one bear a larger batch."
+            f"{first} has the smallest noise scale, {least:,.0f}, and {final} the largest, {most:,.0f}, of the adapted "
+            f"variables. Layers with a large one bear a larger batch."
         )
     return lines

@@ -97,7 +97,7 @@ class Progress(keras.callbacks.Callback):
         parts = [] if math.isnan(left) else [f"ETA {tqdm.format_interval(left)}"]
         parts += [] if math.isnan(speed) else [f"{speed:,.0f} images/s"]
         wait = self._speed.data_wait
-        parts += [] if math.isnan(wait) else [f"data wait {wait:.0%}"]
+        parts += [] if math.isnan(wait) else [f"data wait {100 * wait:.0f} %"]
         parts += [f"loss {logs['loss']:.4g}"] if "loss" in logs else []
         parts += _accuracies(logs)[:1]
         parts += [f"rate {logs['learning_rate']:.4g}"] if "learning_rate" in logs else []

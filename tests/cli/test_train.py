@@ -55,7 +55,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         with self.subTest("eval_only scores the saved model"):
             code, out, err = run(f"--run_dir={first}", "--eval_only", "--batch_size=64")
             self.assertEqual(code, 0, err)
-            self.assertIn(f"top-1 {results['top1']:.2%}  top-5 100.00%  loss {results['loss']:.4f}  n=37", out)
+            self.assertIn(f"top-1 {100 * results['top1']:.2f} %  top-5 100.00 %  loss {results['loss']:.4f}  n=37", out)
 
         with self.subTest("nothing is written over"):
             before = (first / "results.json").read_bytes()
