@@ -23,7 +23,7 @@ UNBOUND = {
         "a layer by about 2 % of the layer's norm",
     ),
     "docs/choosing.md": ("without batch normalisation: 58.2 % against 44.8 % at 8K",),
-    "docs/data.md": ("A random window of 8 to 100 % of the area",),
+    "docs/data.md": ("takes a random window of 8 to 100 % of the area",),
     "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release",),
     "docs/hosts.md": (),
     "docs/migrating.md": (),
