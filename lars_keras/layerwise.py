@@ -252,9 +252,9 @@ def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_l
     if raw_rate > MAX_RAW_RATE and excluded and not any(role.normalises for role in roles):
         warnings.warn(
             f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and no normalisation layer "
-            f"bounds what they do: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Networks without "
-            f"normalisation rarely train at a rate above {MAX_RAW_RATE:g} there: lower `excluded_lr_scale` (0.05 suits "
-            f"most), or adapt them (`exclude=()`). Received: excluded_lr_scale={excluded_lr_scale:g}",
+            f"bounds what they do: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Such a network "
+            f"rarely trains at a rate above {MAX_RAW_RATE:g} there. Set `excluded_lr_scale=0.05`, for a rate of up to "
+            f"{0.05 * peak_rate:g}, or adapt them by `exclude=()`. Received: excluded_lr_scale={excluded_lr_scale:g}",
             stacklevel=3,
         )
 
@@ -283,4 +283,6 @@ def _peak_of(learning_rate: Any) -> float:
     """Return the highest rate of a number or of a schedule that says it, else 0."""
     names = ("peak", "warmup_target", "initial_learning_rate")
     given = [as_number(learning_rate), *(getattr(learning_rate, name, None) for name in names)]
+    steps = getattr(learning_rate, "values", ())  # of PiecewiseConstantDecay; a dict, a saved config, has a method
+    given += steps if isinstance(steps, list | tuple) else ()
     return max((float(x) for x in given if isinstance(x, int | float)), default=0.0)

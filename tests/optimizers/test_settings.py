@@ -252,10 +252,13 @@ class RawRateTest(parameterized.TestCase):
         optimizer.build(net(*layers).trainable_variables)
 
     @parameterized.parameters(
-        14.0, schedules.WarmupPolynomial(14.0, 5, 50), keras.optimizers.schedules.CosineDecay(14.0, 9)
+        14.0,
+        schedules.WarmupPolynomial(14.0, 5, 50),
+        keras.optimizers.schedules.CosineDecay(14.0, 9),
+        keras.optimizers.schedules.PiecewiseConstantDecay([5, 9], [2.0, 14.0, 1.0]),
     )
     def test_biases_without_normalisation(self, rate):
-        message = r"up to 14, and no normalisation.*net/stem/bias, net/head/bias.*excluded_lr_scale=1"
+        message = r"up to 14, and no normalisation.*net/stem/bias, net/head/bias.*`excluded_lr_scale=0.05`.*up to 0\.7"
         with self.assertWarnsRegex(UserWarning, message):
             self.build(*two_layers().layers, learning_rate=rate)
 
