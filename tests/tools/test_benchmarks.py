@@ -1,6 +1,9 @@
 """The benchmarks measure what they say; their speed is not tested."""
 
+import json
 import math
+import pathlib
+import tempfile
 from unittest import mock
 
 import keras
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from tools.benchmarks import host_time, optimizer_step
+from tools.benchmarks import host_time, noise_scale, noise_scale_cost, optimizer_step
 
 
 class OptimizerStepTest(absltest.TestCase):
@@ -40,6 +43,57 @@ class OptimizerStepTest(absltest.TestCase):
         for w, ours, theirs in zip(first, *results, strict=True):
             self.assertGreater(np.abs(ours - w).max(), 1e-3)
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+class NoiseScaleTest(absltest.TestCase):
+    def test_a_finished_run_joins_the_file_and_is_drawn(self):
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        run = {"batch_size": 4096, "microbatch_size": 512, "learning_rate": 40.0}
+        lines = [
+            {"event": "update", "update": 12},
+            {"event": "noise_scale", "epoch": 1.0, "noise_scale": 812.4, "low": 700.0, "high": None},
+            {"event": "noise_scale", "epoch": 2.0, "noise_scale": None, "low": None, "high": None},
+        ]
+        (folder / "config.json").write_text(json.dumps(run))
+        (folder / "results.json").write_text('{"top1": 0.93999}')
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part = {"epoch": 1, "noise_scale": 9, "low": 8, "high": 9}
+        held = {"comparison": "digits", "batch_size": 64, "parts": [part]}
+        out, plot = folder / "out.json", folder / "plot.svg"
+        out.write_text(json.dumps({"runs": [held]}))
+        arguments = f"--run_dir={folder} --recipe=cifar10_fast_4k --out={out} --plot={plot}".split()
+        with mock.patch("sys.argv", ["noise_scale", *arguments]):
+            noise_scale.main()
+        first, second = json.loads(out.read_text())["runs"]
+        self.assertEqual(first, held)
+        self.assertEqual((second["comparison"], second["batch_size"], second["top1"]), ("cifar10_fast_4k", 4096, 0.94))
+        self.assertEqual(second["parts"][0], {"epoch": 1.0, "noise_scale": 812, "low": 700, "high": None})
+        self.assertLen(second["parts"], 2)
+        self.assertIn("fast network", plot.read_text())
+
+    def test_cost_is_the_median_of_paired_rounds(self):
+        durations = iter([9, 9, 2.0, 2.2, 4.0, 2.0, 3.0, 3.3])
+        clock = mock.Mock(now=0.0)
+        clock.perf_counter = lambda: clock.now
+
+        def fit(*args, **kwargs):
+            clock.now += next(durations)
+
+        replaced = {"time": clock, "make_trainer": lambda step, noise_scale: mock.Mock(fit=fit)}
+        with mock.patch.multiple(noise_scale_cost, **replaced):
+            row = noise_scale_cost.measure(noise_scale_cost.STEPS[1], rounds=3)
+        # Round 0 does not count. The step without comes first in odd rounds.
+        self.assertEqual(row["seconds_per_update"], {"without": [2.0, 2.0, 3.0], "with": [2.2, 4.0, 3.3]})
+        self.assertEqual(row["ratio"], 1.1)
+
+    def test_one_of_the_two_steps_measures(self):
+        step, trainers, make = noise_scale_cost.Step("lenet1989", 10, 4, "float32"), [], noise_scale_cost.make_trainer
+        with mock.patch.object(
+            noise_scale_cost, "make_trainer", lambda *args: trainers.append(make(*args)) or trainers[-1]
+        ):
+            self.assertGreater(noise_scale_cost.measure(step, rounds=1)["ratio"], 0)
+        self.assertEqual([(t.batch_size, t.accumulation_steps) for t in trainers], [(8, 2)] * 2)
+        self.assertEqual(["ghost_gradient" in t.layer_norms for t in trainers], [False, True])
 
 
 class HostTimeTest(absltest.TestCase):

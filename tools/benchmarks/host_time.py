@@ -116,7 +116,7 @@ def main() -> None:
     if args.out:
         held = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
         rows = [row for row in held if row["backend"] != backend] + rows
-        command = f"KERAS_BACKEND=BACKEND python -m {__spec__.name}"
+        command = f"KERAS_BACKEND=BACKEND python -m {__spec__.name}" + (f" --model={args.model}" if args.model else "")
         machine = f"{platform.machine()}, {os.cpu_count()} cores, keras {keras.__version__}"
         write_json(args.out, {"command": command, "machine": machine, "rows": rows})
 

@@ -1,11 +1,13 @@
 """Measure the gradient noise scale over a training, beside the batch size from which a comparison loses.
 
     python -m tools.benchmarks.noise_scale digits cifar10 --data_dir=DIR --out=results/noise_scale.json
-    python -m tools.benchmarks.noise_scale --out=results/noise_scale.json --plot=docs/noise_scale.svg
 
 Each comparison in results/ is run once more: LARS at its smallest batch size, with the rate that the comparison chose,
 split into 8 ghost batches. The noise scale of each eighth of the run goes to `--out`; docs/results.md shows it beside
-the comparison's scores. Needs the data sets of the comparisons. The second command draws what the file holds.
+the comparison's scores. Needs the data sets of the comparisons.
+
+`--run_dir=RUN --recipe=NAME` adds a run of flags/recipes/NAME.flags that was trained with `--noise_scale_every`.
+`--plot=docs/noise_scale.svg` draws every run of the file.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from lars_keras.report.charts import svg_style
 from lars_keras.report.log import read_metrics
 from running.renamed import flag_lines
@@ -24,7 +28,11 @@ from tools.committed import save_svg, write_json
 
 ROOT = Path(__file__).parents[2]
 GHOST_BATCHES, LINES = 8, 8
-NAMES = {"digits": "handwritten digits", "cifar10": "CIFAR-10, small AlexNet"}
+TITLES = {
+    "digits": "Digits",
+    "cifar10": "CIFAR-10, small AlexNet",
+    "cifar10_fast_4k": "CIFAR-10, fast network",
+}
 
 
 def measured_run(name: str, data_dir: str | None, folder: Path) -> dict[str, Any]:
@@ -51,11 +59,19 @@ def measured_run(name: str, data_dir: str | None, folder: Path) -> dict[str, Any
     if data_dir:
         command.append(f"--data_dir={data_dir}")
     subprocess.run([sys.executable, "train.py", *command], cwd=ROOT, check=True)
-    lines = [e for e in read_metrics(folder / name / "metrics.jsonl") if e["event"] == "noise_scale"]
-    result = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
+    return {"comparison": name, **read_run(folder / name)}
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """Return the settings and noise scales of a finished run.
+
+    Args:
+        run_dir: of a run with `--noise_scale_every`.
+    """
+    config, result = (json.loads((run_dir / f"{n}.json").read_text(encoding="utf-8")) for n in ("config", "results"))
+    lines = [e for e in read_metrics(run_dir / "metrics.jsonl") if e["event"] == "noise_scale"]
     return {
-        "comparison": name,
-        **{key: own[key] for key in ("batch_size", "microbatch_size", "learning_rate")},
+        **{key: config[key] for key in ("batch_size", "microbatch_size", "learning_rate")},
         "top1": round(result["top1"], 4),
         "parts": [
             {"epoch": round(e["epoch"], 3), **{key: _rounded(e[key]) for key in ("noise_scale", "low", "high")}}
@@ -64,40 +80,35 @@ def measured_run(name: str, data_dir: str | None, folder: Path) -> dict[str, Any
     }
 
 
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw the noise scale over training, with its interval; an interval without an upper end leaves the picture.
+
+    Args:
+        runs: of the results file.
+        path: SVG file.
+    """
+    with svg_style():
+        figure = Figure(figsize=(3.2 * len(runs), 3), layout="constrained")
+        for axes, run in zip(figure.subplots(1, len(runs), squeeze=False).flat, runs, strict=True):
+            parts = [p for p in run["parts"] if p["noise_scale"] is not None]
+            epochs = [p["epoch"] for p in parts]
+            highest = 10 * max(p["noise_scale"] for p in parts)
+            low = [p["low"] for p in parts]
+            high = [highest if p["high"] is None else p["high"] for p in parts]
+            axes.fill_between(epochs, low, high, alpha=0.25, linewidth=0)
+            axes.plot(epochs, [p["noise_scale"] for p in parts], marker=".")
+            axes.axhline(run["batch_size"], color="gray", linestyle=":")
+            axes.set_title(f"{TITLES[run['comparison']]}\n(dotted: its batch, {run['batch_size']:,})", fontsize=9)
+            axes.set_yscale("log")
+            axes.set_ylim(min(low) / 2, highest / 3)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel("noise scale, examples")
+    save_svg(figure, path)
+
+
 def _rounded(value: float | None) -> float | None:
     """Return three digits of a noise scale; None is infinite."""
     return None if value is None else float(f"{value:.3g}")
-
-
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the noise scale of each run over its epochs, with the interval, and lines at three batch sizes."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    with svg_style():
-        figure = Figure(figsize=(7.5, 3.6), layout="constrained", facecolor="white")
-        axes = figure.add_subplot(facecolor="white")
-        for batch in (64, 1024, 8192):
-            axes.axhline(batch, color="#8a94a3", linewidth=0.9, linestyle="--")
-            axes.annotate(f"batch {batch:,}", (4.06, batch), color="#5b6675", va="center", annotation_clip=False)
-        for run, colour in zip(runs, ("#2166ac", "#c4500c"), strict=True):
-            epochs, values, low, high = (
-                [part[key] or 1e9 for part in run["parts"]] for key in ("epoch", "noise_scale", "low", "high")
-            )
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(epochs, values, color=colour, marker="o", markersize=4, label=NAMES[run["comparison"]])
-        axes.set_yscale("log")
-        axes.set_ylim(40, 16000)
-        axes.set_xlim(0.3, 4.05)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel("epoch of 4", color="black")
-        axes.set_ylabel("noise scale, in examples", color="black")
-        axes.tick_params(labelcolor="black")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(frameon=False, loc="outside upper left", ncols=2, labelcolor="black")
-    save_svg(figure, path)
 
 
 def main() -> None:
@@ -105,23 +116,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("comparisons", nargs="*", metavar="NAME", help="of results/compare_NAME.json")
     parser.add_argument("--data_dir")
+    parser.add_argument("--run_dir", type=Path, help="a finished run to add")
+    parser.add_argument("--recipe", help="of --run_dir, for its place in the file")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, help="SVG file to draw all runs into")
+    parser.add_argument("--plot", type=Path, help="SVG file of the results")
     args = parser.parse_args()
+    if (args.run_dir is None) != (args.recipe is None):
+        parser.error(f"--run_dir and --recipe go together. Received: {args.run_dir} and {args.recipe}")
     held = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
     runs = {run["comparison"]: run for run in held}
+    if args.run_dir:
+        runs[args.recipe] = {"comparison": args.recipe, **read_run(args.run_dir)}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.comparisons:
             runs[name] = measured_run(name, args.data_dir, Path(folder))
             for part in runs[name]["parts"]:
                 interval = f"{part['low']} to {part['high']}"
                 print(f"{name}  epoch {part['epoch']:g}  noise scale {part['noise_scale']} ({interval})")
-            write_json(
-                args.out,
-                {"command": f"python -m {__spec__.name} {' '.join(runs)} --data_dir=DIR", "runs": [*runs.values()]},
-            )
+    again = [name for name in runs if (ROOT / "results" / f"compare_{name}.json").exists()]
+    command = f"python -m {__spec__.name} {' '.join(again)} --data_dir=DIR"
+    write_json(args.out, {"command": command, "runs": [*runs.values()]})
     if args.plot:
-        draw([*runs.values()], args.plot)
+        plot([*runs.values()], args.plot)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python -m tools.benchmarks.results
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ COMPARISONS = {
     "systemds_cifar10": "SystemDS's comparison on CIFAR-10",
     "systemds_imagenet": "SystemDS's comparison on ImageNet",
 }
+NOISE_SCALE_ROWS = 8  # of a run
 NOT_RUN = """## Not run
 
 - Anything on a GPU or TPU.
@@ -127,9 +129,9 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     """Return the section of the fast network: its finished runs, one a row."""
     text = (
         "## The fast network on CIFAR-10\n\n"
-        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, with the settings of "
-        "results/cifar10_fast.jsonl. One seed each; the machine did other work, so no minutes. Larger batches: not "
-        "run.\n"
+        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, and `cifar10_fast_4k.flags`, "
+        "with the settings of results/cifar10_fast.jsonl. One seed each; the machine did other work, so no minutes. "
+        "8,192 and 16,384: not run.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
@@ -143,7 +145,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
                 f"{run['weight_decay']:g}",
                 *(f"{100 * run[key]:.2f} %" if key in run else "–" for key in ("top1", "top5", "top1_views")),
             ]
-            for run in runs
+            for run in sorted(runs, key=lambda run: run["batch_size"])
             if run["finished"] and run["scored_on"] == split
         ]
         head = ["widths", "batch", "epochs", "updates", "peak rate", "excluded x", "weight decay", "top-1", "top-5"]
@@ -158,6 +160,7 @@ def noise_scale_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.noise_scale`: over a run, and beside the scores of its comparison."""
     text = (
         "## Does the noise scale predict where LARS loses?\n\n"
+        "![noise scale over training](noise_scale.svg)\n\n"
         f"`{found['command']}`. Noise scale of each part of a run at the smallest batch, 95 % interval; then LARS at "
         "equal epochs, beside the efficiency of an example, 1 / (1 + batch / noise scale), by the noise scale "
         "halfway.\n"
@@ -165,8 +168,19 @@ def noise_scale_part(found: dict[str, Any]) -> str:
     for run in found["runs"]:
         name, parts = run["comparison"], run["parts"]
         halfway = parts[len(parts) // 2 - 1]["noise_scale"]
+        every = -(-len(parts) // NOISE_SCALE_ROWS)
+        measured = [
+            [f"{p['epoch']:g}", *(_examples(p[key]) for key in ("noise_scale", "low", "high"))]
+            for p in parts[every - 1 :: every]
+        ]
+        if name not in COMPARISONS:
+            text += (
+                f"\n`flags/recipes/{name}.flags`, batch {run['batch_size']:,} in ghost batches of "
+                f"{run['microbatch_size']}; it was not compared at equal epochs:\n\n"
+                + _table(["epoch", "noise scale", "from", "to"], measured)
+            )
+            continue
         rows = [row for row in read(f"compare_{name}")["table"] if row["candidate"] == "lars"]
-        measured = [[f"{p['epoch']:g}", *(_examples(p[key]) for key in ("noise_scale", "low", "high"))] for p in parts]
         scores = [
             [f"{row['batch_size']:,}", score(row), f"{100 / (1 + row['batch_size'] / halfway):.0f} %"]
             for row in sorted(rows, key=lambda row: row["batch_size"])
@@ -175,6 +189,43 @@ def noise_scale_part(found: dict[str, Any]) -> str:
         text += _table(["epoch", "noise scale", "from", "to"], measured)
         text += "\n" + _table(["batch", "LARS, top-1", "efficiency of an example"], scores)
     return text
+
+
+def noise_scale_cost_part(found: dict[str, Any]) -> str:
+    """Return the table of `tools.benchmarks.noise_scale_cost`."""
+    rows = [
+        [
+            f"`{row['model']}`, {row['policy']}",
+            f"{row['ghost_batch']}",
+            *(f"{statistics.median(row['seconds_per_update'][name]):.3f}" for name in ("without", "with")),
+            f"{row['ratio']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    rounds = len(found["rows"][0]["seconds_per_update"]["with"])
+    return (
+        f"\nSeconds of an update without and with the measurement, medians of {rounds} paired rounds. "
+        f"`{found['command']}`, {found['machine']}.\n\n"
+        + _table(["step", "ghost batch", "without", "with", "ratio"], rows)
+    )
+
+
+def host_time_part(found: dict[str, Any]) -> str:
+    """Return the table of `tools.benchmarks.host_time`."""
+    rows = [
+        [
+            row["backend"],
+            row["model"],
+            *(f"{row[name]:.1f}" for name in ("Trainer, ms", "Keras fit, ms")),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return (
+        "Milliseconds of an update whose arithmetic costs next to nothing, one update a call: the host's own work. "
+        f"`{found['command']}`, {found['machine']}.\n\n"
+        + _table(["backend", "model", "`Trainer`", "Keras `fit`", "ratio"], rows)
+    )
 
 
 def _examples(value: float | None) -> str:
@@ -283,9 +334,11 @@ def page() -> str:
         *(comparison_part(name, heading) for name, heading in COMPARISONS.items()),
         pytorch_lars_part(),
         fast_part([json.loads(line) for line in (RESULTS / "cifar10_fast.jsonl").read_text().splitlines()]),
-        noise_scale_part(read("noise_scale")),
+        noise_scale_part(read("noise_scale")) + noise_scale_cost_part(read("noise_scale_cost")),
         "## One update\n",
         optimizer_part(read("optimizer_step")),
+        "## The host's work\n",
+        host_time_part(read("host_time")),
         "## Input\n",
         input_part(read("input_pipeline")),
         "## Steps, exactness and memory\n",

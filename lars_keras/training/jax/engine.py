@@ -141,7 +141,8 @@ class JaxEngine:
 
         def value(variable: keras.Variable, sharding: jax.sharding.Sharding) -> Tensor:
             array = backend_value(variable)
-            if getattr(array, "sharding", None) != sharding:  # `device_put` takes long to find out
+            there = getattr(array, "sharding", None)
+            if there is not sharding and there != sharding:  # `device_put` takes longer to find out
                 array = jax.device_put(variable.value, sharding)
             if id(array) in seen:
                 array = jnp.copy(array)
