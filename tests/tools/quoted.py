@@ -116,7 +116,7 @@ def halfway(comparison: str) -> str:
 
 def teaches(comparison: str, batch_size: int) -> str:
     """Return the efficiency of an example by the noise scale halfway, in percent."""
-    return f"{100 / (1 + batch_size / float(halfway(comparison))):.0f} %"
+    return f"{100 / (1 + batch_size / float(halfway(comparison).replace(',', ''))):.0f} %"
 
 
 def phrases() -> dict[str, list[str]]:
@@ -149,6 +149,8 @@ def phrases() -> dict[str, list[str]]:
             f"batch 1,024, where an example teaches {teaches('digits', 1024)}",
             f"8,192, where it teaches {teaches('digits', 8192)}, LARS falls to {top1('digits', 'lars', 8192)}",
             f"small AlexNet: noise scale {halfway('cifar10')} halfway",
+            f"4,096: noise scale {halfway('cifar10_fast_4k')} halfway, where an example teaches "
+            f"{teaches('cifar10_fast_4k', 4096)}",
             f"256 to 1,024, where an example teaches {teaches('cifar10', 1024)}, top-1 falls from "
             f"{mean('cifar10', 'lars', 256)} % to {mean('cifar10', 'lars', 1024)} %",
         ],
