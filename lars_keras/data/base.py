@@ -206,6 +206,9 @@ def _dataset(block: Callable[[Any], Any], first: int, count: int | None) -> tf.d
     batches = indices.map(batch, num_parallel_calls=2)
     options = tf.data.Options()
     options.deterministic = True
+    # Nothing is left to tune, and the end of a tuned iterator that a `tf.function` reads may wait for as long as it was
+    # in use.
+    options.autotune.enabled = False
     # Each worker already reads its own rows.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return batches.with_options(options).prefetch(2)

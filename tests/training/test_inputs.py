@@ -8,9 +8,11 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+from lars_keras.data import load
 from lars_keras.training import Trainer, inputs
 from lars_keras.training.inputs import InputContext, TensorSpec
 from lars_keras.training.tensorflow import inputs as tensorflow_inputs
+from tests import prepared
 from tests import step_cases as cases
 
 
@@ -110,6 +112,17 @@ class MemoryTest(tf.test.TestCase):
             self.assertFalse(np.shares_memory(array, y))
         for array in (batch[0] for size in (16, 4, 5) for batch in inputs.rebatch([(y,)], size, drop_remainder=False)):
             self.assertFalse(np.shares_memory(array, y))
+
+
+class EndTest(tf.test.TestCase):
+    def test_an_epoch_ends_at_once(self):
+        """The end of a tuned iterator waits for as long as it was in use."""
+        batches = [(np.zeros((4, 2), "float32"), np.zeros(4))] * 3
+        arrays = tensorflow_inputs.ghost_batches(batches, InputContext(1, 0, 1), 4, 1, 0)
+        digits = load("digits", data_dir=prepared.digits()).train_batches(4)
+        ghosts = tensorflow_inputs.ghost_batches(lambda *_: digits, InputContext(1, 0, 1), 4, 1, 0)
+        for dataset in (arrays, ghosts):
+            self.assertIs(dataset.options().autotune.enabled, False)
 
 
 class SpecTest(tf.test.TestCase):

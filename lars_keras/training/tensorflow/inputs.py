@@ -165,7 +165,10 @@ def as_dataset(batches: Any) -> tf.data.Dataset:
             leaves[i] = array
         return keras.tree.pack_sequence_as(spec, leaves)
 
-    return tf.data.Dataset.from_generator(lambda: _keeping_errors(read()), output_signature=signature).map(structured)
+    arrays = tf.data.Dataset.from_generator(lambda: _keeping_errors(read()), output_signature=signature)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # as in lars_keras.data: the end of an epoch would wait
+    return arrays.with_options(options).map(structured)
 
 
 def _common_spec(batches: list[Batch]) -> Any:
