@@ -30,7 +30,7 @@ _NEAR = 1.5  # times the speed of the batches: reading alone is not much faster,
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What it takes to bring images up to some point on their way to a batch.
+    """Throughput and processor time of images up to some point on their way to a batch.
 
     Attributes:
         name: what is done, in words.

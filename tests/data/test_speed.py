@@ -1,4 +1,4 @@
-"""How fast data become batches: the clock, the parts, and what follows from them."""
+"""The speed of data: the clock, the parts, and what follows from them."""
 
 import contextlib
 import io
