@@ -51,7 +51,9 @@ class Intervals(keras.callbacks.Callback):
 
     def __init__(self, warm_up: int):
         super().__init__()
-        self.warm_up, self.seconds = warm_up, []  # type: ignore[var-annotated]
+        self.warm_up = warm_up
+        self.seconds: list[float] = []
+        self._calls, self._last = 0, 0.0
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._calls = 0
