@@ -31,6 +31,7 @@ GHOST_BATCHES, LINES = 8, 8
 TITLES = {
     "digits": "Digits",
     "cifar10": "CIFAR-10, small AlexNet",
+    "cifar10_fast": "CIFAR-10, narrow fast network",
     "cifar10_fast_4k": "CIFAR-10, fast network",
 }
 

@@ -21,6 +21,7 @@ The speeds come from 2 cores that other machines share, so compare only ratios w
 COMPARISONS = {
     "digits": "Optimizers on handwritten digits",
     "cifar10": "LARS and momentum on CIFAR-10",
+    "cifar10_fast": "LARS and momentum on CIFAR-10, the narrow fast network",
     "questions": "Decay of the rate, and accumulation",
     "systemds_digits": "SystemDS's comparison on handwritten digits",
     "systemds_cifar10": "SystemDS's comparison on CIFAR-10",
