@@ -131,7 +131,8 @@ def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) 
         wait = max(0.0, 1 - whole.images_per_second / wanted)
         lines.append(f"A model that takes {wanted:,.0f} images/s would wait {100 * wait:.0f} % of its time.")
     advice = suggestions(data, parts, wanted, free=psutil.virtual_memory().available)
-    return "\n".join([*lines, *(advice or ["Nothing here would help: the data are not the limit, or at theirs."])])
+    nothing = "Nothing here would help: the images come fast enough, or in their fastest form."
+    return "\n".join([*lines, *(advice or [nothing])])
 
 
 def _shares(parts: Sequence[Part]) -> dict[str, float]:
