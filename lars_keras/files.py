@@ -35,6 +35,11 @@ def printable(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes for people: `"12.3 GB"`, `"8.5 MB"`."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace a text file atomically. A kill leaves the old file or the new one.
 

@@ -13,6 +13,7 @@ import psutil
 from tqdm import tqdm
 
 from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.files import size_text
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -36,7 +37,7 @@ class InMemory:
         free = psutil.virtual_memory().available
         if examples.nbytes > 0.8 * free:
             raise ValueError(
-                f"A split needs {examples.nbytes / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free. "
+                f"A split needs {size_text(examples.nbytes)} of memory, and {size_text(free)} are free. "
                 "Set `cache` to disk or none. Received: cache=memory"
             )
         self._examples = examples
@@ -92,7 +93,7 @@ def copy_to_local(paths: Sequence[str], root: str, folder: Path) -> list[str]:
         room = shutil.disk_usage(folder).free
         if needed > room:
             raise ValueError(
-                f"The copies need {needed / 1e9:,.1f} GB in `cache_dir`, and {room / 1e9:,.1f} GB are free. "
+                f"The copies need {size_text(needed)} in `cache_dir`, and {size_text(room)} are free. "
                 f"Received: cache_dir={folder}"
             )
 

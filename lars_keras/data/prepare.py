@@ -46,6 +46,7 @@ def prepare(
     Raises:
         ValueError: if `data_dir` is not local or not writable, or holds the data set in another format.
         FileNotFoundError: if an archive is missing.
+        OSError: if a file cannot be read or written.
     """
     root = local_path(data_root(data_dir), "data_dir")
     if found := prepared_dir(root, name):
@@ -76,6 +77,7 @@ def prepare(
             f"{name} is not prepared in {root}, and that folder is not writable. Set `data_dir` to another folder."
         )
 
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     config = tfds.download.DownloadConfig(manual_dir=archives if name == "imagenet2012" else None)
@@ -92,6 +94,11 @@ def prepare(
     except OSError:
         if prepared_dir(root, name) is None:  # otherwise another process was faster
             raise
+    except (RuntimeError, tf.errors.OpError) as e:
+        cause = e.__cause__ or e
+        if isinstance(cause, tf.errors.OpError):  # the disk is full, say
+            raise OSError(f"{name} could not be prepared: {cause.message}") from e
+        raise
 
 
 def prepare_resized(
@@ -111,6 +118,7 @@ def prepare_resized(
     Raises:
         ValueError: if an argument has no meaning, the disk lacks space, or the result was begun with other images.
         FileNotFoundError: if the data set is not in `data_dir`.
+        OSError: if a file cannot be written, because the disk is full, say. The same call goes on.
     """
     from lars_keras.data.loading import ANY_SIZE, load
     from lars_keras.data.store import VERSION, store

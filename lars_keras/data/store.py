@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lars_keras.data.parallel_map import cores, map_rows
 from lars_keras.data.resized import Storage, resized
-from lars_keras.files import atomic_write_text
+from lars_keras.files import atomic_write_text, size_text
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -133,27 +133,29 @@ def _check_space(folder: Path, left: list[tuple[Examples, Path, range]], storage
     each = sum(len(data) for data, _ in _converted(examples, sample, storage)) / len(sample) + 64
     needed, free = each * sum(len(ids) for *_, ids in left), shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"The images need about {needed / 1e9:,.1f} GB in {folder}, and {free / 1e9:,.1f} GB are free."
-        )
+        raise ValueError(f"The images need about {size_text(needed)} in {folder}, and {size_text(free)} are free.")
 
 
 def _write_shard(examples: Examples, path: Path, ids: range, storage: Storage) -> int:
     """Write one file. Return the number of unreadable images."""
     import tensorflow as tf
 
-    part, unreadable = path.with_name(f"{path.name}.part"), 0
-    with tf.io.TFRecordWriter(os.fspath(part)) as writer:
-        for data, label in _converted(examples, ids, storage):
-            unreadable += not data
-            feature = {
-                "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[data])),
-                "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-            }
-            record = tf.train.Example(features=tf.train.Features(feature=feature))
-            writer.write(record.SerializeToString(deterministic=True))
+    rows = _converted(examples, ids, storage)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with tf.io.TFRecordWriter(os.fspath(part)) as writer:
+            for data, label in rows:
+                feature = {
+                    "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[data])),
+                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+                }
+                record = tf.train.Example(features=tf.train.Features(feature=feature))
+                writer.write(record.SerializeToString(deterministic=True))
+    except tf.errors.OpError as e:  # the disk is full, say
+        part.unlink(missing_ok=True)
+        raise OSError(f"{e.message}: a file could not be written. The same call goes on from here.") from e
     os.replace(part, path)
-    return unreadable
+    return sum(not data for data, _ in rows)
 
 
 def _converted(examples: Examples, ids: range, storage: Storage) -> list[tuple[bytes, int]]:

@@ -1,11 +1,17 @@
 """Images stored at one size: against Pillow, as batches, and after a kill."""
 
+import contextlib
 import io
 import pathlib
+import resource
+import subprocess
+import sys
 import tempfile
+import time
 import unittest.mock
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 from PIL import Image, ImageOps
@@ -120,10 +126,56 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", killed)
         self.assertLen(first, 1)
         self.assertEqual(first, {path: path.stat().st_mtime_ns for path in written})
-        files = [sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file()) for root in (whole, killed)]
-        self.assertEqual(*files)
-        for path in files[0]:
-            self.assertEqual((whole / path).read_bytes(), (killed / path).read_bytes(), path)
+        self.assertEqual(contents(killed), contents(whole))
+
+    @pytest.mark.slow
+    def test_processes_killed_at_random_moments(self):
+        """Twenty processes are killed; what is there is whole after each, and the last one ends with the same bytes."""
+        whole, killed = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
+        imports = "import sys; from lars_keras.data import prepare, store"
+        program = f"{imports}; store._SHARD = 2; sys.exit(prepare.main(sys.argv[1:]))"
+
+        def start(out):
+            arguments = ["-n", "imagenet2012", "-d", prepared.imagenet(), "-r", "crop64", "-o", out]
+            return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)])
+
+        started = time.monotonic()
+        self.assertEqual(start(whole).wait(), 0)
+        seconds, complete = time.monotonic() - started, {}
+        for moment in np.random.default_rng(0).uniform(0.3 * seconds, seconds, 20):
+            process = start(killed)
+            try:
+                process.wait(moment)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            now = {p.relative_to(killed): p.stat().st_mtime_ns for p in killed.rglob("*") if p.suffix != ".part"}
+            files = {p: time for p, time in now.items() if "tfrecord" in p.name}
+            self.assertEqual(complete, {p: files[p] for p in complete})  # not written again
+            for path in files.keys() - complete.keys():
+                self.assertEqual((killed / path).read_bytes(), (whole / path).read_bytes(), path)
+            complete = files
+        self.assertEqual(start(killed).wait(), 0)
+        self.assertGreater(len(complete), 2)
+        self.assertEqual(contents(killed), contents(whole))
+
+    def test_a_full_disk_is_one_line_and_the_same_call_goes_on(self):
+        whole, full = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
+        arguments = ["-n", "imagenet2012", "-d", str(prepared.imagenet()), "-r", "crop24_png", "-o"]
+        with unittest.mock.patch.object(store, "_SHARD", 16):
+            self.assertEqual(prepare.main([*arguments, str(whole)]), 0)
+            smallest, *_, largest = sorted(p.stat().st_size for p in whole.rglob("*tfrecord*"))
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                resource.setrlimit(resource.RLIMIT_FSIZE, ((smallest + largest) // 2, limits[1]))
+                try:
+                    self.assertEqual(prepare.main([*arguments, str(full)]), 2)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            self.assertIn("could not be written. The same call goes on", errors.getvalue())
+            self.assertEmpty(list(full.rglob("*.part")))
+            self.assertEqual(prepare.main([*arguments, str(full)]), 0)
+        self.assertEqual(contents(full), contents(whole))
 
     def test_an_unreadable_image_keeps_its_place(self):
         root, out = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
@@ -160,9 +212,14 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             lars_keras.data.load("digits", data_dir=prepared.digits(), resized="crop40")
         with self.assertRaisesRegex(ValueError, "needs `out_dir`"):
             prepare.prepare_resized("folder", self.folder, "crop40")
-        with self.assertRaisesRegex(ValueError, "need about .* GB in .*, and 0.0 GB are free"):
+        with self.assertRaisesRegex(ValueError, "need about .* MB in .*, and 0.0 MB are free"):
             with unittest.mock.patch("shutil.disk_usage", lambda path: unittest.mock.Mock(free=1000)):
                 prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop48", self.folder)
+
+
+def contents(root):
+    """Return the bytes of all files in a folder by their paths."""
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def parse_bytes(data, record):

@@ -4,8 +4,9 @@
 
 DIR holds `imagenet2012` as `lars_keras.data.prepare` writes it. A few hundred images will do; they are repeated. All
 candidates run in one process, in turn, on the training images, each with a fresh iterator that has already given two
-batches. `ms` is the processor time of all threads for an image, which says more than images/s on a busy machine.
-`--folder=DIR` adds image files in DIR/train/CLASS and DIR/val/CLASS.
+batches. `ms` is the processor time of all threads and processes for an image, which says more than images/s on a busy
+machine. `--folder=DIR` adds image files in DIR/train/CLASS and DIR/val/CLASS. Grain and torchvision are timed if they
+are installed.
 
     python -m tools.benchmarks.input_pipeline --data_dir=DIR --memory --out=results/input_memory.json
 
@@ -14,11 +15,8 @@ feeds updates of 32,768 images in micro-batches of 256, as training does, and re
 
 import argparse
 import atexit
-import concurrent.futures
+import contextlib
 import functools
-import importlib.util
-import io
-import itertools
 import os
 import pathlib
 import platform
@@ -45,9 +43,11 @@ from lars_keras.data.parallel_map import cores
 from lars_keras.data.prepare import prepare_resized
 from lars_keras.data.resized import Storage
 from lars_keras.training.tensorflow.inputs import training_iterator
+from tools.benchmarks import input_peers as peers
 from tools.committed import write_json
 
 STORED = ("squash256", "squash256_q90", "squash256_raw")
+DECODER, RESIZED, FULL_SIZE = "decode_and_crop_jpeg alone", "decode_and_crop_jpeg and resize", "lars_keras, full size"
 Candidate = Callable[[], Iterator[Any]]
 
 
@@ -81,82 +81,6 @@ def decoded(files: tf.Tensor, windows: np.ndarray, batch: int, size: int | None)
     return rows.map(pixels, num_parallel_calls=cores()).batch(batch, drop_remainder=True).prefetch(2)
 
 
-def tutorial(builder: Any, train: bool, batch: int, size: int) -> tf.data.Dataset:
-    """Decode the whole image, then resize it, as most tutorials do."""
-
-    def pixels(example: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.image.resize(example["image"], (size, size))
-        image = tf.image.random_flip_left_right(image) if train else image
-        return image / 255.0, example["label"]
-
-    config = tfds.ReadConfig(try_autocache=False)  # ImageNet is too large to hold its pixels; this sample is not
-    examples = builder.as_dataset(split="train", shuffle_files=train, read_config=config).repeat()
-    return examples.map(pixels, tf.data.AUTOTUNE).batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-
-
-def pillow(files: list[bytes], windows: np.ndarray, batch: int, size: int) -> Iterator[np.ndarray]:
-    """Yield batches from Pillow in a thread a core; its decoder and its resize release Python's lock."""
-    from PIL import Image
-
-    def pixels(row: tuple[bytes, np.ndarray]) -> np.ndarray:
-        file, (top, left, height, width) = row
-        box = (left, top, left + width, top + height)
-        return np.asarray(
-            Image.open(io.BytesIO(file)).convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box)
-        )
-
-    rows = itertools.cycle(zip(itertools.cycle(files), windows))  # noqa: B905
-    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-        while True:
-            yield np.stack(list(pool.map(pixels, itertools.islice(rows, batch))))
-
-
-def torchvision_loader(folder: str, batch: int, size: int, train: bool) -> Iterator[Any]:
-    """Return an iterator of torchvision's ImageFolder and DataLoader, with a worker process a core."""
-    import torch
-    from torchvision import datasets, transforms
-
-    crop = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    crop = crop if train else [transforms.Resize(256), transforms.CenterCrop(size)]
-    images = datasets.ImageFolder(f"{folder}/train", transforms.Compose([*crop, transforms.PILToTensor()]))
-    many = torch.utils.data.ConcatDataset([images] * (100_000 // len(images)))
-    return iter(torch.utils.data.DataLoader(many, batch, shuffle=train, num_workers=cores()))
-
-
-def stored(data_dir: str, batch: int, size: int) -> dict[str, Candidate]:
-    """Return the candidates that read images stored at 256 x 256, which are stored for it."""
-    found: dict[str, Candidate] = {}
-    for form in STORED:
-        data = load(
-            "imagenet2012", data_dir=prepared(data_dir, form), image_size=size, augment="crop_mirror", resized=form
-        )
-        assert isinstance(data, ImageFileData)
-        many = ImageFileData(
-            "images",
-            Repeated(data.train_examples, 10**6),
-            data.test_examples,
-            1000,
-            image_size=size,
-            augment="crop_mirror",
-            storage=Storage.parse(form),
-        )
-        if not form.endswith("raw"):
-            files = tf.constant([data.train_examples.example(tf.constant(i))[0].numpy() for i in range(data.num_train)])
-            start = np.random.default_rng(0).integers(0, 257 - size, (data.num_train * 20, 2))
-            windows = np.concatenate([start, np.full_like(start, size)], 1).astype(np.int32)
-            found[f"decode_and_crop_jpeg alone, {form}"] = functools.partial(_decoder, files, windows, batch)
-        found[f"lars_keras, --resized={form}"] = functools.partial(_batches, many, batch)
-    return found
-
-
-def _decoder(files: tf.Tensor, windows: np.ndarray, batch: int) -> Iterator[Any]:
-    return iter(decoded(files, windows, batch, None))
-
-
-def _batches(data: ImageFileData, batch: int) -> Iterator[Any]:
-    return iter(data.train_batches(batch))
-
-
 @functools.cache
 def prepared(data_dir: str, form: str) -> str:
     """Store the images in another form, in a folder that is removed at the end."""
@@ -166,12 +90,12 @@ def prepared(data_dir: str, form: str) -> str:
     return folder
 
 
-def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict[str, dict[str, Candidate]]:
+def full_size(data_dir: str, folder: str | None, batch: int, size: int) -> dict[str, dict[str, Candidate]]:
     """Return the candidates of training and of evaluation by name."""
     data = load("imagenet2012", data_dir=data_dir, image_size=size)
     assert isinstance(data, ImageFileData)
     builder = tfds.builder_from_directory(prepared_dir(pathlib.Path(data_dir), "imagenet2012"))
-    held = InMemory(data._train)
+    held = InMemory(data.train_examples)
     files = [held.example(tf.constant(i))[0].numpy() for i in range(len(held))]
     shapes = [tf.image.extract_jpeg_shape(file)[:2] for file in files]
     rng = np.random.default_rng(0)
@@ -189,28 +113,85 @@ def candidates(data_dir: str, folder: str | None, batch: int, size: int) -> dict
         train: bool, windows: np.ndarray, batches: Callable[[ImageFileData], tf.data.Dataset]
     ) -> dict[str, Candidate]:
         found: dict[str, Candidate] = {
-            "decode_and_crop_jpeg alone": lambda: iter(decoded(tensor, windows, batch, None)),
-            "decode_and_crop_jpeg and resize": lambda: iter(decoded(tensor, windows, batch, size)),
-            "lars_keras": lambda: iter(batches(ours(data._train))),
+            DECODER: lambda: iter(decoded(tensor, windows, batch, None)),
+            RESIZED: lambda: iter(decoded(tensor, windows, batch, size)),
+            "lars_keras": lambda: iter(batches(ours(data.train_examples))),
             "lars_keras, --cache=memory": lambda: iter(batches(ours(held))),
-            "tutorial: tfds, whole image, resize": lambda: iter(tutorial(builder, train, batch, size)),
+            "tutorial: tfds, whole image, resize": lambda: iter(peers.tutorial(builder, train, batch, size)),
         }
         if isinstance(in_folder, ImageFileData):
-            folder_split = in_folder._train
+            folder_split = in_folder.train_examples
             found["lars_keras, --dataset=folder"] = lambda: iter(batches(ours(folder_split)))
-        if importlib.util.find_spec("PIL"):
-            found["Pillow, threads"] = lambda: pillow(files, windows, batch, size)
-        if importlib.util.find_spec("torchvision") and folder:
-            found["torchvision, processes"] = lambda: torchvision_loader(folder, batch, size, train)
-        return found
+        return found | others(files, windows, batch, size, train, folder, resize=True)
 
-    for name in ("PIL", "torchvision"):
-        if not importlib.util.find_spec(name):
-            print(f"{name} is not installed: not run")
     return {
-        "training": group(True, random, lambda data: data.train_batches(batch)) | stored(data_dir, batch, size),
+        "training": group(True, random, lambda data: data.train_batches(batch)),
         "evaluation": group(False, central, lambda data: data.test_batches(batch)),
     }
+
+
+def others(
+    files: list[bytes], windows: np.ndarray, batch: int, size: int, train: bool, folder: str | None, *, resize: bool
+) -> dict[str, Candidate]:
+    """Return the candidates of other libraries, as far as they are installed."""
+    found: dict[str, Candidate] = {}
+    if peers.installed("Pillow"):
+        pixels = peers.by_pillow(files, windows, size, resize)
+        found["Pillow, threads"] = lambda: peers.pillow(pixels, batch)
+        if peers.installed("Grain"):
+            found["Grain with Pillow, threads"] = lambda: peers.grain(pixels, batch)
+    if peers.installed("torchvision") and folder:
+        crop = peers.torchvision_crop(train, size, stored=not resize)
+        found["torchvision, processes"] = lambda: peers.torchvision(folder, batch, train, crop)
+    return found
+
+
+def stored(data_dir: str, batch: int, size: int) -> dict[str, Candidate]:
+    """Return the candidates that read images stored at 256 x 256, which are stored for it."""
+    full = load("imagenet2012", data_dir=data_dir, image_size=size)
+    assert isinstance(full, ImageFileData)
+    many = ImageFileData(
+        "images", Repeated(full.train_examples, 10**6), full.test_examples, 1000, image_size=size, augment="crop_flip"
+    )
+    found: dict[str, Candidate] = {FULL_SIZE: functools.partial(_batches, many, batch)}
+    for form in STORED:
+        folder = prepared(data_dir, form)
+        data = load("imagenet2012", data_dir=folder, image_size=size, augment="crop_mirror", resized=form)
+        assert isinstance(data, ImageFileData)
+        many = ImageFileData(
+            "images",
+            Repeated(data.train_examples, 10**6),
+            data.test_examples,
+            1000,
+            image_size=size,
+            augment="crop_mirror",
+            storage=Storage.parse(form),
+        )
+        found[f"lars_keras, --resized={form}"] = functools.partial(_batches, many, batch)
+        if form == STORED[0]:
+            files = [data.train_examples.example(tf.constant(i))[0].numpy() for i in range(data.num_train)]
+            start = np.random.default_rng(0).integers(0, 257 - size, (data.num_train * 20, 2))
+            windows = np.concatenate([start, np.full_like(start, size)], 1).astype(np.int32)
+            as_files = _written(files, pathlib.Path(folder) / "files") if peers.installed("torchvision") else None
+            found[DECODER] = functools.partial(_decoder, tf.constant(files), windows, batch)
+            found |= others(files, windows, batch, size, True, as_files, resize=False)
+    return found
+
+
+def _written(files: list[bytes], folder: pathlib.Path) -> str:
+    """Write the stored images as files of one class."""
+    (folder / "train" / "all").mkdir(parents=True)
+    for i, file in enumerate(files):
+        (folder / "train" / "all" / f"{i}.jpg").write_bytes(file)
+    return str(folder)
+
+
+def _decoder(files: tf.Tensor, windows: np.ndarray, batch: int) -> Iterator[Any]:
+    return iter(decoded(files, windows, batch, None))
+
+
+def _batches(data: ImageFileData, batch: int) -> Iterator[Any]:
+    return iter(data.train_batches(batch))
 
 
 def measure(candidate: Candidate, batch: int, images: int) -> tuple[float, float]:
@@ -226,44 +207,57 @@ def measure(candidate: Candidate, batch: int, images: int) -> tuple[float, float
 
 
 def _processor_time() -> float:
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    """Return the processor time of this process, of its ended children and of those that live."""
+    total = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(child.cpu_times()[:2])
+    return total
 
 
 def speeds(args: argparse.Namespace) -> dict[str, Any]:
-    """Time all candidates in turn, print their table and return it."""
-    table: dict[str, Any] = {}
-    for kind, group in candidates(args.data_dir, args.folder, args.batch, args.size).items():
+    """Time all candidates in turn, print their tables and return them.
+
+    A row's `of` has two ratios to each of two candidates of its table: of images/s, and of processor time.
+    """
+    for name in peers.PACKAGES:
+        if not peers.installed(name):
+            print(f"{name} is not installed: not run")
+    tables: dict[str, Any] = {}
+    groups = full_size(args.data_dir, args.folder, args.batch, args.size)
+    groups["stored at 256 x 256"] = stored(args.data_dir, args.batch, args.size)
+    for kind, group in groups.items():
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in group}
         for _ in range(args.rounds):
             for name, candidate in group.items():
                 found[name].append(measure(candidate, args.batch, args.images))
-        ceiling = found["decode_and_crop_jpeg and resize"]
-        alone = found["decode_and_crop_jpeg alone"]
-        table[kind] = {}
-        print(f"\n{kind:<38}images/s   ms     of the decoder alone   of decoder and resize   (images/s; by ms)")
+        references = [name for name in (DECODER, RESIZED, FULL_SIZE) if name in found]
+        tables[kind] = {}
+        print(f"\n{kind}: images/s, ms; times {' and times '.join(references)} (by images/s; by ms)")
         for name, rounds in found.items():
             row: dict[str, Any] = {
                 "images_per_second": statistics.median(r[0] for r in rounds),
                 "ms": statistics.median(r[1] for r in rounds),
             }
-            for key, others in (("of_decoder", alone), ("of_decoder_and_resize", ceiling)):
-                row[key] = statistics.median(r[0] / o[0] for r, o in zip(rounds, others, strict=True))
-                row[f"{key}_by_ms"] = statistics.median(o[1] / r[1] for r, o in zip(rounds, others, strict=True))
+            row["of"] = {
+                reference: [
+                    statistics.median(r[0] / o[0] for r, o in zip(rounds, found[reference], strict=True)),
+                    statistics.median(o[1] / r[1] for r, o in zip(rounds, found[reference], strict=True)),
+                ]
+                for reference in references
+            }
             row["rounds"] = rounds
-            table[kind][name] = row
-            print(
-                f"{name:<38}{row['images_per_second']:>7,.0f}{row['ms']:>8.2f}{row['of_decoder']:>12.2f}; "
-                f"{row['of_decoder_by_ms']:.2f}{row['of_decoder_and_resize']:>18.2f}; "
-                f"{row['of_decoder_and_resize_by_ms']:.2f}"
-            )
-    return table
+            tables[kind][name] = row
+            ratios = "  ".join(f"{speed:>8.2f}; {busy:.2f}" for speed, busy in row["of"].values())
+            print(f"{name:<38}{row['images_per_second']:>7,.0f}{row['ms']:>8.2f}  {ratios}", flush=True)
+    return tables
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Feed three epochs of 32,768 images, an update each, in micro-batches of 256."""
     data = load("imagenet2012", data_dir=args.data_dir, image_size=args.size)
     assert isinstance(data, ImageFileData)
-    data = ImageFileData("images", Repeated(data._train, 32768), data._test, 1000, image_size=args.size)
+    data = ImageFileData("images", Repeated(data.train_examples, 32768), data.test_examples, 1000, image_size=args.size)
     process, gib = psutil.Process(), 2**30
     before = process.memory_info().rss / gib
 

@@ -266,7 +266,8 @@ def input_part(found: dict[str, Any]) -> str:
     text = (
         f"Real ImageNet JPEGs to {settings['size']} pixels, {versions['machine']}, {versions['cores']} cores, "
         f"medians of {settings['rounds']} rounds. `ms` is processor time for an image; the last two columns "
-        "are ratios of processor time. `python -m tools.benchmarks.input_pipeline`.\n"
+        "are ratios of images/s, then of processor time, in the same round. "
+        "`python -m tools.benchmarks.input_pipeline`.\n"
     )
     for kind, candidates in found["results"].items():
         rows = [
@@ -274,13 +275,12 @@ def input_part(found: dict[str, Any]) -> str:
                 name,
                 f"{row['images_per_second']:,.0f}",
                 f"{row['ms']:.2f}",
-                f"{row['of_decoder_by_ms']:.2f}",
-                f"{row['of_decoder_and_resize_by_ms']:.2f}",
+                *(f"{speed:.2f}; {busy:.2f}" for speed, busy in row["of"].values()),
             ]
             for name, row in candidates.items()
         ]
-        head = [kind, "images/s", "ms", "of the decoder's speed", "of decoder and resize"]
-        text += "\n" + _table(head, rows)
+        references = next(iter(candidates.values()))["of"]
+        text += "\n" + _table([kind, "images/s", "ms", *(f"x {name}" for name in references)], rows)
     return text
 
 
