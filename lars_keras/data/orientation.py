@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _ORIENTATION = 0x0112
 _SHORT, _LONG = 3, 4
+_TABLES = b"\xff\xdb"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_OF_PNG = b"XML:com.adobe.xmp\0"
 _HEAD = 12  # bytes of a segment or chunk that tell what it is
@@ -21,23 +22,36 @@ _MOST_SEGMENTS = 4096  # a damaged file must not take minutes
 
 
 def may_be_turned(jpeg: tf.Tensor) -> tf.Tensor:
-    """Return False for a JPEG that certainly has neither EXIF nor XMP, at the cost of a look at its first 2 kB.
+    """Return False for a JPEG that certainly has neither EXIF nor XMP, at the cost of a look at its beginning.
 
-    Such a JPEG begins with its tables, at most after a JFIF header without a thumbnail, and reaches the pixels without
-    an APP1 marker.
+    In such a JPEG, tables follow a few application segments and comments, of which none is APP1. The next 2 kB reach
+    the pixels, also without an APP1 marker.
     """
     import tensorflow as tf
 
-    start = _substr(jpeg, 2, 20)
-    after_jfif = (_substr(start, 0, 4) == b"\xff\xe0\x00\x10") & (_substr(start, 18, 2) == b"\xff\xdb")
-    tables_first = after_jfif | (_substr(start, 0, 2) == b"\xff\xdb")
+    start = _substr(jpeg, 0, 22)
+    after_jfif = (_substr(start, 2, 4) == b"\xff\xe0\x00\x10") & (_substr(start, 20, 2) == _TABLES)
+    at = tf.cond(after_jfif, lambda: tf.constant(20, tf.int64), lambda: _end_of_applications(jpeg))
 
     def app1_or_no_pixels() -> tf.Tensor:
-        head = tf.io.decode_raw(_substr(jpeg, 0, 2048), tf.uint8)
+        head = tf.io.decode_raw(_substr(jpeg, at, 2048), tf.uint8)
         code = tf.where(head[:-1] == 0xFF, head[1:], tf.zeros_like(head[1:]))
         return tf.reduce_any(code == 0xE1) | ~tf.reduce_any(code == 0xDA)
 
-    return tf.cond(tables_first, app1_or_no_pixels, lambda: tf.constant(True))
+    return tf.cond(_substr(jpeg, at, 2) == _TABLES, app1_or_no_pixels, lambda: tf.constant(True))
+
+
+def _end_of_applications(jpeg: tf.Tensor) -> tf.Tensor:
+    """Return the place, int64, behind the first segments APPn and COM of a JPEG: at most four, and none APP1."""
+    import tensorflow as tf
+
+    at = tf.constant(2, tf.int64)
+    for _ in range(4):
+        head = number(jpeg, at, 4, little=False)
+        marker, length = head // 65536, head % 65536
+        passed = ((marker == 0xFFE0) | ((marker > 0xFFE1) & (marker <= 0xFFEF)) | (marker == 0xFFFE)) & (length >= 2)
+        at += tf.where(passed, length + 2, 0)
+    return at
 
 
 @traced_once
