@@ -90,6 +90,15 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         tests, _, _ = next(data.test_batches(11).as_numpy_iterator())
         self.assertAllEqual(tests, np.stack(self.pixels(form, data, "_test"))[:, 4:36, 4:36])
 
+    def test_a_stream_goes_on_in_the_middle_of_an_epoch(self):
+        data = self.load("squash40_png")
+        whole = list(data.train_batches(7, count=9).as_numpy_iterator())  # two epochs
+        rest = list(data.train_batches(7, first=3, count=6).as_numpy_iterator())
+        for expected, found in zip(whole[3:], rest, strict=True):
+            self.assertAllEqual(expected[0], found[0])
+            self.assertAllEqual(expected[1], found[1])
+        self.assertNotAllEqual(whole[3][0], whole[4][0])
+
     def test_a_window_may_be_the_whole_image(self):
         data = self.load("crop40_raw", image_size=40, augment="none")
         images, _, _ = next(data.train_batches(29).as_numpy_iterator())
