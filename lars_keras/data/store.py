@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lars_keras.data.image_files import Examples
 
 _SHARD = 1024  # images in a file
-_SAMPLE = 64  # images that are encoded to learn the size of one
+_BLOCK = 64  # images that are converted together, or encoded to learn the size of one
 VERSION = "1.0.0"
 
 
@@ -56,18 +57,18 @@ def store(
     folder.mkdir(parents=True, exist_ok=True)
     _check_source(folder / "source.json", source)
     shards = {split: _shards(name, split, len(examples)) for split, examples in splits.items()}
-    left = [
-        (splits[split], folder / file, ids)
+    left = {
+        split: {folder / file: ids for file, ids in files.items() if not (folder / file).exists()}
         for split, files in shards.items()
-        for file, ids in files.items()
-        if not (folder / file).exists()
-    ]
-    _check_space(folder, left, storage)
+    }
+    count = sum(len(ids) for files in left.values() for ids in files.values())
+    _check_space(folder, splits, left, count, storage)
     unreadable = 0
-    with tqdm(total=sum(len(ids) for *_, ids in left), desc=name, unit=" images", disable=not left) as done:
-        for examples, path, ids in left:
-            unreadable += _write_shard(examples, path, ids, storage)
-            done.update(len(ids))
+    with tqdm(total=count, desc=name, unit=" images", disable=not count) as done:
+        for split, files in left.items():
+            rows = _converted(splits[split], [i for ids in files.values() for i in ids], storage)
+            for path, ids in files.items():
+                unreadable += _write_shard(path, itertools.islice(rows, len(ids)), done)
     if unreadable:
         logging.warning("%d unreadable images are stored as empty ones", unreadable)
     infos = [
@@ -124,24 +125,27 @@ def _check_source(path: Path, source: dict[str, Any]) -> None:
         atomic_write_text(path, json.dumps(source) + "\n")
 
 
-def _check_space(folder: Path, left: list[tuple[Examples, Path, range]], storage: Storage) -> None:
+def _check_space(
+    folder: Path, splits: dict[str, Examples], left: dict[str, dict[Path, range]], count: int, storage: Storage
+) -> None:
     """Refuse to begin what will not fit on the disk, by the size of a sample."""
-    if not left:
-        return
-    examples, _, ids = left[0]
-    sample = ids[:: max(len(ids) // _SAMPLE, 1)]
-    each = sum(len(data) for data, _ in _converted(examples, sample, storage)) / len(sample) + 64
-    needed, free = each * sum(len(ids) for *_, ids in left), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"The images need about {size_text(needed)} in {folder}, and {size_text(free)} are free.")
+    for split, files in left.items():
+        for ids in files.values():
+            sample = ids[:: max(len(ids) // _BLOCK, 1)][:_BLOCK]
+            each = sum(len(data) for data, _ in _converted(splits[split], sample, storage)) / len(sample) + 64
+            needed, free = each * count, shutil.disk_usage(folder).free
+            if needed > free:
+                raise ValueError(
+                    f"The images need about {size_text(needed)} in {folder}, and {size_text(free)} are free."
+                )
+            return
 
 
-def _write_shard(examples: Examples, path: Path, ids: range, storage: Storage) -> int:
+def _write_shard(path: Path, rows: Iterable[tuple[bytes, int]], done: tqdm) -> int:
     """Write one file. Return the number of unreadable images."""
     import tensorflow as tf
 
-    rows = _converted(examples, ids, storage)
-    part = path.with_name(f"{path.name}.part")
+    part, unreadable = path.with_name(f"{path.name}.part"), 0
     try:
         with tf.io.TFRecordWriter(os.fspath(part)) as writer:
             for data, label in rows:
@@ -151,15 +155,17 @@ def _write_shard(examples: Examples, path: Path, ids: range, storage: Storage) -
                 }
                 record = tf.train.Example(features=tf.train.Features(feature=feature))
                 writer.write(record.SerializeToString(deterministic=True))
+                unreadable += not data
+                done.update()
     except tf.errors.OpError as e:  # the disk is full, say
         part.unlink(missing_ok=True)
         raise OSError(f"{e.message}: a file could not be written. The same call goes on from here.") from e
     os.replace(part, path)
-    return sum(not data for data, _ in rows)
+    return unreadable
 
 
-def _converted(examples: Examples, ids: range, storage: Storage) -> list[tuple[bytes, int]]:
-    """Return the stored image and the label of each example, in order. An unreadable image is empty, with label 0."""
+def _converted(examples: Examples, ids: Sequence[int], storage: Storage) -> Iterator[tuple[bytes, int]]:
+    """Yield the stored image and the label of each example, in order. An unreadable image is empty, with label 0."""
     import tensorflow as tf
 
     def convert(i: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -171,9 +177,16 @@ def _converted(examples: Examples, ids: range, storage: Storage) -> list[tuple[b
         empty = tf.zeros((storage.size, storage.size, 3), tf.uint8) if raw else tf.constant(b"")
         return empty, tf.constant(0, tf.int64), False
 
-    rows = map_rows(convert, (tf.constant(list(ids), tf.int64),), cores(), unreadable)
-    images, labels, readable = (part.numpy() for part in rows)
-    return [
-        (b"" if not ok else image if isinstance(image, bytes) else image.tobytes(), int(label))
-        for image, label, ok in zip(images, labels, readable, strict=True)
-    ]
+    if not ids:
+        return
+    size = min(_BLOCK, len(ids))
+
+    @tf.autograph.experimental.do_not_convert
+    def convert_block(block: tf.Tensor) -> Any:
+        return map_rows(convert, (block,), cores(), unreadable)
+
+    padded = np.pad(np.asarray(ids, np.int64), (0, -len(ids) % size), mode="edge")
+    blocks = tf.data.Dataset.from_tensor_slices(padded.reshape(-1, size)).map(convert_block, num_parallel_calls=2)
+    rows = itertools.chain.from_iterable(zip(*block, strict=True) for block in blocks.as_numpy_iterator())
+    for image, label, readable in itertools.islice(rows, len(ids)):
+        yield (image if isinstance(image, bytes) else image.tobytes()) if readable else b"", int(label)

@@ -118,12 +118,12 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         write = store._write_shard
         written = []
 
-        def die(examples, path, ids, storage):
+        def die(path, rows, done):
             if len(written) == 1:
                 path.with_name(path.name + ".part").write_bytes(b"torn")
                 raise KeyboardInterrupt
             written.append(path)
-            return write(examples, path, ids, storage)
+            return write(path, rows, done)
 
         with unittest.mock.patch.object(store, "_SHARD", 16):
             prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", whole)
