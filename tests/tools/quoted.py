@@ -119,6 +119,12 @@ def teaches(comparison: str, batch_size: int) -> str:
     return f"{100 / (1 + batch_size / float(halfway(comparison).replace(',', ''))):.0f} %"
 
 
+def stored(form: str) -> str:
+    """Return how much faster batches of stored images come than batches from full-size files."""
+    row = results.read("input_pipeline")["results"]["stored at 256 x 256"][f"lars_keras, --resized={form}"]
+    return f"{row['of']['lars_keras, full size'][0]:.2f}"
+
+
 def phrases() -> dict[str, list[str]]:
     """Return the bound phrases by document."""
     optimizers = ("lars", "lamb", "sgd", "momentum", "adam")
@@ -144,6 +150,10 @@ def phrases() -> dict[str, list[str]]:
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
         ],
         "docs/cifar10.py": [table("cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192, 16384))],
+        "docs/data.md": [
+            f"come {stored('squash256')} times as fast as from full-size files, and those of raw pixels "
+            f"{stored('squash256_raw')} times",
+        ],
         "docs/noise_scale.md": [
             f"digits: noise scale {halfway('digits')} halfway",
             f"batch 1,024, where an example teaches {teaches('digits', 1024)}",
