@@ -282,9 +282,9 @@ def input_part(found: dict[str, Any]) -> str:
         references = next(iter(candidates.values()))["of"]
         text += "\n" + _table([kind, "images/s", "ms", *(f"x {name}" for name in references)], rows)
     text += (
-        "\nFFCV publishes 172,801 images/s from raw images of 256 pixels, and 31,278 from JPEGs of 512 pixels and quality "
-        "90, in memory, to random resized crops of 224 pixels (its docs/benchmarks.rst, an AWS p3dn.24xlarge with 96 "
-        "virtual cores). FFCV itself: not run.\n"
+        "\nFFCV publishes 172,801 images/s from raw images of 256 pixels, and 31,278 from JPEGs of 512 pixels and "
+        "quality 90, in memory, to random resized crops of 224 pixels (its docs/benchmarks.rst, an AWS p3dn.24xlarge "
+        "with 96 virtual cores). FFCV itself: not run.\n"
     )
     return text
 
