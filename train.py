@@ -21,7 +21,6 @@ import keras
 
 import flags
 from lars_keras import data as datasets
-from lars_keras.report.page import write_report
 from lars_keras.runtime.checkpoint import SavePolicy
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
@@ -136,9 +135,9 @@ def _main(
     scores = final_scores(history) | score_views(config, data, trainer, test_feed)
     if not chief:
         return
-    write_results(run_dir, scores, total_updates, callbacks, resumed.record["rollbacks"])
+    report = write_results(run_dir, scores, total_updates, callbacks, resumed.record["rollbacks"])
     print(scores_line(scores, data.num_test))
-    print(f"report: {write_report(run_dir)}")
+    print(f"report: {report}")
 
 
 def run(argv: list[str]) -> int:

@@ -1,7 +1,9 @@
 """Paths of files, and files that are written completely or not at all."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 # Also `gs:/bucket`, into which pathlib turns `gs://bucket`. A single letter is a drive.
@@ -53,3 +55,33 @@ def atomic_write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Give a path to write to, in the same folder, whose file takes the place of `path` at the end.
+
+    A kill leaves the old file or the new one. What it leaves beside them is written over the next time.
+
+    Args:
+        path: the file, in an existing folder. An address (`gs://...`) is written directly.
+
+    Yields:
+        The path to write to; it ends as `path` does.
+
+    Raises:
+        OSError: if the file cannot be renamed.
+    """
+    text = os.fspath(path)
+    if _SCHEME.match(text):
+        yield text
+        return
+    folder, name = os.path.split(text)
+    temporary = os.path.join(folder, f".writing-{name}")
+    try:
+        yield temporary
+        os.replace(temporary, text)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

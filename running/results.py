@@ -22,8 +22,10 @@ def final_scores(history: keras.callbacks.History) -> dict[str, float]:
 
 def write_results(
     run_dir: Path, scores: dict[str, float], updates: int, callbacks: RunCallbacks, rollbacks: list[dict[str, Any]]
-) -> None:
-    """Write `results.json`: the last scores, what was measured on the way, and the versions of everything.
+) -> Path:
+    """Write the report, then `results.json`: the last scores, what was measured, and the versions of everything.
+
+    A folder with `results.json` is finished, so it is the last file of a run. A run that is killed before writes all again.
 
     Args:
         run_dir: folder of the run.
@@ -31,6 +33,9 @@ def write_results(
         updates: of the whole run.
         callbacks: of the run; they measured.
         rollbacks: what was undone.
+
+    Returns:
+        The path of the report.
     """
     results = {
         **scores,
@@ -43,7 +48,10 @@ def write_results(
         "bad_images": callbacks.images.count,
         "versions": all_versions(),
     }
-    atomic_write_text(run_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    text = json.dumps(results, indent=2) + "\n"
+    report = write_report(run_dir, json.loads(text))
+    atomic_write_text(run_dir / "results.json", text)
+    return report
 
 
 def scores_line(values: dict[str, float], num_test: int) -> str:

@@ -1,4 +1,6 @@
-"""The rules of other libraries in NumPy, written from their sources with their names, for docs/migrating.md.
+"""The rules of other libraries in NumPy, written from their sources with their names.
+
+docs/migrating.md has our optimizer for each, docs/optimizers.md the list.
 
 Each follows one variable after the other: index 0 is a kernel, index 1 a bias.
 """
@@ -67,6 +69,18 @@ class PopularModels(Models):
     classic_momentum = False
 
 
+class Mlperf(Peer):
+    """LARS of the MLPerf reference for ResNet-50, whose rule is that of the paper."""
+
+    def update(self, i, w, g, lr, momentum=0.9, eeta=0.001, epsilon=0.0):
+        ratio, decay = 1.0, 0.0
+        if i == 0:
+            decay = 1e-4
+            ratio = eeta * _norm(w) / (_norm(g) + decay * _norm(w) + epsilon)
+        self.first[i] = momentum * self.first[i] + lr * ratio * (g + decay * w)
+        self.weights[i] = w - self.first[i]
+
+
 class Torch(Peer):
     """SGD of PyTorch on gradients that the subclass has scaled."""
 
@@ -99,8 +113,9 @@ class Torchlars(Torch):
         return self.ratio(w, g, 0.001) * (g + 1e-4 * w)
 
 
-# By the name of the optimizer in docs/migrating.md.
+# By the name of the optimizer in docs/migrating.md; MLPerf's is our default.
 PEERS = {
+    "mlperf": Mlperf,
     "tfa": Addons,
     "classic": Models,
     "popular": PopularModels,

@@ -1,195 +1,202 @@
 """Kill real runs at random moments and compare their final states: `make prove-resume`, in short in the tests.
 
-    python -m tools.kill_and_resume --kills=20 --out=results/resume.json
-    KERAS_BACKEND=jax python -m tools.kill_and_resume --kills=8 --steps=60 --out=results/resume_jax.json
+    python -m tools.kill_and_resume --kills=40 --folder=build/prove_resume --out=results/resume.json
 
-A run of train.py trains on small random images, with augmentation, dropout, EMA weights and micro-batches. It is killed
-by SIGKILL after a random time and started again, until it ends. Its model, optimizer and metrics must equal those of a
-run that was never killed.
+A run of train.py trains on small random images, with augmentation, dropout, batch normalisation, EMA weights and
+micro-batches. It is killed by SIGKILL and started again, until it ends. Its model, optimizer, metrics and log must equal
+those of a run that was never killed. Then the next run begins, until its cell has its kills:
+
+    single, mirrored, two_workers  TensorFlow on one device, on two replicas, in two processes
+    jax, jax_8                     JAX on one device, and on 8 that keep a shard of the optimizer each
+    hammer                         two processes are started on one folder each time; the kills hit the one that holds it
+    array                          four processes are started at once without --run_dir, and one is killed
+
+`--folder` keeps what is finished. The command that is stopped and given again goes on after the last finished run. `--out`
+gets a line for each cell that has its kills.
 """
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tools.committed import write_json
+from tools.killing.folders import difference, examine, outcome, seen
+from tools.killing.moments import MOMENTS, Timing, last_event, wait_for
+from tools.killing.runs import CELLS, FLAGS, Job, write_images
 
-Arrays = dict[str, np.ndarray]
-Log = list[dict[str, Any]]
-
-ROOT = Path(__file__).parents[1]
-FLAGS = (
-    "--model=alexnet_small_lrn",  # has dropout
-    "--dataset=cifar10",
-    "--batch_size=96",
-    "--microbatch_size=16",
-    "--epochs=5",
-    "--warmup=1",
-    "--learning_rate=2",
-    "--excluded_lr_scale=0.01",
-    "--ema_momentum=0.9",
-    "--checkpoint_updates=1",
-)
-SEVERAL_DEVICES = ["--strategy=mirrored", "--replicas=2"]
-if os.environ.get("KERAS_BACKEND") == "jax":
-    SEVERAL_DEVICES = ["--strategy=mirrored", "--replicas=8", "--microbatch_size=4", "--shard_optimizer_state"]
+Ledger = list[dict[str, Any]]
+STEPS = 24
+ARRAY_JOBS, ARRAY_PROCESSES = 2, 4
 
 
-def write_images(folder: Path, train: int = 500, test: int = 200) -> None:
-    """Write random images as the data set cifar10, which is augmented by crops and flips."""
-    import tensorflow_datasets as tfds
+class Proof:
+    """Kills the runs of a cell.
 
-    rng = np.random.default_rng(0)
-
-    def split(n: int) -> Iterator[Any]:
-        for i in range(n):
-            yield i, {"id": str(i), "image": rng.integers(0, 256, (32, 32, 3), np.uint8), "label": i % 10}
-
-    features = {
-        "id": tfds.features.Text(),
-        "image": tfds.features.Image(shape=(32, 32, 3)),
-        "label": tfds.features.ClassLabel(num_classes=10),
-    }
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="cifar10",
-        version="3.0.2",
-        features=tfds.features.FeaturesDict(features),
-        split_datasets={"train": split(train), "test": split(test)},
-        data_dir=folder,
-    )
-
-
-def start(run_dir: Path, data_dir: Path, *more: str) -> subprocess.Popen:
-    """Start `train.py` in a process of its own."""
-    command = [sys.executable, "train.py", *FLAGS, f"--data_dir={data_dir}", f"--run_dir={run_dir}", *more]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    for name in ("INTEROP", "INTRAOP"):  # the order of a parallel sum follows the number of threads
-        environment[f"TF_NUM_{name}_THREADS"] = "2"
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen) -> str:
-    """Wait for the end of a process and return its output.
-
-    Raises:
-        RuntimeError: if it failed.
+    Args:
+        folder: keeps the data, the run that was not killed, and the ledger: a line a finished run.
+        cell: name of the cell.
+        steps: updates of a run.
+        log: is told of each kill.
     """
-    output = process.communicate(timeout=600)[0].decode()
-    if process.returncode:
-        raise RuntimeError(f"train.py ended with {process.returncode}:\n{output}")
-    return output
+
+    def __init__(self, folder: Path, cell: str, steps: int = STEPS, log: Callable[[str], object] = print):
+        self.cell, self.steps = CELLS[cell], steps
+        self._folder, self._images, self._cache = folder / cell, folder / "images", folder / "jax_programs"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._path = self._folder / "ledger.jsonl"
+        self._log = lambda text: log(f"{cell}: {text}")
+
+    @property
+    def ledger(self) -> Ledger:
+        """The finished runs."""
+        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+
+    @property
+    def kills(self) -> int:
+        """The kills of the finished runs."""
+        return sum(line["kills"] for line in self.ledger)
+
+    def prove(self, kills: int) -> None:
+        """Kill runs until the cell has its kills.
+
+        Raises:
+            RuntimeError: if something was lost, torn or wrong. The folders stay as they are.
+        """
+        if not (self._images / "cifar10").exists():
+            write_images(self._images)
+        while self.kills < kills:
+            rng = np.random.default_rng([self.kills, *self.cell.name.encode()])
+            line = self._array(rng) if self.cell.name == "array" else self._run(rng, kills - self.kills)
+            if not line["relative_difference"] <= self.cell.tolerance:
+                raise RuntimeError(f"{self.cell.name}: not the same as a run that was not killed: {line}")
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._log(f"{self.kills} kills in {len(self.ledger)} finished runs; {json.dumps(line)}")
+
+    def row(self) -> dict[str, Any]:
+        """Return the line of the cell in results/resume.json."""
+        ledger = self.ledger
+        names = sorted({name for line in ledger for name in line["killed_while"]})
+        return {
+            "cell": self.cell.name,
+            "backend": self.cell.backend,
+            "flags": list(self.cell.flags),
+            "kills": self.kills,
+            "runs": len(ledger),
+            "relative_difference": max(line["relative_difference"] for line in ledger),
+            "refused": sum(line["refused"] for line in ledger),
+            "killed_while": {name: sum(line["killed_while"].get(name, 0) for line in ledger) for name in names},
+        }
+
+    def _flags(self, run_dir: Path, alone: bool = False) -> list[str]:
+        """Return the flags of a run. With `alone` they are left to its folder, if it has them already."""
+        if alone and (run_dir / "flags.txt").exists():
+            return [f"--run_dir={run_dir}"]
+        return [*FLAGS, *self.cell.flags, f"--data_dir={self._images}", f"--steps={self.steps}", f"--run_dir={run_dir}"]
+
+    def _whole(self) -> Timing:
+        """Return the duration of the parts of a run that is not killed. It is made first."""
+        path, whole = self._folder / "timing.json", self._folder / "whole"
+        if not path.exists():
+            job = Job(self.cell, self._flags(_without(whole)), self._cache)
+            timing = Timing.of(job, whole, self.steps)
+            job.end()
+            examine(whole, {})
+            path.write_text(json.dumps(vars(timing)))
+        return Timing(**json.loads(path.read_text()))
+
+    def _run(self, rng: np.random.Generator, most: int) -> dict[str, Any]:
+        """Kill a run, at most so often, until it ends; return its line of the ledger."""
+        timing, run_dir = self._whole(), _without(self._folder / "killed")
+        killed_while: list[str] = []
+        refused, before = 0, examine(run_dir, {})
+        while not (run_dir / "results.json").exists():
+            flags = [self._flags(run_dir, alone=rng.random() < 0.5) for _ in range(self.cell.at_once)]
+            jobs = [Job(self.cell, of_job, self._cache) for of_job in flags]
+            while len(killed_while) < most and any(job.alive for job in jobs):
+                moment = str(rng.choice(list(MOMENTS), p=list(MOMENTS.values())))
+                wait_for(moment, jobs, run_dir, self.steps, timing, rng)
+                victim = _holder(jobs, run_dir, rng)
+                # Of several processes one may be gone, or the machine with all of them.
+                only = (
+                    int(rng.integers(self.cell.processes)) if self.cell.processes > 1 and rng.random() < 0.5 else None
+                )
+                if victim and victim.kill(only):
+                    before = examine(run_dir, before)
+                    killed_while.append(seen(run_dir, victim.trains, victim.started, self.steps))
+                    update = last_event(run_dir)["update"]
+                    self._log(f"kill {len(killed_while)}, {moment}: {killed_while[-1]} at update {update}")
+            refused += sum(job.end() for job in jobs)
+            before = examine(run_dir, before)
+        worst = difference(outcome(run_dir), outcome(self._folder / "whole"))
+        counts = {name: killed_while.count(name) for name in sorted(set(killed_while))}
+        return {
+            "kills": len(killed_while),
+            "relative_difference": worst,
+            "refused": refused,
+            "killed_while": counts,
+        }
+
+    def _array(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Start an array job, kill one of its processes, go on with it, and compare all of them."""
+        cwd = _without(self._folder / "array")
+        cwd.mkdir()
+        flags = [*FLAGS, *self.cell.flags, f"--data_dir={self._images}", f"--steps={self.steps // 4}"]
+        jobs = [Job(self.cell, flags, self._cache, cwd) for _ in range(ARRAY_PROCESSES)]
+        while not (training := [job for job in jobs if job.trains]):
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 3))
+        killed = int(training[0].kill())
+        for job in jobs:
+            job.end()
+        folders = sorted(cwd.glob("runs/*"))
+        for run_dir in folders:
+            if not (run_dir / "results.json").exists():
+                Job(self.cell, [f"--run_dir={run_dir}"], self._cache).end()
+            examine(run_dir, {})
+        if len(folders) != ARRAY_PROCESSES:
+            raise RuntimeError(f"{ARRAY_PROCESSES} processes have made {folders}")
+        first, *others = (outcome(run_dir) for run_dir in folders)
+        worst = max(difference(other, first) for other in others)
+        return {"kills": killed, "relative_difference": worst, "refused": 0, "killed_while": {"updating": killed}}
 
 
-def outcome(run_dir: Path) -> tuple[Arrays, Log]:
-    """Return the arrays of the saved model and of the last checkpoint, and the log without its times."""
-    import h5py
-
-    arrays: Arrays = {}
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "zipfile", "-e", run_dir / "model.keras", folder], check=True)
-        with h5py.File(Path(folder) / "model.weights.h5") as file:
-            file.visititems(lambda name, item: arrays.update({name: item[()]} if hasattr(item, "dtype") else {}))
-    newest = max((run_dir / "checkpoints").glob("update-*.npz"))
-    with np.load(newest) as file:
-        arrays.update({f"checkpoint/{name}": file[name] for name in file.files if name != "info"})
-    events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "images_per_second", "data_wait")
-    log = [{k: v for k, v in e.items() if k not in timed} for e in events if e["event"] in ("update", "eval")]
-    return arrays, log
+def _holder(jobs: list[Job], run_dir: Path, rng: np.random.Generator) -> Job | None:
+    """Return the living job that holds the folder; if none does yet, any of them."""
+    living = [job for job in jobs if job.alive]
+    holders = [job for job in living if job.trains]
+    if len(holders) > 1:
+        raise RuntimeError(f"{len(holders)} living processes hold {run_dir}")
+    choice = holders or living
+    return choice[int(rng.integers(len(choice)))] if choice else None
 
 
-def difference(a: tuple[Arrays, Log], b: tuple[Arrays, Log]) -> float:
-    """Return the largest relative difference of two outcomes: 0 only if they are the same to the last bit."""
-    arrays, log = a
-    other_arrays, other_log = b
-    if list(arrays) != list(other_arrays) or len(log) != len(other_log):
-        return float("inf")
-    pairs: list[tuple[Any, Any]] = [
-        (arrays[k], other_arrays[k]) for k in arrays if not k.startswith("checkpoint/metric")
-    ]
-    for e, f in zip(log, other_log, strict=True):
-        if list(e) != list(f) or e["event"] != f["event"]:
-            return float("inf")
-        pairs += [(np.float64(e[k]), np.float64(f[k])) for k in e if isinstance(e[k], (int, float))]
-    worst = 0.0
-    for x, y in pairs:
-        if not np.array_equal(x, y):
-            x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
-            worst = max(worst, float(np.linalg.norm(x - y) / max(float(np.linalg.norm(y)), 1e-30)))
-    return worst
-
-
-def last_update(run_dir: Path) -> int:
-    """Return the last update in the log, which the next process cuts back to its checkpoint."""
-    path = run_dir / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    return json.loads(lines[-1])["update"] if lines else 0
-
-
-def killed(
-    run_dir: Path, data_dir: Path, kills: int, rng: np.random.Generator, *more: str, log: Callable[..., None] = print
-) -> Log:
-    """Train to the end, killed `kills` times, and return where each kill came."""
-    moments: Log = []
-    while len(moments) < kills:
-        metrics, first = run_dir / "metrics.jsonl", last_update(run_dir)
-        process = start(run_dir, data_dir, *more)
-        while process.poll() is None and last_update(run_dir) <= first:
-            time.sleep(0.01)  # until this process has finished an update of its own
-        time.sleep(rng.uniform(0, 2))
-        if process.poll() is not None:
-            finish(process)
-            raise RuntimeError(f"The run ended after {len(moments)} kills; it needs more updates.")
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        names = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        moments.append({"checkpoints": names, "logged": json.loads(lines[-1]) if lines else None})
-        log(f"kill {len(moments)}: {names[-1] if names else 'no checkpoint'}, half written: {names[0][0] == '.'}")
-    finish(start(run_dir, data_dir, *more))
-    return moments
-
-
-def prove(
-    kills: int, strategy: list[str], seed: int = 0, steps: int | None = None, log: Callable[..., None] = print
-) -> dict[str, Any]:
-    """Compare a run that is killed `kills` times with one that is not."""
-    rng = np.random.default_rng(seed)
-    more = [*strategy, *([f"--steps={steps}"] if steps else [])]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_images(folder)
-        finish(start(folder / "whole", folder, *more))
-        moments = killed(folder / "killed", folder, kills, rng, *more, log=log)
-        whole, again = outcome(folder / "whole"), outcome(folder / "killed")
-    return {"kills": kills, "flags": list(more), "relative_difference": difference(again, whole), "moments": moments}
+def _without(folder: Path) -> Path:
+    """Remove what a proof that was interrupted has left, and return the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def main() -> None:
-    """Prove it on one device and on several, and write the result."""
+    """Prove it for each cell, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--kills", type=int, default=40, help="kills of each cell but array")
+    parser.add_argument("--cells", default=",".join(CELLS), help="cells, separated by commas")
+    parser.add_argument("--folder", type=Path, default=Path("build/prove_resume"), help="keeps what is finished")
+    parser.add_argument("--out", type=Path, help="JSON file for the results of all cells that have their kills")
     args = parser.parse_args()
-    results = []
-    for strategy in (["--strategy=single"], SEVERAL_DEVICES):
-        results.append(prove(args.kills, strategy, steps=args.steps))
-        print(f"{' '.join(strategy)}: relative difference {results[-1]['relative_difference']:.3g}", flush=True)
+    args.folder = args.folder.resolve()
+    for cell in args.cells.split(","):
+        Proof(args.folder, cell).prove(ARRAY_JOBS if cell == "array" else args.kills)
     if args.out:
-        write_json(Path(args.out), results)
-    one, two = (r["relative_difference"] for r in results)
-    sys.exit(f"not the same: {one}, {two}" if one != 0 or not two < 1e-5 else 0)
+        proofs = [Proof(args.folder, cell) for cell in CELLS]
+        write_json(args.out, [proof.row() for proof in proofs if proof.ledger], width=1000)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from lars_keras.report.noise import summary
 Rows = list[dict[str, Any]]
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
+def write_report(run_dir: str | os.PathLike[str], results: dict[str, Any] | None = None) -> Path:
     """Write `run_dir/report.html` from the files in a run folder.
 
     Args:
         run_dir: folder with `config.json`. `plan.txt`, `flags.txt`, `metrics.jsonl` and `results.json` may be missing.
+        results: in place of those in `results.json`.
 
     Returns:
         The path of the page.
@@ -32,7 +33,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run_dir = local_path(run_dir, "run_dir")
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"`run_dir` must be a run folder, with a config.json. Received: run_dir={run_dir}")
-    config, results = _json(run_dir / "config.json"), _json(run_dir / "results.json")
+    config = _json(run_dir / "config.json")
+    results = _json(run_dir / "results.json") if results is None else results
     events = read_metrics(run_dir / "metrics.jsonl")
     updates, evals, telemetry, noise, notes = (
         [e for e in events if e["event"] == k] for k in ("update", "eval", "layers", "noise_scale", "note")

@@ -48,6 +48,10 @@ class OnJaxTest(unittest.TestCase):
         files = "tests/jax/test_engine.py", "tests/training/test_meaning.py"
         self.run_with_results(test_engine.CASES, "-m", "slow", *files)
 
+    @pytest.mark.slow
+    def test_keras_tests_of_optimizers(self):
+        run_on("jax", self, "tests/optimizers/test_as_keras.py")
+
     def run_with_results(self, names, *arguments):
         """Run pytest on JAX, with the TensorFlow engine's results of `test_engine.CASES` in a file."""
         with tempfile.TemporaryDirectory() as folder:

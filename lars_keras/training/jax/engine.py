@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from lars_keras._keras_internals import backend_value, set_backend_value
+from lars_keras.files import atomic_path
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
 from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
@@ -188,7 +189,8 @@ class JaxEngine:
         keras.distribution.set_distribution(None)
         try:
             if write:
-                self.model.save(path)
+                with atomic_path(path) as temporary:
+                    self.model.save(temporary)
         finally:
             keras.distribution.set_distribution(distribution)
 

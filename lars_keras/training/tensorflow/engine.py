@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from lars_keras._keras_internals import layers_of, supports_jit
 from lars_keras.compiled import has_accelerator
+from lars_keras.files import atomic_path
 from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
@@ -162,7 +163,8 @@ class TensorFlowEngine:
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
         """Write a `.keras` file, if `write`."""
         if write:
-            self.model.save(path)
+            with atomic_path(path) as temporary:
+                self.model.save(temporary)
 
     def ema_weights(self) -> EmaWeights:
         """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
