@@ -25,7 +25,8 @@ def write_results(
 ) -> Path:
     """Write the report, then `results.json`: the last scores, what was measured, and the versions of everything.
 
-    A folder with `results.json` is finished, so it is the last file of a run. A run that is killed before writes all again.
+    A folder with `results.json` is finished, so it is the last file of a run. A run that is killed before writes all
+    of them again.
 
     Args:
         run_dir: folder of the run.

@@ -3,16 +3,16 @@
     python -m tools.kill_and_resume --kills=40 --folder=build/prove_resume --out=results/resume.json
 
 A run of train.py trains on small random images, with augmentation, dropout, batch normalisation, EMA weights and
-micro-batches. It is killed by SIGKILL and started again, until it ends. Its model, optimizer, metrics and log must equal
-those of a run that was never killed. Then the next run begins, until its cell has its kills:
+micro-batches. It is killed by SIGKILL and started again, until it ends. Its model, optimizer, metrics and log must
+equal those of a run that was never killed. Then the next run begins, until its cell has its kills:
 
     single, mirrored, two_workers  TensorFlow on one device, on two replicas, in two processes
     jax, jax_8                     JAX on one device, and on 8 that keep a shard of the optimizer each
-    hammer                         two processes are started on one folder each time; the kills hit the one that holds it
+    hammer                         two processes are started on one folder each time; the one that holds it is killed
     array                          four processes are started at once without --run_dir, and one is killed
 
-`--folder` keeps what is finished. The command that is stopped and given again goes on after the last finished run. `--out`
-gets a line for each cell that has its kills.
+`--folder` keeps what is finished: the command, stopped and given again, goes on after the last finished run. `--out`
+gets a line for each cell.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from tools.killing.moments import MOMENTS, Timing, last_event, wait_for
 from tools.killing.runs import CELLS, FLAGS, Job, write_images
 
 Ledger = list[dict[str, Any]]
-STEPS = 24
 ARRAY_JOBS, ARRAY_PROCESSES = 2, 4
 
 
@@ -41,12 +40,12 @@ class Proof:
     Args:
         folder: keeps the data, the run that was not killed, and the ledger: a line a finished run.
         cell: name of the cell.
-        steps: updates of a run.
+        steps: updates of a run; None takes those of the cell.
         log: is told of each kill.
     """
 
-    def __init__(self, folder: Path, cell: str, steps: int = STEPS, log: Callable[[str], object] = print):
-        self.cell, self.steps = CELLS[cell], steps
+    def __init__(self, folder: Path, cell: str, steps: int | None = None, log: Callable[[str], object] = print):
+        self.cell, self.steps = CELLS[cell], steps or CELLS[cell].steps
         self._folder, self._images, self._cache = folder / cell, folder / "images", folder / "jax_programs"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / "ledger.jsonl"
@@ -71,7 +70,7 @@ class Proof:
         if not (self._images / "cifar10").exists():
             write_images(self._images)
         while self.kills < kills:
-            rng = np.random.default_rng([self.kills, *self.cell.name.encode()])
+            rng = np.random.default_rng([len(self.ledger), *self.cell.name.encode()])
             line = self._array(rng) if self.cell.name == "array" else self._run(rng, kills - self.kills)
             if not line["relative_difference"] <= self.cell.tolerance:
                 raise RuntimeError(f"{self.cell.name}: not the same as a run that was not killed: {line}")

@@ -46,6 +46,7 @@ class Cell:
         processes: of a run.
         at_once: runs that are started on one folder.
         tolerance: largest relative difference to a run that was not killed; 0 is to the last bit.
+        steps: updates of a run. Workers that share a processor wait for each other.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Cell:
     processes: int = 1
     at_once: int = 1
     tolerance: float = 0.0
+    steps: int = 24
 
 
 SINGLE = ("--strategy=single",)
@@ -63,7 +65,7 @@ CELLS = {
     for cell in (
         Cell("single", SINGLE),
         Cell("mirrored", ("--strategy=mirrored", "--replicas=2"), tolerance=1e-5),
-        Cell("two_workers", ("--strategy=multi_worker",), processes=2, tolerance=1e-5),
+        Cell("two_workers", ("--strategy=multi_worker",), processes=2, tolerance=1e-5, steps=12),
         Cell("jax", SINGLE, "jax"),
         Cell("jax_8", EIGHT, "jax", tolerance=1e-5),
         Cell("hammer", SINGLE, at_once=2),
