@@ -27,7 +27,7 @@ import numpy as np
 
 from tools.committed import write_json
 from tools.killing.folders import difference, examine, outcome, seen
-from tools.killing.moments import MOMENTS, Timing, last_event, wait_for
+from tools.killing.moments import Timing, draw, last_event, wait_for
 from tools.killing.runs import CELLS, FLAGS, Job, write_images
 
 Ledger = list[dict[str, Any]]
@@ -119,7 +119,7 @@ class Proof:
             flags = [self._flags(run_dir, alone=rng.random() < 0.5) for _ in range(self.cell.at_once)]
             jobs = [Job(self.cell, of_job, self._cache) for of_job in flags]
             while len(killed_while) < most and any(job.alive for job in jobs):
-                moment = str(rng.choice(list(MOMENTS), p=list(MOMENTS.values())))
+                moment = draw(run_dir, self.steps, rng)
                 wait_for(moment, jobs, run_dir, self.steps, timing, rng)
                 victim = _holder(jobs, run_dir, rng)
                 # Of several processes one may be gone, or the machine with all of them.

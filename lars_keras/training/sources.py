@@ -23,7 +23,7 @@ from lars_keras.training.batch_data import (
 )
 from lars_keras.training.inputs import Data, count_in, is_dataset
 
-_ENDLESS = 2**62  # Grain gives `sys.maxsize` as the length of repeated data
+_ENDLESS = 2**40  # Grain gives `sys.maxsize` as the length of repeated data, and a batch size divides it
 
 
 def training_data(

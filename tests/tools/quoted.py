@@ -164,6 +164,7 @@ def phrases() -> dict[str, list[str]]:
             f"256 to 1,024, where an example teaches {teaches('cifar10', 1024)}, top-1 falls from "
             f"{mean('cifar10', 'lars', 256)} % to {mean('cifar10', 'lars', 1024)} %",
         ],
+        "docs/running.md": [f"Runs were killed {sum(cell['kills'] for cell in results.read('resume'))} times"],
         "docs/optimizers.md": [
             updates("LARS", "LARS (ours)", "xla"),
             updates("LAMB", "LAMB (ours)", "xla"),

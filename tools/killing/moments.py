@@ -11,8 +11,15 @@ import numpy as np
 
 from tools.killing.runs import UPDATES_PER_EPOCH, Job
 
-# How often each is taken.
-MOMENTS = {"starting": 0.2, "updating": 0.25, "saving": 0.2, "evaluating": 0.15, "ending": 0.2}
+# How often each is taken, before and after the last update.
+MOMENTS = {"starting": 0.25, "updating": 0.25, "saving": 0.2, "evaluating": 0.2, "ending": 0.1}
+LAST_MOMENTS = {"starting": 0.4, "ending": 0.6}
+
+
+def draw(run_dir: Path, steps: int, rng: np.random.Generator) -> str:
+    """Return a kind of moment that may still come in a run."""
+    moments = MOMENTS if last_event(run_dir)["update"] < steps else LAST_MOMENTS
+    return str(rng.choice(list(moments), p=list(moments.values())))
 
 
 def last_event(run_dir: Path) -> dict[str, Any]:

@@ -177,8 +177,15 @@ class Job:
         """
         if self._killed:
             return False
+        while self._cell.processes > 1 and all(process.poll() is None for process in self._processes):
+            time.sleep(0.05)
+        if any(process.returncode == WORKER_LOST for process in self._processes):
+            self.kill()  # a busy machine made one miss the other; the run is started again
+            return False
         for i, process in enumerate(self._processes):
             process.wait(timeout=600)
+            if process.returncode == WORKER_LOST and self._cell.processes > 1:
+                return False
             if process.returncode == USAGE and self._cell.at_once > 1:
                 self.expect(USAGE, "in use by process", "holds a finished run")
                 return True

@@ -1,6 +1,7 @@
 """Batches made one ahead of the devices."""
 
 import concurrent.futures
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,7 @@ class Prefetcher:
 
     def __init__(self, make: Callable[[], Any]):
         self._make, self.idle = make, 0.0
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next = self._thread.submit(make)
+        self._next = self._begin()
 
     def __call__(self, at_work_on: Any) -> Any:
         """Return the next batch.
@@ -35,5 +35,22 @@ class Prefetcher:
             self._next.exception()  # waits
             self.idle += time.perf_counter() - since
         batch = self._next.result()
-        self._next = self._thread.submit(self._make)
+        self._next = self._begin()
+        return batch
+
+    def _begin(self) -> concurrent.futures.Future[Any]:
+        """Start to make a batch.
+
+        Loaders fork their workers here. A process that is forked in a thread of `ThreadPoolExecutor` fails at its end,
+        because it waits for that thread, so each batch has a thread of its own.
+        """
+        batch: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def make() -> None:
+            try:
+                batch.set_result(self._make())
+            except BaseException as e:
+                batch.set_exception(e)
+
+        threading.Thread(target=make, name="batches").start()
         return batch
