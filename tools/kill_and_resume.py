@@ -195,7 +195,7 @@ def main() -> None:
         Proof(args.folder, cell).prove(ARRAY_JOBS if cell == "array" else args.kills)
     if args.out:
         proofs = [Proof(args.folder, cell) for cell in CELLS]
-        write_json(args.out, [proof.row() for proof in proofs if proof.ledger], width=1000)
+        write_json(args.out, [proof.row() for proof in proofs if proof.ledger])
 
 
 if __name__ == "__main__":

@@ -341,9 +341,9 @@ def kills_part(cells: list[dict[str, Any]]) -> str:
     return (
         f"Runs were killed {total} times at random moments, and started again until they ended. Then the model, the "
         "last checkpoint, the log and the results were compared with those of a run that was not killed. After each "
-        "all files were whole, and no checkpoint was lost. `hammer` starts two processes on one folder each time. The "
-        "table has how often one of them was refused, with one line and exit code 2. `array` starts four processes at "
-        "once without `--run_dir`.\n\n"
+        "kill all files were whole, and no checkpoint was lost. `hammer` starts two processes on one folder each time. "
+        "The table has how often one of them was refused, with one line and exit code 2. `array` starts four processes "
+        "at once without `--run_dir`.\n\n"
         + _table(
             [
                 "cell",
