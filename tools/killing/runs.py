@@ -125,6 +125,7 @@ class Job:
             environment[f"TF_NUM_{name}_THREADS"] = "2"
         command = [sys.executable, str(ROOT / "train.py"), *flags]
         self._cell, self._killed, self.started = cell, False, time.time()
+        self._printed: list[str] = []
         self._outputs = [tempfile.TemporaryFile("w+b") for _ in range(cell.processes)]
         self._processes = [
             subprocess.Popen(command, cwd=cwd, env=environment | more, stdout=output, stderr=subprocess.STDOUT)
@@ -144,6 +145,8 @@ class Job:
 
     def output(self, process: int) -> str:
         """Return what a process has printed."""
+        if self._printed:
+            return self._printed[process]
         descriptor = self._outputs[process].fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
@@ -167,6 +170,7 @@ class Job:
             if process.returncode not in (0, -signal.SIGKILL, WORKER_LOST):
                 raise RuntimeError(f"A worker whose peer was killed ended with {process.returncode}:\n{self.output(i)}")
         self._killed = True
+        self._close()
         return True
 
     def end(self) -> bool:
@@ -175,34 +179,33 @@ class Job:
         Raises:
             RuntimeError: if it failed.
         """
+        while not self._killed and all(process.poll() is None for process in self._processes):
+            time.sleep(0.05)
+        if not self._killed and any(process.returncode == WORKER_LOST for process in self._processes):
+            self.kill()  # a busy machine made one miss the other; the run is started again
         if self._killed:
             return False
-        while self._cell.processes > 1 and all(process.poll() is None for process in self._processes):
-            time.sleep(0.05)
-        if any(process.returncode == WORKER_LOST for process in self._processes):
-            self.kill()  # a busy machine made one miss the other; the run is started again
-            return False
-        for i, process in enumerate(self._processes):
-            process.wait(timeout=600)
-            if process.returncode == WORKER_LOST and self._cell.processes > 1:
-                return False
-            if process.returncode == USAGE and self._cell.at_once > 1:
-                self.expect(USAGE, "in use by process", "holds a finished run")
-                return True
-            if process.returncode:
-                raise RuntimeError(f"train.py ended with {process.returncode}:\n{self.output(i)}")
+        try:
+            codes = [process.wait(timeout=600) for process in self._processes]
+        finally:
+            self._close()
+        if codes == [USAGE] and self._cell.at_once > 1:
+            self._check_refusal()
+            return True
+        for i, code in enumerate(codes):
+            if code and not (code == WORKER_LOST and len(codes) > 1):
+                raise RuntimeError(f"train.py ended with {code}:\n{self.output(i)}")
         return False
 
-    def expect(self, code: int, *messages: str) -> None:
-        """Wait for its end, with this code and one line that has one of these messages.
+    def _check_refusal(self) -> None:
+        output, messages = self.output(0), ("in use by process", "holds a finished run")
+        if len(output.splitlines()) != 1 or not any(text in output for text in messages):
+            raise RuntimeError(f"train.py did not refuse its folder in one line:\n{output}")
 
-        Raises:
-            RuntimeError: if it ends otherwise.
-        """
-        for i, process in enumerate(self._processes):
-            found, output = process.wait(timeout=600), self.output(i)
-            if found != code or len(output.splitlines()) != 1 or not any(text in output for text in messages):
-                raise RuntimeError(f"train.py ended with {found}, and not with {code} and a line:\n{output}")
+    def _close(self) -> None:
+        self._printed = [self.output(i) for i in range(len(self._outputs))]
+        for output in self._outputs:
+            output.close()
 
 
 def _clusters(count: int) -> list[dict[str, str]]:
