@@ -79,7 +79,7 @@ LANES = keras-oldest keras-newest torch
 WITH_keras-oldest = keras==3.10.0 tensorflow-cpu==2.20.0
 WITH_keras-newest = --upgrade keras
 WITH_torch = --require-hashes -r requirements/torch.txt
-TESTS_torch = tests/optimizers/test_backends.py -k torch
+TESTS_torch = tests/optimizers/test_backends.py tests/tools/test_benchmarks.py -k torch
 $(LANES:%=test-%): test-%: setup
 	$(BIN)/python -m venv .venv-$*
 	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > "$$(echo .venv-$*/lib/python*/site-packages)/base.pth"

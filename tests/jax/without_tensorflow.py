@@ -26,6 +26,7 @@ import lars_keras.runtime.recovery  # noqa: E402, F401
 from lars_keras import LARS  # noqa: E402
 from lars_keras.training import Trainer  # noqa: E402
 from lars_keras.training.cluster import make_cluster  # noqa: E402
+from tools.benchmarks import optimizer_step, training_step  # noqa: E402
 
 BATCH, FEATURES, CLASSES, UPDATES = 16, 6, 3, 5
 RNG = np.random.default_rng(0)
@@ -132,6 +133,12 @@ def main():
         assert "again and again" in str(e), e
     else:
         raise AssertionError("an iterator was taken")
+    # The benchmarks of a GPU machine.
+    update = optimizer_step.measure([(9, 8), (8,)], "float32", rounds=1)
+    assert {"LARS (ours)", "LAMB (ours)", "optax.lars"} <= {row["name"] for row in update["rows"]}
+    rows = training_step.measure("lenet1989", size=16, batch=4, steps=1, rounds=1, dtypes=["bfloat16"])
+    assert [row["name"] for row in rows[:2]] == ["Trainer", "Keras fit"], rows
+    assert all(row["images_per_second"] > 0 for row in rows), rows
     assert not [name for name in sys.modules if name.partition(".")[0] == "tensorflow"]
     print("equal")
 

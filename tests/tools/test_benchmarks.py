@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from tools.benchmarks import host_time, noise_scale, noise_scale_cost, optimizer_step
+import models
+from tools.benchmarks import growth, host_time, noise_scale, noise_scale_cost, optimizer_step
 
 
 class OptimizerStepTest(absltest.TestCase):
@@ -113,6 +114,42 @@ class HostTimeTest(absltest.TestCase):
                 for i in range(4):
                     intervals.on_train_batch_end(i)
         self.assertEqual(intervals.seconds, [0.5, 1.0, 0.25, 2.0])
+
+
+class GrowthTest(absltest.TestCase):
+    def test_slope(self):
+        rows = [{"size": 10**i, "ms": 3 * 10 ** (1.5 * i)} for i in range(3)]
+        self.assertAlmostEqual(growth.slope(rows), 1.5)
+
+    def test_a_part_is_measured_and_drawn(self):
+        self.measure_and_draw({"variables": (2, 4)})
+
+    @pytest.mark.slow
+    def test_the_other_parts(self):
+        sizes = {"parameters": (10**5, 10**6), "host": (2, 4), "micro-batches": (1, 2)}
+        self.assertEqual({"variables", *sizes}, growth.PARTS.keys())
+        self.measure_and_draw(sizes)
+
+    def measure_and_draw(self, sizes):
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / "growth.svg"
+        results = {part: growth.measure(part, sizes[part], rounds=1) for part in sizes}
+        growth.plot(results, path)
+        for result in results.values():
+            self.assertTrue(all(row["ms"] > 0 for row in result["rows"]))
+            self.assertIn(result["axis"].split()[0], path.read_text())
+
+
+class TrainingStepTest(absltest.TestCase):
+    def test_networks_of_pytorch_are_ours(self):
+        """As far as the number of weights can tell."""
+        pytest.importorskip("torch", reason="compares with PyTorch, which make test-torch installs")
+        from tools.benchmarks.torch_networks import NETWORKS
+
+        for name, make in NETWORKS.items():
+            ours = models.get(name, num_classes=10)
+            counts = [math.prod(v.shape) for v in ours.trainable_variables]
+            theirs = [p.numel() for p in make(10).parameters() if p.requires_grad]
+            self.assertEqual(sorted(counts), sorted(theirs), name)
 
 
 if __name__ == "__main__":

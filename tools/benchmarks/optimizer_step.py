@@ -11,8 +11,10 @@ it is the size of the compiled program's temporary buffers. `--draw_only` draws 
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -82,15 +84,16 @@ def shapes_of(network: str) -> list[tuple[int, ...]]:
     return [tuple(v.shape) for v in model.trainable_variables]
 
 
-def keras_optimizers() -> dict[str, tuple[str, keras.optimizers.Optimizer]]:
-    """Return the rule and the optimizer by name."""
-    return {
+def keras_optimizers(names: Sequence[str] | None = None) -> dict[str, tuple[str, keras.optimizers.Optimizer]]:
+    """Return the rule and the optimizer by name: all, or those of `names`."""
+    found = {
         "Keras SGD+momentum": ("sgd", keras.optimizers.SGD(1e-6, momentum=0.9)),
         "LARS (ours)": ("lars", LARS(1.0)),
         "straightforward LARS": ("lars", StraightforwardLARS(1.0, momentum=0.9)),
         "LAMB (ours)": ("lamb", LAMB(1e-6)),
         "Keras Lamb": ("lamb", keras.optimizers.Lamb(1e-6)),
     }
+    return {name: value for name, value in found.items() if names is None or name in names}
 
 
 def candidates(shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[str] = MODES) -> list[Candidate]:
@@ -104,14 +107,16 @@ def candidates(shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[st
     return [c for c in found if c.mode in modes]
 
 
-def tensorflow_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
-    """Return Keras optimizers, ours among them, compiled by XLA, in a graph and eager."""
+def tensorflow_candidates(
+    weights: list, gradients: list, dtype: str, names: Sequence[str] | None = None
+) -> list[Candidate]:
+    """Return Keras optimizers, ours among them, or those of `names`, compiled by XLA, in a graph and eager."""
     import tensorflow as tf
 
     variables = [keras.Variable(w, dtype=dtype, name=f"kernel_{i}") for i, w in enumerate(weights)]
     g = [tf.constant(x, dtype) for x in gradients]
     found = []
-    for name, (rule, optimizer) in keras_optimizers().items():
+    for name, (rule, optimizer) in keras_optimizers(names).items():
         optimizer.build(variables)
 
         def update(optimizer: keras.optimizers.Optimizer = optimizer) -> None:
@@ -128,8 +133,8 @@ def tensorflow_candidates(weights: list, gradients: list, dtype: str) -> list[Ca
     return found
 
 
-def jax_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
-    """Return optax's optimizers, and on the JAX backend those of Keras, under `jax.jit`."""
+def jax_candidates(weights: list, gradients: list, dtype: str, names: Sequence[str] | None = None) -> list[Candidate]:
+    """Return optax's optimizers, and on the JAX backend those of Keras, or those of `names`, under `jax.jit`."""
     try:
         import jax
     except ImportError:
@@ -152,7 +157,7 @@ def jax_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate
         found.append(Candidate(name, "jit", rule, step, temporary_bytes))
 
     if BACKEND == "jax":
-        for name, (rule, optimizer) in keras_optimizers().items():
+        for name, (rule, optimizer) in keras_optimizers(names).items():
             variables = [keras.Variable(w, dtype=dtype, name=f"kernel_{i}") for i, w in enumerate(weights)]
             optimizer.build(variables)
             # A copy, because the arrays are given away.
@@ -162,12 +167,14 @@ def jax_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate
         import optax
     except ImportError:
         return found
-    transforms = {
+    transforms: dict[str, tuple[str, Any]] = {
         "optax.sgd+momentum": ("sgd", optax.sgd(1e-6, 0.9)),
         "optax.lars": ("lars", optax.lars(1e-3, weight_decay=5e-4)),
         "optax.lamb": ("lamb", optax.lamb(1e-6, weight_decay=0.01)),
     }
     for name, (rule, transform) in transforms.items():
+        if names is not None and name not in names:
+            continue
 
         def update(w, state, g, transform=transform):
             updates, state = transform.update(g, state, w)
@@ -178,23 +185,28 @@ def jax_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate
 
 
 def torch_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
-    """Return timm's LARS where torch and timm are installed."""
+    """Return torch's SGD, and timm's LARS, where they are installed."""
     try:
         import torch
-        from timm.optim import Lars
     except ImportError:
         return []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = [torch.tensor(w, device=device).to(getattr(torch, dtype)).requires_grad_() for w in weights]
     for p, g in zip(parameters, gradients, strict=True):
         p.grad = torch.tensor(g, device=device).to(p.dtype)
-    optimizer = Lars(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    found: dict[str, tuple[str, Any]] = {"torch SGD+momentum": ("sgd", torch.optim.SGD(parameters, 1e-6, 0.9))}
+    with contextlib.suppress(ImportError):
+        from timm.optim import Lars
 
-    def step() -> float:
+        found["timm Lars"] = "lars", Lars(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step(optimizer: Any) -> float:
         optimizer.step()
         return float(parameters[-1].sum())  # waits for the device
 
-    return [Candidate("timm Lars", "eager", "lars", step)]
+    return [
+        Candidate(name, "eager", rule, functools.partial(step, optimizer)) for name, (rule, optimizer) in found.items()
+    ]
 
 
 def bandwidth_probe(numbers: int) -> Candidate:
