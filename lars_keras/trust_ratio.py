@@ -19,26 +19,26 @@ def l2_norm(x: Tensor, expensive_input: bool = False) -> Tensor:
         x: any shape.
         expensive_input: `x` is an expression that costs more than reading a tensor. The value is the same.
     """
-    return ops.sqrt(_sum_of_squares(x, *((1, 16) if expensive_input else (8, 28))))
+    return ops.sqrt(_sum_of_squares(x, 16 if expensive_input else 28))
 
 
-def _sum_of_squares(x: Tensor, streams: int, rows: int, lanes: int = 8) -> Tensor:
+def _sum_of_squares(x: Tensor, rows: int, lanes: int = 8) -> Tensor:
     """Sum the squares of `x` in one read of it, without a copy of them.
 
     XLA may not reassociate a sum of floats. On a CPU, TensorFlow's XLA then either stores all the squares or adds them
     one by one, at a fifth of the speed of memory. But it unrolls short sums, and runs along the last axis in vector
-    registers. So this adds vectors of `lanes` first, `rows` neighbours in each of `streams` places. It then adds those
-    sums, which are `streams * rows` times fewer. That order is also more exact. XLA fuses at most 32 rows and unrolls a
-    longer expression less. Other compilers do as much by themselves.
+    registers. So this adds `rows` neighbouring vectors of `lanes` first. It then adds those sums, which are `rows`
+    times fewer. That order is also more exact. XLA fuses at most 32 rows and unrolls a longer expression less. Other
+    compilers do as much by themselves.
     """
     if keras.backend.backend() != "tensorflow" or compiled.has_accelerator():
         return ops.sum(ops.square(x))
     x = ops.reshape(x, (-1,))
     size = x.shape[0]
-    head = size - size % (streams * rows * lanes)
+    head = size - size % (rows * lanes)
     total = ops.sum(ops.square(x[head:]))
     if head:
-        partial = ops.sum(ops.square(ops.reshape(x[:head], (streams, -1, rows, lanes))), axis=(0, 2))
+        partial = ops.sum(ops.square(ops.reshape(x[:head], (-1, rows, lanes))), axis=1)
         total = total + ops.sum(ops.abs(partial))  # abs, which changes nothing, keeps XLA from merging the two sums
     return total
 

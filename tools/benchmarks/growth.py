@@ -44,7 +44,7 @@ SIZES = {
     "micro-batches": (1, 2, 4, 8, 16, 32, 64),
 }
 BATCH = 512
-STEPS = 5  # of a call of `fit`
+STEPS = {"host": 40, "micro-batches": 10}  # of a call of `fit`
 PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "numpy")
 
 
@@ -59,19 +59,19 @@ def update(variables: int, parameters: int) -> Candidate:
 
 def host(variables: int) -> Candidate:
     """Return an update of `Trainer` whose arithmetic costs next to nothing."""
-    return _trained(chain(variables // 2), batch=8, microbatch=8, loss="mse")
+    return _trained(chain(variables // 2), 8, 8, STEPS["host"], "mse")
 
 
 def microbatches(count: int) -> Candidate:
     """Return an update of `Trainer` at a fixed batch, in `count` micro-batches."""
     model = models.get("lenet1989", num_classes=10, input_shape=(16, 16, 1), seed=0)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return _trained(model, batch=BATCH, microbatch=BATCH // count, loss=loss)
+    return _trained(model, BATCH, BATCH // count, STEPS["micro-batches"], loss)
 
 
-def _trained(model: keras.Model, batch: int, microbatch: int, loss: Any) -> Candidate:
-    x = np.zeros((batch * STEPS, *model.input_shape[1:]), model.inputs[0].dtype)
-    y = np.zeros((batch * STEPS, *([] if model.output_shape[-1] == 10 else model.output_shape[1:])), "int32")
+def _trained(model: keras.Model, batch: int, microbatch: int, steps: int, loss: Any) -> Candidate:
+    x = np.zeros((batch * steps, *model.input_shape[1:]), model.inputs[0].dtype)
+    y = np.zeros((batch * steps, *([] if model.output_shape[-1] == 10 else model.output_shape[1:])), "int32")
     model.compile(LARS(0.1), loss)
     trainer = Trainer(model, batch_size=batch, microbatch_size=microbatch)
     return Candidate("", "", "", lambda: trainer.fit(x, y, shuffle=False, verbose=0))
@@ -80,8 +80,8 @@ def _trained(model: keras.Model, batch: int, microbatch: int, loss: Any) -> Cand
 PARTS: dict[str, tuple[Callable[[int], Candidate], int, str]] = {
     "variables": (lambda n: update(n, 10**7), 1, "variables of an update of 10 million parameters"),
     "parameters": (lambda n: update(100, n), 1, "parameters of an update of 100 variables"),
-    "host": (host, STEPS, "variables of a network without arithmetic"),
-    "micro-batches": (microbatches, STEPS, f"micro-batches of an update of {BATCH} examples"),
+    "host": (host, STEPS["host"], "variables of a network without arithmetic"),
+    "micro-batches": (microbatches, STEPS["micro-batches"], f"micro-batches of an update of {BATCH} examples"),
 }
 
 

@@ -1,6 +1,8 @@
 """Time one update of the optimizer against other optimizers and against the bandwidth of the memory.
 
     python -m tools.benchmarks.optimizer_step --out=results/optimizer_step.json --plot=docs/optimizer_step.svg
+    XLA_FLAGS=--xla_cpu_max_isa=AVX2 python -m tools.benchmarks.optimizer_step --dtypes=float32 --modes=xla,graph,jit \
+        --out=results/optimizer_step_avx2.json
     python -m tools.benchmarks.optimizer_step --step_batch=64 --out=results/optimizer_training_step.json
     KERAS_BACKEND=jax python -m tools.benchmarks.optimizer_step --out=results/optimizer_step_jax.json  # on a GPU, too
 
@@ -202,7 +204,7 @@ def torch_candidates(weights: list, gradients: list, dtype: str) -> list[Candida
 
     def step(optimizer: Any) -> float:
         optimizer.step()
-        return float(parameters[-1].sum())  # waits for the device
+        return float(parameters[-1].detach().sum())  # waits for the device
 
     return [
         Candidate(name, "eager", rule, functools.partial(step, optimizer)) for name, (rule, optimizer) in found.items()
@@ -353,6 +355,14 @@ def table(network: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def instructions() -> str:
+    """Return the widest vector instructions of this machine's CPU, as far as Linux tells."""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "other")
+    return "unknown instructions"
+
+
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the milliseconds of every candidate as bars, a panel for each measurement."""
     tallest = max(len(r["rows"]) for r in results.values())
@@ -399,7 +409,8 @@ def main() -> None:
         return
     about = {
         "backend": BACKEND,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()} with {instructions()}, {os.cpu_count()} cores",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "load_before": os.getloadavg()[0],
         "rounds": args.rounds,
         "versions": versions(PACKAGES),

@@ -85,7 +85,8 @@ def keras_candidates(network: str, x: np.ndarray, y: np.ndarray, dtype: str) -> 
                 keras.config.set_dtype_policy("float32")
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(LARS(0.1), loss, jit_compile=mode != "graph")
-            fit = model.fit if name == "Keras fit" else Trainer(model, batch_size=len(x)).fit
+            trainer = Trainer(model, batch_size=len(x), jit_compile=mode != "graph")
+            fit = model.fit if name == "Keras fit" else trainer.fit
 
             def train(steps: int, fit: Callable[..., Any] = fit) -> None:
                 fit(OneBatch(x, y, steps), verbose=0)
