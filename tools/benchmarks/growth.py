@@ -27,6 +27,7 @@ import keras
 import numpy as np
 from absl import logging
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 import models
 from lars_keras import LARS
@@ -114,6 +115,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axes.set_title(f"slope {result['slope']:.2f}", size=10)
             axes.set_xlabel(result["axis"])
             axes.set_ylabel("milliseconds an update")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.spines[["top", "right"]].set_visible(False)
     save_svg(figure, path)
 

@@ -260,6 +260,40 @@ def optimizer_part(found: dict[str, Any]) -> str:
     return text
 
 
+def training_step_part(found: dict[str, Any]) -> str:
+    """Return the table of `tools.benchmarks.training_step`."""
+    rows = [
+        [
+            f"`{row['network']}`, {row['size']} pixels, batch {row['batch']}",
+            f"{row['name']}, {row['mode']}",
+            row["dtype"],
+            f"{row['images_per_second']:.0f}",
+            f"{row['of_keras_fit']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return (
+        "Whole training steps in images per second, and the ratio to Keras `fit` in the same mode, or in a graph where "
+        "there is none. `python -m tools.benchmarks.training_step --batch=128 "
+        f"--rounds={found['rounds']}`, {found['machine']}.\n\n"
+        + _table(["network", "trained by", "dtype", "images/s", "x Keras `fit`"], rows)
+    )
+
+
+def growth_part(found: dict[str, Any]) -> str:
+    """Return the table of `tools.benchmarks.growth`."""
+    rows = [
+        [result["axis"], ", ".join(f"{r['size']:,}: {r['ms']:.1f}" for r in result["rows"]), f"{result['slope']:.2f}"]
+        for result in found["results"].values()
+    ]
+    return (
+        "![milliseconds of an update over its size](growth.svg)\n\n"
+        "Milliseconds of an update at each size. The slope is that of the last three points in logarithms: 1 means "
+        f"that the cost doubles with the size. `python -m tools.benchmarks.growth`, {found['machine']}.\n\n"
+        + _table(["over", "ms", "slope"], rows)
+    )
+
+
 def input_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.input_pipeline`."""
     settings, versions = found["settings"], found["versions"]
@@ -370,6 +404,10 @@ def page() -> str:
         noise_scale_part(read("noise_scale")) + noise_scale_cost_part(read("noise_scale_cost")),
         "## One update\n",
         optimizer_part(read("optimizer_step")),
+        "## How the cost grows\n",
+        growth_part(read("growth")),
+        "## A training step\n",
+        training_step_part(read("training_step")),
         "## The host's work\n",
         host_time_part(read("host_time")),
         "## Input\n",
