@@ -112,6 +112,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot([r["size"] for r in result["rows"]], [r["ms"] for r in result["rows"]], "o-", color="#d55e00")
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.set_ylim(1, None)
             axes.set_title(f"slope {result['slope']:.2f}", size=10)
             axes.set_xlabel(result["axis"])
             axes.set_ylabel("milliseconds an update")
