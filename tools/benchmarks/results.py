@@ -289,7 +289,8 @@ def growth_part(found: dict[str, Any]) -> str:
     return (
         "![milliseconds of an update over its size](growth.svg)\n\n"
         "Milliseconds of an update at each size. The slope is that of the last three points in logarithms: 1 means "
-        f"that the cost doubles with the size. `python -m tools.benchmarks.growth`, {found['machine']}.\n\n"
+        f"that the cost doubles with the size. `python -m tools.benchmarks.growth --rounds={found['rounds']} "
+        f"--most={found['results']['parameters']['rows'][-1]['size']}`, {found['machine']}.\n\n"
         + _table(["over", "ms", "slope"], rows)
     )
 
