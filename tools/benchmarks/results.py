@@ -236,10 +236,8 @@ def _examples(value: float | None) -> str:
 
 def optimizer_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.optimizer_step`."""
-    text = (
-        "![milliseconds of one update](optimizer_step.svg)\n\n"
-        f"`python -m tools.benchmarks.optimizer_step`, {found['machine']}, medians of {found['rounds']} rounds.\n"
-    )
+    flags = f"XLA_FLAGS={found['xla_flags']} " if found["xla_flags"] else ""
+    text = f"`{flags}python -m tools.benchmarks.optimizer_step`, {found['machine']}, medians of {found['rounds']} rounds.\n"
     for title, result in found["results"].items():
         rows = [
             [
@@ -404,7 +402,10 @@ def page() -> str:
         fast_part([json.loads(line) for line in (RESULTS / "cifar10_fast.jsonl").read_text().splitlines()]),
         noise_scale_part(read("noise_scale")) + noise_scale_cost_part(read("noise_scale_cost")),
         "## One update\n",
+        "![milliseconds of one update](optimizer_step.svg)\n",
         optimizer_part(read("optimizer_step")),
+        "With XLA's code for AVX2, on the same kind of machine:\n",
+        optimizer_part(read("optimizer_step_avx2")),
         "## How the cost grows\n",
         growth_part(read("growth")),
         "## A training step\n",
