@@ -237,7 +237,8 @@ def _examples(value: float | None) -> str:
 def optimizer_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.optimizer_step`."""
     flags = f"XLA_FLAGS={found['xla_flags']} " if found["xla_flags"] else ""
-    text = f"`{flags}python -m tools.benchmarks.optimizer_step`, {found['machine']}, medians of {found['rounds']} rounds.\n"
+    command = f"{flags}python -m tools.benchmarks.optimizer_step"
+    text = f"`{command}`, {found['machine']}, medians of {found['rounds']} rounds.\n"
     for title, result in found["results"].items():
         rows = [
             [
