@@ -139,7 +139,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
 
     @pytest.mark.slow
     def test_processes_killed_at_random_moments(self):
-        """Twenty processes are killed; what is there is whole after each, and the last one ends with the same bytes."""
+        """Kill twenty processes; what is there is whole after each, and the last one ends with the same bytes."""
         whole, killed = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
         imports = "import sys; from lars_keras.data import prepare, store"
         program = f"{imports}; store._SHARD = 2; sys.exit(prepare.main(sys.argv[1:]))"

@@ -421,7 +421,7 @@ class KerasFitTest(tf.test.TestCase):
 
 class KillTest(tf.test.TestCase):
     def test_a_killed_process(self):
-        """In short; `make prove-resume` kills 200 times, also several replicas, workers and JAX."""
+        """Kill one run once; `make prove-resume` kills 40 times a cell, also replicas, workers and JAX."""
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         proof = kill_and_resume.Proof(folder, "single", steps=8, log=lambda line: None)
         proof.prove(1)

@@ -141,7 +141,7 @@ class GrowthTest(absltest.TestCase):
 
 class TrainingStepTest(absltest.TestCase):
     def test_networks_of_pytorch_are_ours(self):
-        """As far as the number of weights can tell."""
+        """Compare the numbers of weights, variable by variable."""
         pytest.importorskip("torch", reason="compares with PyTorch, which make test-torch installs")
         from tools.benchmarks.torch_networks import NETWORKS
 

@@ -396,7 +396,7 @@ class RefusedTest(parameterized.TestCase, tf.test.TestCase):
 class ThreadTest(parameterized.TestCase):
     @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
     def test_a_batch_may_fork(self):
-        """As a torch loader with workers does; a fork of its thread must end without an error."""
+        """Fork in its thread, as a torch loader with workers does; the fork must end without an error."""
         from lars_keras.training.jax.prefetch import Prefetcher
 
         def batch():

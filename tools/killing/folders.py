@@ -1,4 +1,4 @@
-"""What runs leave in their folders: whole files, nothing lost, and the same numbers."""
+"""Look at the folders that runs leave: whole files, nothing lost, and the same numbers."""
 
 import hashlib
 import json
