@@ -52,9 +52,8 @@ def atomic_write_text(path: Path, text: str) -> None:
     Raises:
         OSError: if the file cannot be written. The old one is unchanged.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def examine(run_dir: Path, before: dict[str, Any]) -> dict[str, Any]:
     if len(found) < min(KEPT, len(kept)) or max(found, default=-1) < max(kept, default=-1):
         raise RuntimeError(f"Checkpoints were lost: {found} of {kept}")
     if (run_dir / "results.json").exists():
-        left = [path.name for path in run_dir.rglob("*") if path.name.startswith(".w") or path.name.endswith(".tmp")]
+        left = [path.name for path in run_dir.rglob("*") if path.name.startswith(".w")]
         if left or not (run_dir / "report.html").exists():
             raise RuntimeError(f"A finished run has left {left}, or no report")
     return {"checkpoints": found, "logged": len(updates)}
@@ -105,7 +105,7 @@ def seen(run_dir: Path, trains: bool, started: float, steps: int) -> str:
         started: time of its start.
         steps: updates of the run.
     """
-    half = [*run_dir.glob("*.tmp"), *run_dir.glob(".writing-*"), *run_dir.glob("checkpoints/.writing-*")]
+    half = [*run_dir.glob(".writing-*"), *run_dir.glob("checkpoints/.writing-*")]
     if any(path.stat().st_mtime > started for path in half):
         return "writing a file"
     if not trains:
