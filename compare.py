@@ -7,8 +7,8 @@
 Each optimizer's learning rate is chosen by successive halving with the same budget, scored on training images that are
 held out. Then it is trained on all training images, once for each seed, and scored on the test split. A run that has
 learned nothing by half of its length is stopped while rates are chosen. The same command resumes a comparison that was
-stopped or killed, also with more --seeds or --batch_sizes. Results: OUT/compare.json, compare.svg, compare.html, and a
-folder for each run.
+stopped or killed. It may add to --optimizer, --batch_sizes, --seeds and --tuning_runs: finished runs are kept. Results:
+OUT/compare.json, compare.svg, compare.html, and a folder for each run.
 Exit codes: 0 done; 1 a run failed; 2 a bad flag, or a missing file; 75 stopped by a signal.
 """
 

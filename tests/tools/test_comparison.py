@@ -172,7 +172,12 @@ class StoreTest(absltest.TestCase):
 
     def test_other_settings_and_damage_are_refused(self):
         ResultsStore(self.out, self.about, self.cells).write()
-        self.assertEqual(ResultsStore(self.out, self.changed(seeds=[0, 1, 2]), self.cells).outcomes, {})
+        more = self.about["settings"]["candidates"] | {"adam": "--optimizer=adam"}
+        for changed in ({"seeds": [0, 1, 2]}, {"tuning_runs": 8}, {"candidates": more}):
+            self.assertEqual(ResultsStore(self.out, self.changed(**changed), self.cells).outcomes, {})
+        other = self.about["settings"]["candidates"] | {"sgd": "--epochs=9"}
+        with self.assertRaisesRegex(UsageError, r"other settings \(candidates\)"):
+            ResultsStore(self.out, self.changed(candidates=other), self.cells)
         with self.assertRaisesRegex(UsageError, r"other settings \(factor\)"):
             ResultsStore(self.out, self.changed(factor=5.0), self.cells)
         (self.out / "compare.json").write_text("{")

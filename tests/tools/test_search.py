@@ -126,6 +126,13 @@ class SurfacesTest(parameterized.TestCase):
             self.assertEqual(more[row["candidate"], row["batch_size"]]["tuning"], row["tuning"])
             self.assertEqual(more[row["candidate"], row["batch_size"]]["top1"][:2], row["top1"])
 
+    def test_a_larger_budget_keeps_the_runs(self):
+        """It ends as a search with that budget from the start, and runs nothing twice, however the budget grew."""
+        for fewer in (3, 5, 6, 7):
+            grown = run(cells_of(), run(cells_of(tuning_runs=fewer)))
+            for before, after in zip(self.table, (cell.row(grown) for cell in self.cells), strict=True):
+                self.assertEqual(after, before)
+
     def test_an_optimum_out_of_reach_is_said_to_be(self):
         cells = cells_of(names=("lars",), batch_sizes=(256,))
         (row,) = (cell.row(run(cells, surfaces={"lars": (9.0, 6.0, 2.0)})) for cell in cells)

@@ -13,7 +13,7 @@ from running.resume import config_of_flags
 from tools.committed import write_json
 from tools.comparison.search import GridCell
 
-MAY_GROW = ("batch_sizes", "seeds")  # settings that may differ when a comparison is resumed
+MAY_DIFFER = ("batch_sizes", "seeds", "tuning_runs")  # when a comparison is resumed, as may the list of candidates
 
 
 class ResultsStore:
@@ -26,7 +26,7 @@ class ResultsStore:
         clock: returns seconds.
 
     Raises:
-        UsageError: if the file is damaged, or holds a comparison of other settings. `MAY_GROW` may differ.
+        UsageError: if the file is damaged, or holds a comparison of other settings. `MAY_DIFFER` may differ.
     """
 
     def __init__(
@@ -83,11 +83,12 @@ class ResultsStore:
 def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that keep a comparison from being resumed.
 
-    A setting that is None may be missing before: comparisons made by the earlier search rule do not record `search`.
+    Candidates may come and go, but each keeps its flags. A setting that is None may be missing before: comparisons made
+    by the earlier search rule do not record `search`.
     """
-    other = [name for name in now if name not in (*MAY_GROW, "candidates") and before.get(name) != now[name]]
+    other = [name for name in now if name not in (*MAY_DIFFER, "candidates") and before.get(name) != now[name]]
     candidates, earlier = now["candidates"], before.get("candidates", {})
-    same = list(candidates) == list(earlier) and all(_same_flags(candidates[c], earlier[c]) for c in candidates)
+    same = earlier and all(_same_flags(candidates[c], earlier[c]) for c in candidates if c in earlier)
     return other if same else ["candidates", *other]
 
 
