@@ -122,7 +122,7 @@ trainer = trained(lars, LARGE, 20.0)
 # %% [markdown]
 # ## The layer plan
 #
-# What LARS does to each variable. A variable that is not adapted takes the rate times its factor.
+# The plan shows what LARS does to each variable. A variable that is not adapted takes the rate times its factor.
 
 # %%
 for row in trainer.model.optimizer.layer_plan():
@@ -131,8 +131,8 @@ for row in trainer.model.optimizer.layer_plan():
 # %% [markdown]
 # ## What to make of it
 #
-# At batch 256 the two are about equal: LARS is no better optimizer for a small batch. At 2,048 both lose, because
-# they take an eighth of the updates. LARS loses less here. The noise scale is a hint of that: for most of the run the
+# Here, at batch 256, the two are about equal. At 2,048 both lose, because they take an eighth of the updates. LARS
+# loses less. The noise scale is a hint of that: for most of the run the
 # large batch is several times above it, so an example teaches much less. More epochs bring more updates. One seed of
 # a small network proves little.
 #
@@ -150,5 +150,5 @@ for row in trainer.model.optimizer.layer_plan():
 # ## Next
 #
 # - [Which optimizer, which batch size?](choosing.md), and [the noise scale](noise_scale.md)
-# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 on the whole of CIFAR-10
+# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 and 4,096 on all of CIFAR-10
 # - [First minutes on a TPU](tpu.ipynb)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # First minutes on a TPU
 #
-# A TPU today runs JAX. This page is also [a notebook](tpu.ipynb), for a machine with TPU chips, such as the hosted
-# notebooks with one or eight of them. It runs on GPUs and CPUs as well: not run on a TPU yet. It needs
+# This page uses JAX, as TPUs do today. It is also [a notebook](tpu.ipynb), for a machine with TPU chips, such as the
+# hosted notebooks with one or eight of them. It also runs on GPUs and CPUs. It has not run on a TPU yet. It needs
 # `lars-keras[jax]`, JAX for the machine at hand, and scikit-learn; no TensorFlow.
 
 # %%
@@ -33,7 +33,7 @@ keras.distribution.set_distribution(keras.distribution.DataParallel())
 # %% [markdown]
 # ## Data
 #
-# Handwritten digits, each in 24 positions: 32,328 images for training, so that a large batch has something to eat.
+# Handwritten digits, each in 24 positions: 32,328 images for training, so that an epoch has several large batches.
 
 # %%
 digits = load_digits()
@@ -47,7 +47,7 @@ test_images, test_labels = images[1347:], labels[1347:]
 # %% [markdown]
 # ## Model and optimizer
 #
-# `mixed_bfloat16` is what TPUs are made for. The layer plan shows what LARS does to each variable.
+# TPUs are fastest in `mixed_bfloat16`. The layer plan shows what LARS does to each variable.
 
 # %%
 BATCH, MICROBATCH, EPOCHS = 4096, 512, 12

@@ -32,7 +32,7 @@ NOT_RUN = """## Not run
 
 - Anything on a GPU or TPU.
 - ImageNet to its end, at any batch size.
-- The speed of the update against timm's, and on JAX.
+- The speed of the update on JAX, and against timm's.
 """
 # Test accuracy of ResNet-18 on CIFAR-10 after 200 epochs, in percent, that github.com/noahgolmant/pytorch-lars reports.
 PYTORCH_LARS = {64: 89.39, 256: 85.45, 1024: 81.2, 4096: 73.41, 16384: 64.13}
@@ -131,7 +131,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     text = (
         "## The fast network on CIFAR-10\n\n"
         "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, and `cifar10_fast_4k.flags`, "
-        "with the settings of results/cifar10_fast.jsonl. One seed each; the machine did other work, so no minutes. "
+        "with the settings of results/cifar10_fast.jsonl. One seed each. No times: the machine did other work. "
         "8,192 and 16,384: not run.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
@@ -162,9 +162,9 @@ def noise_scale_part(found: dict[str, Any]) -> str:
     text = (
         "## Does the noise scale predict where LARS loses?\n\n"
         "![noise scale over training](noise_scale.svg)\n\n"
-        f"`{found['command']}`. Noise scale of each part of a run at the smallest batch, 95 % interval; then LARS at "
-        "equal epochs, beside the efficiency of an example, 1 / (1 + batch / noise scale), by the noise scale "
-        "halfway.\n"
+        f"`{found['command']}`. The first table of a comparison has the noise scale of each part of a run at the "
+        "smallest batch, with its 95 % interval. The second has LARS at equal epochs, and the efficiency of an "
+        "example, 1 / (1 + batch / noise scale), at the noise scale halfway through that run.\n"
     )
     for run in found["runs"]:
         name, parts = run["comparison"], run["parts"]
@@ -376,8 +376,8 @@ def kills_part(cells: list[dict[str, Any]]) -> str:
         f"Runs were killed {total} times at random moments, and started again until they ended. Then the model, the "
         "last checkpoint, the log and the results were compared with those of a run that was not killed. After each "
         "kill all files were whole, and no checkpoint was lost. `hammer` starts two processes on one folder each time. "
-        "The table has how often one of them was refused, with one line and exit code 2. `array` starts four processes "
-        "at once without `--run_dir`.\n\n"
+        "The table shows how often one of them was refused, with one line and exit code 2. `array` starts four "
+        "processes at once without `--run_dir`.\n\n"
         + _table(
             [
                 "cell",
