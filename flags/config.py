@@ -20,7 +20,7 @@ NOT_REPEATED = ("run_dir", "eval_only", "dry_run", "allow_inexact_resume")  # be
 
 
 def _flag(default: Any, kind: str, text: str, affects_result: bool = True, **options: Any) -> Any:
-    """Define a field with its flag; `affects_result` is false where a resumed run may change it."""
+    """Define a field with its flag; `affects_result` is false if a resumed run may change it."""
     return dataclasses.field(
         default=default, metadata={"kind": kind, "help": text, "affects_result": affects_result, "options": options}
     )
@@ -112,9 +112,9 @@ class RunConfig:
     power: float = _real(2.0, "Set the exponent of the polynomial decay.")
     end_learning_rate: float = _real(0.0, "End a polynomial, cosine or exponential decay at this rate.")
     end_lr_scale: float | None = _real(
-        None, "End the decay at this times the peak, in place of --end_learning_rate.", high=1.0
+        None, "End the decay at this fraction of the peak, in place of --end_learning_rate.", high=1.0
     )
-    initial_lr_scale: float = _real(0.0, "Begin the warm-up at this times the peak.", high=1.0)
+    initial_lr_scale: float = _real(0.0, "Begin the warm-up at this fraction of the peak.", high=1.0)
     warmup: str | None = _text(
         None,
         "Warm up linearly for these epochs, or for a duration such as '100 steps' or '1e6 examples'. Default: an "
@@ -130,7 +130,7 @@ class RunConfig:
     bias_correction: bool = _switch("Correct the bias of the moments of lamb.", default=True)
     trust_coefficient: float = _real(1e-3, "Set the trust coefficient of lars, eta in the paper.")
     trust_epsilon: float = _real(0.0, "Add this to the denominator of the trust ratio of lars.")
-    variant: str = _choice("paper", VARIANTS, "Choose the rule of lars.")
+    variant: str = _choice("paper", VARIANTS, "Use this rule of lars; see docs/optimizers.md.")
     trust_clip: bool = _switch("Clip the trust ratio: as LARC for lars, at 1 for lamb.")
     exclude: tuple[str, ...] | None = _flag(
         None,
@@ -139,17 +139,17 @@ class RunConfig:
         "variables. Empty: exclude nothing.",
     )
     excluded_lr_scale: float = _real(0.05, "Multiply the rate of lars by this for variables that are not adapted.")
-    global_clipnorm: float | None = _real(None, "Clip the norm of all gradients together, of the whole batch.")
+    global_clipnorm: float | None = _real(None, "Clip the global norm of the whole batch's gradients to this value.")
     ema_momentum: float | None = _real(
-        None, "Keep an EMA of the weights with this momentum, and evaluate and save that.", high=1.0
+        None, "Keep an EMA of the weights with this momentum, and evaluate and save the EMA.", high=1.0
     )
     ema_overwrite_every: int | None = _whole(
-        None, "Put the EMA back into the weights after each this many updates, as Lookahead does."
+        None, "Put the EMA back into the weights every N updates, as Lookahead does."
     )
     test_views: int = _flag(
         1,
         "integer",
-        "Score the trained model also on 2 views of each image, flipped and not, or on 6, these shifted as well; the "
+        "Score the trained model also on 2 views of each image, plain and flipped, or on 6, with shifted copies. The "
         "plain score is reported either way.",
         affects_result=False,
         lower_bound=1,
@@ -165,47 +165,47 @@ class RunConfig:
     tpu: str | None = _text(
         None, "Connect to the TPU of this name or address; 'local' on a TPU VM.", affects_result=False
     )
-    shard_optimizer_state: bool = _switch("Keep and update a shard of the weights on each device; on JAX.")
-    reduce_dtype: str = _choice("float32", ("float32", "bfloat16"), "Send gradients between devices so; on JAX.")
+    shard_optimizer_state: bool = _switch("Keep and update a shard of the weights on each device; JAX only.")
+    reduce_dtype: str = _choice(
+        "float32", ("float32", "bfloat16"), "Send gradients between devices in this dtype; bfloat16 on JAX only."
+    )
     precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Set the Keras dtype policy.")
     sync_batch_norm: bool = _switch("Take batch statistics over all replicas, not over each ghost batch.")
     jit_compile: str = _choice("auto", ("auto", "on", "off"), "Compile gradients with XLA; auto: on GPU and TPU.")
     steps_per_execution: int = _whole(1, "Run this many updates without returning to Python.", affects_result=False)
-    eval_every: int = _whole(1, "Evaluate after each this many epochs, and at the end of the run.")
+    eval_every: int = _whole(1, "Evaluate every N epochs, and at the end of the run.")
     seed: int = _whole(0, "Seed weights, order, augmentation and dropout.", low=0)
     telemetry_every: int = _whole(
         0,
-        "Log norms, trust ratio and effective rate of every layer after each this many updates; 0: never.",
+        "Log norms, trust ratio and effective rate of every layer every N updates; 0: never.",
         0,
         affects_result=False,
     )
     noise_scale_every: int = _whole(
         0,
-        "Estimate the gradient noise scale from each this many updates, at least 2; 0: never. An update must have "
-        "several ghost batches.",
+        "Estimate the gradient noise scale every N updates, at least 2; 0: never. An update must have several ghost "
+        "batches.",
         0,
         affects_result=False,
     )
-    checkpoint_minutes: float = _real(10.0, "Save a checkpoint after each this many minutes.", affects_result=False)
-    checkpoint_updates: int | None = _whole(
-        None, "Save a checkpoint after each this many updates, too.", affects_result=False
-    )
+    checkpoint_minutes: float = _real(10.0, "Save a checkpoint every X minutes.", affects_result=False)
+    checkpoint_updates: int | None = _whole(None, "Save a checkpoint every N updates, too.", affects_result=False)
     keep_checkpoints: int = _whole(3, "Keep this many of the newest checkpoints.", affects_result=False)
     keep_checkpoint_hours: float | None = _real(
-        None, "Also keep one older checkpoint per this many hours.", affects_result=False
+        None, "Also keep one older checkpoint for every X hours.", affects_result=False
     )
     allow_inexact_resume: bool = _switch(
-        "Resume a run although flags differ from those it was started with.", affects_result=False
+        "Resume a run even if flags differ from those it was started with.", affects_result=False
     )
     max_rollbacks: int = _whole(
-        3, "Roll a diverged run back to its last checkpoint at most this often.", 0, affects_result=False
+        3, "Roll a diverged run back to its last checkpoint at most N times.", 0, affects_result=False
     )
     max_unreadable_images: int = _whole(
         100, "Abort after more than this many unreadable images.", 0, affects_result=False
     )
 
     def __post_init__(self) -> None:
-        """Check what one flag cannot know of another."""
+        """Check flags against each other."""
         if self.microbatch_size and self.batch_size % self.microbatch_size:
             raise ValueError(
                 "--microbatch_size must divide --batch_size. "
