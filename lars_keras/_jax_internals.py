@@ -1,6 +1,6 @@
 """Private names of JAX, each behind one function.
 
-`tests/optimizers/test_internals.py` names the one that a new version of JAX has renamed.
+`tests/optimizers/test_internals.py` reports a name that a new version of JAX has changed.
 """
 
 import types
@@ -26,7 +26,7 @@ def used_inputs(function: Callable[..., Any], axis_env: Sequence[tuple[str, int]
 
 
 def compile_stablehlo(text: str, device: jax.Device) -> Any:
-    """Compile a StableHLO program of one replica for a device, which need not be of this machine.
+    """Compile a StableHLO program of one replica for a device, which may be one of another machine.
 
     Returns:
         What `jax.jit(...).lower(...).compile()` returns, as far as cost, memory and HLO go: an object with

@@ -1,6 +1,6 @@
 """Private names of Keras, each behind one function.
 
-`tests/optimizers/test_internals.py` names the one that a new version of Keras has renamed.
+`tests/optimizers/test_internals.py` reports a name that a new version of Keras has changed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
     """Base of optimizers that update all variables at once and decay the weights within their own rule."""
 
     def update_variables(self, gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Tensor) -> None:
-        """Update all `variables` with reduced and clipped `gradients`, one by one unless a subclass knows better."""
+        """Update all `variables` with reduced and clipped `gradients`, one by one unless a subclass overrides this."""
         super()._backend_update_step(gradients, variables, learning_rate)
 
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
@@ -92,12 +92,12 @@ def has_autocast(variable: keras.Variable) -> bool:
 
 
 def backend_value(variable: keras.Variable) -> Any:
-    """Return the array that a variable holds, without a look at scopes."""
+    """Return the array that a variable holds, ignoring scopes."""
     return variable._value
 
 
 def set_backend_value(variable: keras.Variable, value: Any) -> None:
-    """Put an array in the place of a variable's value, without a look at its layout."""
+    """Put an array in the place of a variable's value, ignoring its layout."""
     variable._value = value
 
 

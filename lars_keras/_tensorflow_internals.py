@@ -1,6 +1,6 @@
 """Private names of TensorFlow, each behind one function.
 
-`tests/optimizers/test_internals.py` names the one that a new version of TensorFlow has renamed.
+`tests/optimizers/test_internals.py` reports a name that a new version of TensorFlow has changed.
 """
 
 from collections.abc import Sequence

@@ -52,7 +52,7 @@ def being_traced(tensors: Sequence[Tensor]) -> bool:
 
 
 def recomputed(*tensors: Tensor) -> Sequence[Tensor]:
-    """Return the same tensors, from which XLA computes again what it has computed from the originals.
+    """Return the same tensors, so that XLA recomputes from them what it has computed from the originals.
 
     On a CPU it would otherwise keep an expensive intermediate in memory, as large as the weights.
     """

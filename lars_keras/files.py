@@ -60,7 +60,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """Give a path to write to, in the same folder, whose file takes the place of `path` at the end.
 
-    A kill leaves the old file or the new one. What it leaves beside them is written over the next time.
+    A kill leaves the old file or the new one. A temporary file that it leaves is overwritten the next time.
 
     Args:
         path: the file, in an existing folder. An address (`gs://...`) is written directly.

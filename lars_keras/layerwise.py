@@ -27,7 +27,7 @@ _measured: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def measuring() -> Iterator[list[Tensor]]:
-    """Measure the updates that Keras itself applies: the list gets what `update` returns of them."""
+    """Measure the updates that Keras itself applies: the results of `update` are added to the list."""
     measures: list[Tensor] = []
     token = _measured.set(measures)
     try:

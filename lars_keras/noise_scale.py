@@ -63,7 +63,7 @@ class NoiseScale:
 
 
 class NoiseScaleEstimator:
-    """Estimates of the noise scale of a model, per variable and in all, from what updates measure.
+    """Estimates the noise scale of a model, per variable and in total, from norms that updates measure.
 
     Any training loop can feed it. `Trainer(noise_scale=True)` measures the two norms; `NoiseScaleLog` feeds them.
 
@@ -177,7 +177,7 @@ def check_ghost_batches(ghost_batch: int, batch_size: int) -> None:
 
 
 def sentence(found: NoiseScale, batch_size: int, epoch: float) -> str:
-    """Return in words what an estimate means for a run.
+    """Return a sentence on the meaning of an estimate for a run.
 
     Args:
         found: the estimate.

@@ -41,7 +41,7 @@ class Proof:
         folder: keeps the data, the run that was not killed, and the ledger: a line a finished run.
         cell: name of the cell.
         steps: updates of a run; None takes those of the cell.
-        log: is told of each kill.
+        log: called with a line for each kill.
     """
 
     def __init__(self, folder: Path, cell: str, steps: int | None = None, log: Callable[[str], object] = print):
@@ -177,7 +177,7 @@ def _holder(jobs: list[Job], run_dir: Path, rng: np.random.Generator) -> Job | N
 
 
 def _without(folder: Path) -> Path:
-    """Remove what a proof that was interrupted has left, and return the folder."""
+    """Remove the leftovers of an interrupted proof, and return the folder."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 

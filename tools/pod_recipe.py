@@ -1,4 +1,4 @@
-"""Makes of train.py's flags what `lars_keras.pod.check` takes: a function that returns the model, and a batch."""
+"""Turns train.py's flags into arguments of `lars_keras.pod.check`: a function that returns the model, and a batch."""
 
 import dataclasses
 import functools

@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepare a data set, once.")
     names = (*PREPARED, "folder")
     parser.add_argument("-n", "--dataset", required=True, choices=names, help="name of the data set")
-    parser.add_argument("-d", "--data_dir", help="folder to write to (default: ~/tensorflow_datasets)")
+    parser.add_argument("-d", "--data_dir", help="folder of the prepared data sets (default: ~/tensorflow_datasets)")
     parser.add_argument("-m", "--manual_dir", help="folder of the ImageNet archives")
     parser.add_argument("-f", "--file_format", default="tfrecord", choices=("tfrecord", "array_record"))
     parser.add_argument(
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="store the images of imagenet2012 or of a folder at one size: crop256 (shorter side 256, then the central "
         "square), squash256 (the aspect ratio is lost); JPEG of quality 95, or _q90, _png, _raw, as in crop256_raw",
     )
-    parser.add_argument("-o", "--out_dir", help="write what is resized to this folder (default: DATA_DIR)")
+    parser.add_argument("-o", "--out_dir", help="folder for the resized images (default: DATA_DIR)")
     options = parser.parse_args(arguments)
     try:
         if options.resize:

@@ -34,7 +34,7 @@ class Part:
 
     Attributes:
         name: what is done, in words.
-        images_per_second: by the clock.
+        images_per_second: by wall time.
         milliseconds: of processor time, over all threads, for an image.
     """
 

@@ -26,7 +26,7 @@ class Reference:
 
     Attributes:
         name: `"package.module:function"`.
-        argument: what it is given for, to name in messages.
+        argument: the argument that it is given for, for messages.
     """
 
     name: str
@@ -118,7 +118,7 @@ def check(
         search: compile at a second micro-batch size, to find the largest that fits: twice the time.
 
     Raises:
-        ValueError: for an argument or a model that is refused; the message says what would do.
+        ValueError: for an argument or a model that is refused; the message says what is accepted.
         RuntimeError: if the TPU compiler is not installed, or `make_model` or the compiler fails.
     """
     chip = chip_of(topology)

@@ -35,7 +35,7 @@ class PodReport:
         programs: of an update, in order; empty without a program.
         bounds: the least time of an update; None without a program.
         chip: published figures of the chip.
-        notes: what to know of this report.
+        notes: remarks on this report.
         compile_seconds: seconds that the compiler took for the programs.
         versions: of the packages that have a part in a compiled program.
     """
@@ -140,7 +140,7 @@ def _program_rows(p: Program) -> list[tuple[str, str]]:
 
 
 def make_report(answer: dict[str, Any], chip: Chip, batch_size: int) -> PodReport:
-    """Make the report of what `lars_keras.pod.worker` answers.
+    """Make the report from the answer of `lars_keras.pod.worker`.
 
     Args:
         answer: a dictionary of `worker.answer`.

@@ -41,7 +41,7 @@ class Proposal:
         learning_rate: peak.
         epochs: length at which the same loss can be expected.
         updates: the same length.
-        warmup_updates: the same share of the run as before.
+        warmup_updates: the same fraction of the run as before.
     """
 
     batch_size: int
@@ -94,7 +94,7 @@ def propose(
 
 
 def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[str], list[Proposal]]:
-    """Return what a run measured, in lines, and settings for `batch_sizes`.
+    """Return the measurements of a run, as lines of text, and settings for `batch_sizes`.
 
     Args:
         run_dir: folder of a run that logged its noise scale.

@@ -8,7 +8,7 @@ Clock = Callable[[], float]  # returns seconds
 
 
 class Throughput:
-    """Measures images per second, the share of time spent waiting for data, and the time left.
+    """Measures images per second, the fraction of time spent waiting for data, and the time left.
 
     The speed excludes the first call of the training function, because that call compiles. It also excludes the time
     between epochs, because evaluations and checkpoints fall into it.

@@ -28,7 +28,7 @@ def is_arrays(x: Any) -> bool:
 def checked_arrays(
     x: Any, y: Any = None, sample_weight: Any = None, class_weight: Mapping[int, float] | None = None
 ) -> Batch:
-    """Return `(x, y, sample_weight)` as NumPy arrays, without what is None at the end.
+    """Return `(x, y, sample_weight)` as NumPy arrays, without None at the end.
 
     Raises:
         ValueError: if one is no array, or their numbers of examples differ.

@@ -1,4 +1,4 @@
-"""Running averages that the run is too short for."""
+"""Running averages that need a longer run."""
 
 import keras
 

@@ -24,7 +24,7 @@ class Indexed:
     Args:
         batches: has `__getitem__`.
         count: number of batches; None if they have no end.
-        name: what messages call it.
+        name: its name in messages.
         class_weight: see `weights_of_classes`.
 
     Attributes:
@@ -246,7 +246,7 @@ class GeneratorFeed:
 
 @dataclasses.dataclass(frozen=True)
 class Reread:
-    """Batches that can be read again, without what else their class can do.
+    """Batches that can be read again, without the other features of their class.
 
     Attributes:
         batches: an iterable.

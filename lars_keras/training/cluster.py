@@ -18,7 +18,7 @@ class Cluster(Protocol):
         hosts: number of processes of the run. A TPU slice that one process drives over the network counts once.
         is_chief: True in the one process that prints and writes.
         remote_input: True if another host, which does not run this program, reads the input: a remote TPU slice.
-        description: what the plan calls it.
+        description: its name in the plan.
     """
 
     replicas: int
@@ -104,7 +104,7 @@ def cluster_of(model: keras.Model) -> Cluster:
 
 
 def is_worker_lost(error: Exception) -> bool:
-    """Return what `Cluster.is_worker_lost` says, also where no cluster could be made."""
+    """Return `Cluster.is_worker_lost`, also if no cluster could be made."""
     if keras.backend.backend() == "jax":
         from lars_keras.training.jax.cluster import JaxCluster
 

@@ -1,4 +1,4 @@
-"""The parts of a compiled model that an engine is built for, and what has become of them since."""
+"""The parts of a compiled model that an engine is built for, and checks that they are unchanged."""
 
 import keras
 

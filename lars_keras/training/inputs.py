@@ -136,7 +136,7 @@ def is_dataset(batches: Any) -> bool:
 
 
 def check_readable_again(data: Any) -> None:
-    """Raise ValueError for what can be read only once, or is no data."""
+    """Raise ValueError for data that can be read only once, and for other objects."""
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
         raise ValueError(
             "The data must be a tf.data.Dataset, an iterable of batches that can be read again and again, or a "
@@ -145,11 +145,11 @@ def check_readable_again(data: Any) -> None:
 
 
 def arrays_of(batch: Batch) -> Batch:
-    """Return a batch as a tuple of NumPy arrays and None, without what is None at its end.
+    """Return a batch as a tuple of NumPy arrays and None, without None at its end.
 
     Raises:
-        ValueError: if it has more than three parts, no example, arrays that do not begin with the same number of
-            examples, or what is no array of numbers or text.
+        ValueError: if it has more than three parts, no example, arrays with different numbers of examples, or
+            anything but arrays of numbers or text.
     """
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     if not 1 <= len(parts) <= 3 or parts[0] is None:
@@ -173,7 +173,7 @@ def to_array(a: Any) -> Any:
     """Return an array or tensor of any library, on any device, as a NumPy array; None for None.
 
     Raises:
-        ValueError: if it is none whose first dimension is examples.
+        ValueError: if its first dimension is not that of the examples.
     """
     if a is None:
         return None
@@ -198,8 +198,8 @@ def count_examples(data: Data) -> int:
     """Return the number of examples in finite data, by reading them once.
 
     Raises:
-        ValueError: if it is not known that they are finite: they are none of a `tf.data.Dataset` with a cardinality and
-            a sequence of NumPy batches.
+        ValueError: if they may be endless: neither a `tf.data.Dataset` of known cardinality nor a sequence of NumPy
+            batches.
     """
     if getattr(data, "examples", None) is not None:
         return data.examples

@@ -130,7 +130,7 @@ def is_known_mean(loss: Any) -> bool:
 
 
 def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
-    """Try made-up targets and predictions of four examples, together and in two parts; None if that says nothing."""
+    """Try synthetic targets and predictions of four examples, together and in two parts; None if undecided."""
     arrays = made_up_batch(batch, 4)
 
     def loss(*part: int) -> float:

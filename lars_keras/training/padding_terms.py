@@ -46,7 +46,7 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
 def _that_ignore_weights(
     model: keras.Model, batch: tuple[Any, Any, Any], losses: list[str], meant: tuple[str, ...]
 ) -> list[str]:
-    """Try made-up examples: three, the same with a fourth of weight 0, and with another fourth.
+    """Try synthetic examples: three, the same with a fourth of weight 0, and with another fourth.
 
     Args:
         model: compiled and built.

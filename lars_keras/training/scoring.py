@@ -46,7 +46,7 @@ def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -
 
 
 def summary(compiled: float, total: float, own: float, size: float, n: float) -> dict[str, float]:
-    """Return `loss` and `n`, of the sums of what `score_batch` returns."""
+    """Return `loss` and `n` from the summed results of `score_batch`."""
     loss = (compiled / total if total else 0.0) + (own / size if size else 0.0)
     return {"loss": loss if size else math.nan, "n": n}
 
@@ -67,7 +67,7 @@ def _units(masks: list[Tensor | None], weight: Any, size: Tensor, dtype: str) ->
 
 
 def aligned(weight: Any, y_pred: Any) -> Any:
-    """Return weights that broadcast to the losses of each element, which have a dimension less than the output."""
+    """Return weights that broadcast to the losses of each element, which have one dimension fewer than the output."""
     if keras.tree.is_nested(weight):
         return weight
     ranks = {max(len(p.shape) - 1, len(weight.shape)) for p in keras.tree.flatten(y_pred)}

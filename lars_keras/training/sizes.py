@@ -57,7 +57,7 @@ def epoch_ends(epochs: float, steps_per_epoch: float) -> list[int]:
 
 
 def epochs_to_validate(validation_freq: int | Sequence[int]) -> Callable[[int], bool]:
-    """Return a function that tells which epochs, from 1, are to be evaluated.
+    """Return a function that returns True for each epoch, from 1, that is to be evaluated.
 
     Args:
         validation_freq: every so many epochs, or the epochs.

@@ -30,7 +30,7 @@ def variables_by_name(model: keras.Model) -> dict[str, keras.Variable]:
 
 
 def identity_of(model: keras.Model) -> dict[str, Any]:
-    """Return what tells a compiled, built model and its optimizer from others whose variables have the same shapes.
+    """Return the identity of a compiled, built model and its optimizer: others of the same shapes have another.
 
     Returns:
         "optimizer": the class; "model": the path of each variable. Keras numbers the layers of a process. A number at

@@ -36,9 +36,9 @@ class Position:
         batches_consumed: global batches of training data used or skipped.
         epoch: the epoch that metrics are gathered for; -1 before the first.
         losses: losses of its updates so far.
-        logs: what callbacks were last told.
-        callbacks: what `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint` remember; None if not known.
-        order: what the order of arrays, or of batches by index, depends on; None for other data.
+        logs: the logs that callbacks got last.
+        callbacks: the memory of `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`; None if not known.
+        order: the values on which the order of arrays, or of batches by index, depends; None for other data.
     """
 
     update: int = 0

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
     """Return the mesh of all devices: an axis for each direction of a TPU's torus, else one axis.
 
-    A TPU reduces and scatters along one direction of its torus at a time; over all of its chips as one axis the
-    compiler makes an all-reduce of full size of it. `jax.experimental.mesh_utils.create_device_mesh` would take these
-    lengths as given, refuses v4 with two devices a chip, and follows rings on small slices, off the torus's axes.
+    A TPU reduces and scatters along one direction of its torus at a time; along one axis of all of its chips the
+    compiler turns that into an all-reduce of full size. `jax.experimental.mesh_utils.create_device_mesh` would take
+    these lengths as given, refuses v4 with two devices a chip, and follows rings on small slices, off the torus's axes.
     """
     devices = torus_order(devices)
     places = [place for place in map(_coordinates, devices) if place]
@@ -45,7 +45,7 @@ def ghost_numbers(devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _coordinates(device: jax.Device) -> tuple[int, ...]:
-    """Return the coordinates in the torus, then the core in its chip; nothing for what is no TPU."""
+    """Return the coordinates in the torus, then the core in its chip; empty for a device that is no TPU."""
     if device.platform != "tpu":
         return ()
     return (*device.coords, device.core_on_chip)
