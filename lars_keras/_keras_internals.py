@@ -208,7 +208,7 @@ def metric_function(metric: keras.metrics.Metric) -> Callable[..., Tensor] | Non
 
 
 def layer_losses(model: keras.Model) -> list[Tensor]:
-    """Return what the layers have added to the loss in this stateless scope, without regularizers of weights."""
+    """Return the losses that the layers have added in this stateless scope, without regularizers of weights."""
     return [loss for layer in layers_of(model) for loss in layer._get_own_losses()]
 
 

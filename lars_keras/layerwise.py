@@ -231,7 +231,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "LayerwiseOptimizer":
-        """Make an optimizer from what `get_config` returned."""
+        """Make an optimizer from the result of `get_config`."""
         config = dict(config)
         matches = config.pop("matches", None)
         optimizer = super().from_config(config, custom_objects)

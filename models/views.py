@@ -10,7 +10,7 @@ VIEWS = (1, 2, 6)
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class View(layers.Layer):
-    """Flip and shift images; what a shift uncovers is a reflection.
+    """Flip and shift images; a reflection fills the border that a shift uncovers.
 
     Args:
         flip: whether left and right change places.

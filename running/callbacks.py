@@ -21,7 +21,7 @@ from running.resume import BAD_IMAGES
 
 
 class RunCallbacks:
-    """The callbacks of a run, and what its results take from them. Of several hosts only the chief shows and logs.
+    """The callbacks of a run, and their part in its results. Of several hosts only the chief shows and logs.
 
     Args:
         config: flags of the run.

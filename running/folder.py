@@ -1,4 +1,4 @@
-"""The run folder: what was asked for."""
+"""The run folder, and the files that describe the run in it."""
 
 import contextlib
 import dataclasses

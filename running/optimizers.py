@@ -116,7 +116,7 @@ def make_optimizer(
 def _exclude_from_weight_decay(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable], exclude: Sequence[str]
 ) -> None:
-    """Exclude from Keras's decay what LARS would not decay."""
+    """Exclude from Keras's decay the variables that LARS would not decay."""
     roles = resolve_roles(
         variables,
         exclude=check_patterns("exclude", exclude) or (),

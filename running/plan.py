@@ -1,4 +1,4 @@
-"""The plan: what a run is going to do, in numbers, and what looks wrong with it."""
+"""The plan of a run: its numbers before it starts, and warnings."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Rehearse a run, `--dry_run`: all that can be known of it before it is paid for."""
+"""Rehearse a run for `--dry_run`: its sizes, and two updates on synthetic images."""
 
 import math
 import shutil
@@ -77,7 +77,7 @@ def _activation_bytes(model: keras.Model) -> int:
 
 
 def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[str, str]]:
-    """Return the memory of a device by what takes it, and the size of a checkpoint."""
+    """Return the memory of a device by its use, and the size of a checkpoint."""
     model, micro = trainer.model, trainer.microbatch_size
     image = math.prod(data.image_shape)
     batches = math.ceil(data.num_test / (micro * trainer.replicas))

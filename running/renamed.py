@@ -31,7 +31,7 @@ def flag_lines(lines: Iterable[str]) -> list[str]:
 
 
 def checkpoint_metadata(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds beside its arrays, by today's names."""
+    """Return the metadata of a checkpoint, by today's names."""
     flags = _renamed(info["flags"], FLAGS)
     flags |= {name: new for (name, old), new in VALUES.items() if flags.get(name) == old}
     position = _renamed(info["position"], POSITION)

@@ -196,7 +196,7 @@ def _rates(config: RunConfig, num_train: int, updates: int) -> np.ndarray:
 
 
 def _changes(config: RunConfig, trainer: Trainer, checkpoint: Checkpoint, num_train: int) -> list[str]:
-    """Return what makes this run another than the one of a checkpoint, a phrase each.
+    """Return the differences between this run and the one of a checkpoint, a phrase each.
 
     Another length is no change if it leaves the learning rates of the finished updates as they were.
     """

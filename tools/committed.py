@@ -96,7 +96,7 @@ def _shorter(text: str) -> str:
 
 
 def _without_groups(element: ElementTree.Element) -> None:
-    """Put the contents of groups that say nothing into what is around them."""
+    """Replace groups without attributes by their contents."""
     for child in list(element):
         _without_groups(child)
         if child.tag == f"{{{SVG}}}g" and not child.attrib:

@@ -257,7 +257,7 @@ def _image_file_data(
 
 
 def _mention(data: ImageFileData, train_files: FolderExamples, test_files: FolderExamples, classes: list[str]) -> None:
-    """Say in the description what is in the folder but in no split, and warn of classes without training images."""
+    """Describe the files that are in the folder but in no split, and warn of classes without training images."""
     if empty := empty_classes(train_files, classes):
         names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         data.description += f"; no training images of {names}"

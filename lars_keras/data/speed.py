@@ -69,7 +69,7 @@ def measure(data: ImageData, batch_size: int = 256, seconds: float = 20.0) -> li
 
 
 def _images(data: ImageFileData, batch_size: int, stage: Callable[[Any, Any], Any]) -> Any:
-    """Return batches of what `stage` makes of the files of random training images, in as many threads as `data`."""
+    """Apply `stage` to the files of random training images, in as many threads as `data`; return the batches."""
     import tensorflow as tf
 
     ids = tf.data.Dataset.from_tensor_slices(np.random.default_rng(0).permutation(data.num_train)).repeat()
@@ -110,7 +110,7 @@ def _timed(name: str, batches: Iterable[Any], batch_size: int, seconds: float) -
 
 
 def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) -> str:
-    """Return what was measured and what follows from it, as lines of text.
+    """Return the measurement and its consequences, as lines of text.
 
     Args:
         data: the data set.
@@ -146,7 +146,7 @@ def _shares(parts: Sequence[Part]) -> dict[str, float]:
 
 
 def suggestions(data: ImageData, parts: Sequence[Part], wanted: float | None, free: int) -> list[str]:
-    """Return what would make the batches come faster, a sentence each, the most promising first.
+    """Return ways to make the batches come faster, a sentence each, the most promising first.
 
     Args:
         data: the data set.

@@ -92,7 +92,7 @@ def store(
 
 
 def _features(num_classes: int, storage: Storage) -> Any:
-    """Return what tensorflow-datasets needs to read the result."""
+    """Return the features by which tensorflow-datasets reads the result."""
     import tensorflow_datasets as tfds
 
     shape = (storage.size, storage.size, 3)
@@ -128,7 +128,7 @@ def _check_source(path: Path, source: dict[str, Any]) -> None:
 def _check_space(
     folder: Path, splits: dict[str, Examples], left: dict[str, dict[Path, range]], count: int, storage: Storage
 ) -> None:
-    """Refuse to begin what will not fit on the disk, by the size of a sample."""
+    """Refuse to begin if the result will not fit on the disk, by the size of a sample."""
     for split, files in left.items():
         for ids in files.values():
             sample = ids[:: max(len(ids) // _BLOCK, 1)][:_BLOCK]

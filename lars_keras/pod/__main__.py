@@ -25,7 +25,7 @@ DIFFERENCES = """Where the backends differ:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every pod check asks for: topology, backends, and where the answer goes."""
+    """Add the options of every pod check: topology, backends, and the file of the answer."""
     parser.add_argument("--topology", required=True, help="chip and shape of the slice, such as v5e:8x8")
     parser.add_argument("--backend", choices=(*BACKENDS, "both"), default="jax", help="Keras backend of the step")
     parser.add_argument("--one_size", action="store_true", help="skip the largest micro-batch: half the time")
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def print_reports(reports: dict[str, PodReport]) -> None:
-    """Print the reports of each backend, and what they are made of."""
+    """Print the reports of each backend, and the figures behind them."""
     for backend, report in reports.items():
         print(f"\n{backend}\n{report}")
     if len(reports) > 1:

@@ -152,7 +152,7 @@ def describe(
     smaller: dict[str, int] | None = None,
     fitting_microbatch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Return what `lars_keras.pod.report.make_report` takes.
+    """Return the arguments of `lars_keras.pod.report.make_report`.
 
     Args:
         model: compiled and built.

@@ -32,7 +32,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """Return a number in a format specification, or a dash for None and what is not finite."""
+    """Return a number in a format specification, or a dash for None and numbers that are not finite."""
     if value is None or not math.isfinite(value):
         return "–"
     return format(value, form).replace("%", " %")

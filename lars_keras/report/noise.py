@@ -88,7 +88,7 @@ def combine(events: Sequence[dict[str, Any]]) -> NoiseScaleEstimator:
 
 
 def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -> list[str]:
-    """Return in words what the newest lines say: for the run, and which layers bear a larger batch.
+    """Return the meaning of the newest lines in words, for the run and for its extreme layers.
 
     Args:
         events: `noise_scale` lines of a log, in order.

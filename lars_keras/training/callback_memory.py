@@ -15,7 +15,7 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
 
 
 def memory_of(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
-    """Return what the callbacks remember, by class and number within the class, as values that JSON can hold."""
+    """Return the memory of the callbacks, by class and number within the class, as values that JSON can hold."""
     return {
         key: {name: _plain(getattr(callback, name, None)) for name in names}
         for key, callback, names in _with_memory(callbacks)
@@ -25,7 +25,7 @@ def memory_of(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, dict[s
 def restore_memory(
     callbacks: Sequence[keras.callbacks.Callback], memory: Mapping[str, Mapping[str, Any]] | None
 ) -> None:
-    """Restore what `memory_of` returned. Call it after `on_train_begin`, which resets the callbacks.
+    """Restore the result of `memory_of`. Call it after `on_train_begin`, which resets the callbacks.
 
     A warning names what cannot be restored.
 

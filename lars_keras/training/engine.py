@@ -78,7 +78,7 @@ class Engine(Protocol):
 
     @classmethod
     def check(cls, model: keras.Model, cluster: Any, options: EngineOptions) -> None:
-        """Raise ValueError for what this engine cannot do, before anything is built."""
+        """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
 
     def training_iterator(self, data: Data, first_update: int = 0) -> Any:
         """Return an iterator over the data of the updates from `first_update` on, for `train`."""

@@ -122,7 +122,7 @@ def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
 
 
 def build_model(model: keras.Model, element_spec: Any) -> LossTerms:
-    """Create what Keras creates on the first batch, without drawing one from the data.
+    """Create the variables that Keras creates on the first batch, without drawing one from the data.
 
     Args:
         model: compiled.

@@ -52,7 +52,7 @@ def summary(compiled: float, total: float, own: float, size: float, n: float) ->
 
 
 def _units(masks: list[Tensor | None], weight: Any, size: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what Keras's loss is divided by, the sum of weights, and that without a mask; all in units of examples."""
+    """Return the divisor of Keras's loss, the sum of weights, and that sum without a mask; all in units of examples."""
     if keras.tree.is_nested(weight):  # each output has its own sum; the loss stays on the scale of Keras's
         return size, size, size
     n = size if weight is None else size * ops.mean(ops.cast(weight, dtype))

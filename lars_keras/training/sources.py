@@ -38,7 +38,7 @@ def training_data(
     shuffle: bool = True,
     seed: int = 0,
 ) -> Data:
-    """Return what `Trainer.fit` takes as data for training.
+    """Return the data of `Trainer.fit` in the form that engines take for training.
 
     Args:
         x: as for `Trainer.fit`, as are `y`, `sample_weight`, `class_weight`, `shuffle` and `seed`.
@@ -77,7 +77,7 @@ def training_data(
 def scoring_data(
     x: Any, y: Any = None, sample_weight: Any = None, *, batch_size: int = 1, hosts: int = 1, once: bool = False
 ) -> Data:
-    """Return what `Trainer.evaluate` takes as data for evaluation.
+    """Return the data of `Trainer.evaluate` in the form that engines take for evaluation.
 
     Args:
         x: as for `Trainer.evaluate`, as are `y` and `sample_weight`.
@@ -118,7 +118,7 @@ def scoring_data(
 
 
 def validation_data_of(data: Any, *, batch_size: int, hosts: int = 1) -> Data:
-    """Return what `scoring_data` does for the argument `validation_data`: `(x, y)` and `(x, y, sample_weight)`, too."""
+    """Return `scoring_data` of the argument `validation_data`; `(x, y)` and `(x, y, sample_weight)` are taken, too."""
     separate = isinstance(data, tuple) or (isinstance(data, list) and any(map(is_array, data)))
     parts = data if separate else (data,)
     if not 1 <= len(parts) <= 3:

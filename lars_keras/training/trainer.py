@@ -360,7 +360,7 @@ class Trainer:
             return self._current.running().snapshot(), position
 
     def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
-        """Restore what `snapshot` returned; the next `fit` goes on from there.
+        """Restore a snapshot; the next `fit` goes on from there.
 
         Args:
             arrays: from `snapshot`.

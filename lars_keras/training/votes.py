@@ -43,7 +43,7 @@ def hold_vote(
 
 
 def take_agreed(voter: Voter, cluster: Cluster, update: int, logs: Mapping[str, float] | None = None) -> bool:
-    """Return once what the last vote decided. Without a vote, as in `model.fit`, hold one for this voter alone."""
+    """Return the decision of the last vote, once. Without a vote, as in `model.fit`, hold one for this voter alone."""
     if voter.agreed is None:
         hold_vote(cluster, [voter], update, logs or {})
     agreed, voter.agreed = voter.agreed, None

@@ -113,7 +113,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def main() -> None:
-    """Measure what is asked for, and put it in the place of what the file held of the same comparisons."""
+    """Run the measurements that are asked for, and replace those of the same comparisons in the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("comparisons", nargs="*", metavar="NAME", help="of results/compare_NAME.json")
     parser.add_argument("--data_dir")

@@ -393,7 +393,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure what the arguments ask for."""
+    """Run the measurement that the arguments ask for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default="alexnet,resnet50")
     parser.add_argument("--dtypes", default="float32,bfloat16")

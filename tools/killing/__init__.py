@@ -1,1 +1,1 @@
-"""Runs of train.py that are killed: their processes, the moments, and the look at what they leave."""
+"""Runs of train.py that are killed: their processes, the moments, and the check of their files."""

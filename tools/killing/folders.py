@@ -60,7 +60,7 @@ def difference(a: tuple[Arrays, Log], b: tuple[Arrays, Log]) -> float:
 
 
 def examine(run_dir: Path, before: dict[str, Any]) -> dict[str, Any]:
-    """Check what a run has left when it was killed or ended, and return it.
+    """Check the files of a run that was killed or has ended, and return their contents.
 
     Args:
         run_dir: its folder.
@@ -97,7 +97,7 @@ def examine(run_dir: Path, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def seen(run_dir: Path, trains: bool, started: float, steps: int) -> str:
-    """Return what a run was doing when it was killed, by what it has left.
+    """Return the activity in which a run was killed, judged by its files.
 
     Args:
         run_dir: its folder.

@@ -144,7 +144,7 @@ class Job:
         return any(PLAN in self.output(i) for i in range(len(self._outputs)))
 
     def output(self, process: int) -> str:
-        """Return what a process has printed."""
+        """Return the output of a process."""
         if self._printed:
             return self._printed[process]
         descriptor = self._outputs[process].fileno()

@@ -69,7 +69,7 @@ class JaxEngine:
 
     @classmethod
     def check(cls, model: keras.Model, cluster: JaxCluster, options: EngineOptions) -> None:
-        """Raise ValueError for what this engine cannot do, before anything is built."""
+        """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
         check_accumulation(model.optimizer)
         if not options.jit_compile:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
@@ -249,7 +249,7 @@ class JaxEngine:
         return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
 
     def _score(self, weights: list[Tensor], metrics: list[Tensor], batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Score a batch over all devices; return the metrics' variables after it, and what `score_batch` returns."""
+        """Score a batch over all devices; return the metrics' variables after it, and the result of `score_batch`."""
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         variables = [v for v, _ in self._model_state()] + self.step.variables["metrics"]
         mapping = list(zip(variables, [*weights, *metrics], strict=True))

@@ -297,7 +297,7 @@ class JaxStep:
         index: Tensor,
         scale: Tensor,
     ) -> tuple[Any, list[Tensor], list[Tensor]]:
-        """Return what a ghost batch adds to `(gradients, (batch_stats, loss, squares, valid))`, metrics, rng_state."""
+        """Return a ghost batch's part of `(gradients, (batch_stats, loss, squares, valid))`, metrics, rng_state."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         ghosts = self.devices * self.accumulation_steps
 

@@ -57,7 +57,7 @@ class TensorFlowEngine:
 
     @classmethod
     def check(cls, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions) -> None:
-        """Raise ValueError for what this engine cannot do, before anything is built."""
+        """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
         check_accumulation(model.optimizer)
         check_rule(model.optimizer)
         if options.reduce_dtype != "float32":
@@ -205,7 +205,7 @@ class TensorFlowEngine:
             self._scored.assign_add(tf.stack([tf.cast(s, tf.float64) for s in scores]))
 
     def _results(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the metrics and the sums of what `score_batch` returned since the start of the evaluation."""
+        """Return the metrics, and the summed results of `score_batch` since the start of the evaluation."""
 
         def sums() -> Tensor:
             local = tf.identity(self._scored)

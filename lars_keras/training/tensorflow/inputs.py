@@ -63,7 +63,7 @@ def pads(strategy: tf.distribute.Strategy) -> bool:
 def numpy_training_batches(
     data: Data, context: InputContext, microbatch_size: int, accumulation_steps: int, first_update: int
 ) -> Iterator[Batch]:
-    """Return what `lars_keras.training.inputs.training_batches` does, of a `tf.data.Dataset`."""
+    """Return the batches of `lars_keras.training.inputs.training_batches` for a `tf.data.Dataset`."""
     ghosts = ghost_batches(data, context, microbatch_size, accumulation_steps, first_update).as_numpy_iterator()
     while True:
         with errors_of_data():
@@ -74,7 +74,7 @@ def numpy_training_batches(
 
 
 def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
-    """Return what `lars_keras.training.inputs.scoring_batches` does, of a `tf.data.Dataset`."""
+    """Return the batches of `lars_keras.training.inputs.scoring_batches` for a `tf.data.Dataset`."""
     if context.num_input_pipelines > 1:
         yield from map(arrays_of, scoring_examples(data, context, batch_size).as_numpy_iterator())
         return
@@ -227,7 +227,7 @@ def errors_of_data() -> Iterator[None]:
 
 
 def _finite(batches: Any) -> tf.data.Dataset:
-    """Return what `as_dataset` does, of data that are not known to be endless."""
+    """Return the result of `as_dataset` for data that are not known to be endless."""
     if isinstance(batches, tf.data.Dataset):
         refuse_endless(int(batches.cardinality()) == tf.data.INFINITE_CARDINALITY)
     return as_dataset(batches)

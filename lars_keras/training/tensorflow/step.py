@@ -73,7 +73,7 @@ class TensorFlowStep:
         return [tf.maximum(total, value) if o else total + value for total, value, o in triples], rng_state
 
     def ghost_sums(self, data: Any, i: Tensor) -> Sums:
-        """Return what this replica's ghost batch of micro-batch `i` adds to the sums."""
+        """Return the terms that this replica's ghost batch of micro-batch `i` adds to the sums."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         index = i * self.replicas + tf.cast(replica, tf.int32)
