@@ -1,4 +1,4 @@
-"""Which variables are adapted and which are decayed: regular expressions, resolved once per model."""
+"""Select the variables that are adapted and decayed, by regular expressions, once per model."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Turns train.py's flags into arguments of `lars_keras.pod.check`: a function that returns the model, and a batch."""
+"""Turn train.py's flags into arguments of `lars_keras.pod.check`: a function that returns the model, and a batch."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Reads a compiled program: memory, operations, bytes, collectives."""
+"""Read a compiled program: memory, operations, bytes, collectives."""
 
 import dataclasses
 import math

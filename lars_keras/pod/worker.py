@@ -1,4 +1,4 @@
-"""Answers a request of `lars_keras.pod.check`: makes the model, compiles its update, reads the programs.
+"""Answer a request of `lars_keras.pod.check`: make the model, compile its update, read the programs.
 
 KERAS_BACKEND=jax python -m lars_keras.pod.worker REQUEST ANSWER
 """

@@ -1,4 +1,4 @@
-"""Proposes settings for larger batches from a run that measured its noise scale.
+"""Propose settings for larger batches from a run that measured its noise scale.
 
     python -m lars_keras.report.batch_size RUN_DIR 1024 4096 16384
 

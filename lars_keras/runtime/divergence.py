@@ -1,4 +1,4 @@
-"""Stops a run that no later update can repair."""
+"""Stop a run that no later update can repair."""
 
 import collections
 import math

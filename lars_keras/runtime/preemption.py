@@ -1,4 +1,4 @@
-"""Stops a run in an orderly way before its machine is taken away."""
+"""Stop a run in an orderly way before its machine is taken away."""
 
 import os
 import signal

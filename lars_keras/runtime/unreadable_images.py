@@ -1,4 +1,4 @@
-"""Stops a run whose data set has too many unreadable images."""
+"""Stop a run whose data set has too many unreadable images."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -20,7 +20,7 @@ State = list[np.ndarray]
 
 
 class MetricTerms:
-    """Which metrics of a built model depend on how a batch was split.
+    """The metrics of a built model whose values depend on how a batch was split.
 
     Args:
         model: compiled and built.

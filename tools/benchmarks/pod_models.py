@@ -1,4 +1,4 @@
-"""Checks models that are not this project's for slices of v5e: the table of docs/pod.md.
+"""Check models of other projects for slices of v5e: the table of docs/pod.md.
 
     KERAS_BACKEND=jax python -m tools.benchmarks.pod_models --out=results/pod_models.json
 

@@ -1,4 +1,4 @@
-"""Compiles the JAX update of two networks for slices of growing size: the figures of docs/pod.md.
+"""Compile the JAX update of two networks for slices of growing size: the figures of docs/pod.md.
 
     KERAS_BACKEND=jax python -m tools.benchmarks.pod_scaling --out=results/pod_scaling.json --plot=docs/pod_scaling.svg
 

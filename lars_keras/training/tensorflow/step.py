@@ -19,7 +19,7 @@ from lars_keras.training.tensorflow.update import apply_update
 
 Tensor = Any
 Sums: TypeAlias = tuple[list[Tensor], list[Tensor]]
-"""The sums over micro-batches of gradients, moving statistics, loss, what is measured, and valid entries; and the state
+"""The sums over micro-batches of gradients, moving statistics, loss, measures, and valid entries; and the state
 of the random numbers."""
 
 
