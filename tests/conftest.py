@@ -25,7 +25,7 @@ from tests.prepared import SESSION_FOLDER  # noqa: E402
 TPU_BUILD = any(d.name.replace("_", "-") == "tensorflow-tpu" for d in importlib.metadata.distributions())
 
 # Each starts processes and waits for them: at the end, a worker alone would wait.
-LONGEST = ("tests/jax/test_on_jax.py", "tests/tools/test_comparison.py::CommandTest", "tests/pod/test_check.py")
+LONGEST = ("tests/jax/test_on_jax.py", "tests/pod/test_check.py")
 
 
 def pytest_configure(config):

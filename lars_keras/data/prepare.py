@@ -152,13 +152,17 @@ def _without_progress() -> Iterator[None]:
         tfds.display_progress_bar(True)
 
 
+def _prepare(options: argparse.Namespace) -> None:
+    prepare(options.dataset, options.data_dir, manual_dir=options.manual_dir, file_format=options.file_format)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return the exit code: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m lars_keras.data.prepare", description="Prepare a data set, once.")
     names = (*PREPARED, "folder")
     parser.add_argument("-n", "--dataset", required=True, choices=names, help="name of the data set")
     parser.add_argument("-d", "--data_dir", help="folder of the prepared data sets (default: ~/tensorflow_datasets)")
-    parser.add_argument("-m", "--manual_dir", help="folder of the ImageNet archives")
+    parser.add_argument("-m", "--manual_dir", help="folder of the two ImageNet archives")
     parser.add_argument("-f", "--file_format", default="tfrecord", choices=("tfrecord", "array_record"))
     parser.add_argument(
         "-r",
@@ -170,18 +174,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--out_dir", help="folder for the resized images (default: DATA_DIR)")
     options = parser.parse_args(arguments)
     try:
+        if options.dataset == "folder" and options.manual_dir:
+            raise ValueError(f"`manual_dir` is for imagenet2012. Received: manual_dir={options.manual_dir}")
         if options.resize:
+            if options.manual_dir and not prepared_dir(data_root(options.data_dir), options.dataset):
+                _prepare(options)
             folder = prepare_resized(options.dataset, options.data_dir, options.resize, options.out_dir)
             print(f"{options.dataset} is stored as {options.resize} in {folder}.")
             return 0
         if options.dataset == "folder":
             raise ValueError("A folder of images needs no preparation but `resize`. Received: no `resize`")
-        prepare(
-            options.dataset,
-            options.data_dir,
-            manual_dir=options.manual_dir,
-            file_format=options.file_format,
-        )
+        _prepare(options)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

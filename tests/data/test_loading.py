@@ -43,9 +43,15 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
     def test_prepare_without_the_archives(self):
         root = self.get_temp_dir()
         with contextlib.redirect_stderr(io.StringIO()) as errors:
-            code = main(["--dataset=imagenet2012", f"--data_dir={root}"])
-        self.assertEqual(code, 2)
+            self.assertEqual(main(["--dataset=imagenet2012", f"--data_dir={root}"]), 2)
         self.assertRegex(errors.getvalue(), "ILSVRC2012_img_train.tar does not exist. Set `manual_dir`")
+        with contextlib.redirect_stderr(io.StringIO()) as errors:  # prepared before its images are stored
+            arguments = ["--dataset=imagenet2012", f"--data_dir={root}", "--resize=crop24", f"--manual_dir={root}/tars"]
+            self.assertEqual(main(arguments), 2)
+        self.assertRegex(errors.getvalue(), "tars/ILSVRC2012_img_train.tar does not exist. Set `manual_dir`")
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            self.assertEqual(main(["--dataset=folder", "--data_dir=images", "--manual_dir=tars", "--resize=crop24"]), 2)
+        self.assertRegex(errors.getvalue(), "`manual_dir` is for imagenet2012. Received: manual_dir=tars")
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit) as caught:
             main(["--dataset=mnist"])
         self.assertEqual(caught.exception.code, 2)

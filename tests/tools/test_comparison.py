@@ -13,6 +13,7 @@ import sys
 import tempfile
 import unittest.mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 import flags
@@ -310,6 +311,7 @@ class CommandTest(parameterized.TestCase):
             self.assertIn("--out is in use by", err.getvalue())
             self.assertEqual(sorted(os.listdir(folder)), before)
 
+    @pytest.mark.slow  # four imports of TensorFlow; each part has a test above, the replay in test_search.py
     def test_stopped_and_resumed(self):
         """Two short runs, one before a signal to a process of its own and one after, in this process."""
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT):
