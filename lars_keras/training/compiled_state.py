@@ -57,11 +57,16 @@ class CompiledState:
 
 
 def check_optimizer(model: keras.Model) -> None:
-    """Refuse an optimizer that was built for other variables than a built model trains now.
+    """Refuse a built model without trainable variables, or with others than its optimizer was built for.
 
     Raises:
-        ValueError: if it was.
+        ValueError: if it is one.
     """
+    if not model.trainable_variables:
+        raise ValueError(
+            "The model has no trainable variables, so there is nothing to train. Set `trainable = True` on some of its "
+            f"layers, and call `model.compile` again. Received: model of name {model.name}"
+        )
     optimizer = inner_optimizer(model.optimizer)
     known = optimized_variables(optimizer)
     if not _same(known, model.trainable_variables):

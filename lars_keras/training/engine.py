@@ -117,12 +117,18 @@ class Engine(Protocol):
         """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
 
 
-def check_accumulation(optimizer: keras.optimizers.Optimizer) -> None:
-    """Refuse `gradient_accumulation_steps`, which has no meaning on either engine.
+def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Refuse `gradient_accumulation_steps` and `MultiOptimizer`, which have no meaning on either engine.
 
     Raises:
-        ValueError: if the optimizer has them.
+        ValueError: if the optimizer is one or has them.
     """
+    multi = getattr(keras.optimizers, "MultiOptimizer", None)  # not in Keras 3.10
+    if multi is not None and isinstance(inner_optimizer(optimizer), multi):
+        raise ValueError(
+            "`Trainer` needs an optimizer with one learning rate. Give rates of their own to variables that are not "
+            "adapted by `excluded_lr_scale`, or train with `model.fit`. Received: an optimizer of type MultiOptimizer"
+        )
     steps = inner_optimizer(optimizer).gradient_accumulation_steps
     if steps:
         raise ValueError(

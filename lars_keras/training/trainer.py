@@ -165,7 +165,7 @@ class Trainer:
         steps_per_epoch: float | None = None,
         validation_data: Any = None,
         validation_freq: int | Sequence[int] = 1,
-        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        callbacks: keras.callbacks.Callback | Sequence[keras.callbacks.Callback] | None = None,
         verbose: int | str = 1,
         shuffle: bool = True,
         class_weight: Mapping[int, float] | None = None,
@@ -190,8 +190,8 @@ class Trainer:
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or `x` as for `evaluate`; scored at the end of epochs.
             validation_freq: epochs between evaluations, or the epochs, from 1, to evaluate. The end of the run is
                 always evaluated.
-            callbacks: Keras callbacks. `on_train_batch_end(batch, logs)` gets the index of the last update of the
-                whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
+            callbacks: Keras callbacks, or one. `on_train_batch_end(batch, logs)` gets the index of the last update of
+                the whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
                 they are evaluated; `last` is True if no update follows. In `on_epoch_end` the model has the EMA
@@ -207,8 +207,8 @@ class Trainer:
 
         Raises:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
-                data that `evaluate` will refuse to score; if the loss does not depend on a trainable variable; if
-                layers were frozen, unfrozen, added or removed without another `model.compile`.
+                data that `evaluate` will refuse to score; if no variable is trainable, or the loss does not depend on
+                one that is; if layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
         validated = epochs_to_validate(validation_freq)
         if validation_data is not None:
@@ -235,7 +235,7 @@ class Trainer:
             logging.warning("The saved run had its examples in another order; the resumed one does not go on exactly.")
         position.order = order
         callback_list = keras.callbacks.CallbackList(
-            [*(callbacks or ()), *([keras.callbacks.ProgbarLogger()] if verbose else [])],
+            [*keras.tree.flatten(callbacks or ()), *([keras.callbacks.ProgbarLogger()] if verbose else [])],
             add_history=True,
             model=self.model,
             epochs=len(ends),

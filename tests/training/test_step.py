@@ -407,6 +407,29 @@ class ArgumentsTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, "microbatch_size"):
             cases.trained(cases.linear, lambda: LARS(gradient_accumulation_steps=2))
 
+    @parameterized.parameters(False, True)
+    def test_several_rates_are_refused(self, scaled):
+        multi = getattr(keras.optimizers, "MultiOptimizer", None)
+        if multi is None:
+            self.skipTest("this Keras has no MultiOptimizer")
+        model, rule = cases.linear(), multi(lambda variable: LARS(0.1))
+        model.compile(keras.optimizers.LossScaleOptimizer(rule) if scaled else rule, "mse")
+        with self.assertRaisesRegex(ValueError, "one learning rate.*MultiOptimizer"):
+            Trainer(model, batch_size=64)
+
+    def test_nothing_to_train(self):
+        model = cases.linear()
+        model.trainable = False
+        model.compile(LARS(), "mse")
+        with self.assertRaisesRegex(ValueError, "no trainable variables.*Received: model of name"):
+            Trainer(model, batch_size=64).fit(*cases.examples(1), verbose=0)
+
+    def test_one_callback(self):
+        model, callback = cases.linear(), keras.callbacks.Callback()
+        model.compile("sgd", "mse")
+        Trainer(model, batch_size=64).fit(*cases.examples(1), epochs=0, callbacks=callback, verbose=0)
+        self.assertIs(callback.model, model)
+
     def test_unused_variable_is_named(self):
         def make_model():
             x = keras.Input((cases.FEATURES,))

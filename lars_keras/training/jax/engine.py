@@ -13,7 +13,7 @@ from lars_keras._keras_internals import backend_value, set_backend_value
 from lars_keras.files import atomic_path
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
-from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
+from lars_keras.training.engine import EngineOptions, StepResult, check_optimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data, InputContext
 from lars_keras.training.jax.cluster import JaxCluster
@@ -70,7 +70,7 @@ class JaxEngine:
     @classmethod
     def check(cls, model: keras.Model, cluster: JaxCluster, options: EngineOptions) -> None:
         """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
-        check_accumulation(model.optimizer)
+        check_optimizer(model.optimizer)
         if not options.jit_compile:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
         if options.layer_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from lars_keras._keras_internals import layers_of, supports_jit
 from lars_keras.compiled import has_accelerator
 from lars_keras.files import atomic_path
-from lars_keras.training.engine import EngineOptions, StepResult, check_accumulation
+from lars_keras.training.engine import EngineOptions, StepResult, check_optimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
@@ -58,7 +58,7 @@ class TensorFlowEngine:
     @classmethod
     def check(cls, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions) -> None:
         """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
-        check_accumulation(model.optimizer)
+        check_optimizer(model.optimizer)
         check_rule(model.optimizer)
         if options.reduce_dtype != "float32":
             raise ValueError(

@@ -24,8 +24,8 @@ def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
     replaced = [name for name in keras_internals.APPLY_PARTS if getattr(own, name) is not getattr(base, name)]
     if replaced and not issubclass(own, LayerwiseOptimizer):
         raise ValueError(
-            f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it has a "
-            f"{', '.join(replaced)} of its own. On JAX it can."
+            f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it "
+            f"replaces {', '.join(replaced)}. On JAX it can."
         )
 
 
