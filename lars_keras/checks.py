@@ -56,3 +56,8 @@ def check_count(argument: str, value: Any, at_least: int = 0) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or number < at_least:
         raise ValueError(f"`{argument}` must be a whole number of at least {at_least}. Received: {argument}={value!r}")
     return number
+
+
+def as_flag(argument: str, value: Any) -> bool:
+    """Return `value` as a bool; `argument` is its name, as in the checks."""
+    return bool(value)

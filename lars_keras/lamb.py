@@ -1,5 +1,6 @@
 """Layer-wise adaptive moments for large batches (LAMB)."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lars_keras.checks import check_number
+from lars_keras.checks import as_flag, check_number
 from lars_keras.compiled import recomputed, rounded
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.layerwise import LayerwiseOptimizer
@@ -53,7 +54,13 @@ class LAMB(LayerwiseOptimizer):
     """
 
     slots = ("momentum", "velocity")
-    hyperparameters = ("beta_1", "beta_2", "epsilon", "bias_correction", "trust_clip")
+    hyperparameters = {
+        "beta_1": functools.partial(check_number, below=1.0),
+        "beta_2": functools.partial(check_number, below=1.0),
+        "epsilon": check_number,
+        "bias_correction": as_flag,
+        "trust_clip": as_flag,
+    }
 
     def __init__(
         self,
@@ -81,11 +88,11 @@ class LAMB(LayerwiseOptimizer):
             name=name,
             **kwargs,
         )
-        self.beta_1 = check_number("beta_1", beta_1, below=1.0)
-        self.beta_2 = check_number("beta_2", beta_2, below=1.0)
-        self.epsilon = check_number("epsilon", epsilon)
-        self.bias_correction = bool(bias_correction)
-        self.trust_clip = bool(trust_clip)
+        self.beta_1 = beta_1
+        self.beta_2 = beta_2
+        self.epsilon = epsilon
+        self.bias_correction = bias_correction
+        self.trust_clip = trust_clip
 
     def rule(
         self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole

@@ -1,18 +1,25 @@
 """Layer-wise adaptive rate scaling (LARS)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from lars_keras.checks import check_number
+from lars_keras.checks import as_flag, check_number
 from lars_keras.compiled import rounded
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.layerwise import LayerwiseOptimizer
 from lars_keras.trust_ratio import Tensor, l2_norm, trust_ratio
 
 VARIANTS = ("paper", "norm_of_sum", "lr_outside_momentum", "ratio_on_momentum")
+
+
+def _check_variant(argument: str, value: Any) -> str:
+    if value not in VARIANTS:
+        raise ValueError(f"`{argument}` must be one of {VARIANTS}. Received: {argument}={value!r}")
+    return value
 
 
 @keras.saving.register_keras_serializable(package="lars_keras")
@@ -61,7 +68,14 @@ class LARS(LayerwiseOptimizer):
     """
 
     slots = ("momentum",)
-    hyperparameters = ("momentum", "nesterov", "trust_coefficient", "epsilon", "variant", "trust_clip")
+    hyperparameters = {
+        "momentum": functools.partial(check_number, below=1.0),
+        "nesterov": as_flag,
+        "trust_coefficient": functools.partial(check_number, above=0.0),
+        "epsilon": check_number,
+        "variant": _check_variant,
+        "trust_clip": as_flag,
+    }
 
     def __init__(
         self,
@@ -80,12 +94,6 @@ class LARS(LayerwiseOptimizer):
         name: str | None = None,
         **kwargs: Any,
     ):
-        if variant not in VARIANTS:
-            raise ValueError(f"`variant` must be one of {VARIANTS}. Received: variant={variant!r}")
-        if nesterov and variant == "ratio_on_momentum":
-            raise ValueError(
-                'Nesterov momentum is not defined for variant="ratio_on_momentum". Received: nesterov=True'
-            )
         super().__init__(
             learning_rate,
             weight_decay,
@@ -96,12 +104,13 @@ class LARS(LayerwiseOptimizer):
             name=name,
             **kwargs,
         )
-        self.momentum = check_number("momentum", momentum, below=1.0)
-        self.nesterov = bool(nesterov)
-        self.trust_coefficient = check_number("trust_coefficient", trust_coefficient, above=0.0)
-        self.epsilon = check_number("epsilon", epsilon)
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.trust_coefficient = trust_coefficient
+        self.epsilon = epsilon
         self.variant = variant
-        self.trust_clip = bool(trust_clip)
+        self.trust_clip = trust_clip
+        self._check_nesterov()
 
     def rule(
         self, w: Tensor, g: Tensor, slots: Sequence[Tensor], lr: Tensor, t: Tensor, role: VariableRole
@@ -112,6 +121,7 @@ class LARS(LayerwiseOptimizer):
         d = g + b * w
 
         if self.variant == "ratio_on_momentum":
+            self._check_nesterov()  # either may have been set since
             v = rounded(m * v + d, role.dtype)
             ratio = self._ratio(w, v, 0.0, lr, role)
             return w - lr * ratio * v, (v,), ratio
@@ -129,6 +139,12 @@ class LARS(LayerwiseOptimizer):
         step = lr * ratio * d
         v = rounded(m * v + step, role.dtype)
         return w - (m * v + step if self.nesterov else v), (v,), ratio
+
+    def _check_nesterov(self) -> None:
+        if self.nesterov and self.variant == "ratio_on_momentum":
+            raise ValueError(
+                'Nesterov momentum is not defined for variant="ratio_on_momentum". Received: nesterov=True'
+            )
 
     def _ratio(self, w: Tensor, x: Tensor, b: float, lr: Tensor, role: VariableRole) -> Tensor:
         if not role.adapt:

@@ -5,7 +5,7 @@ import contextlib
 import contextvars
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -39,8 +39,9 @@ def measuring() -> Iterator[list[Tensor]]:
 class LayerwiseOptimizer(WholeUpdateOptimizer):
     """Base of optimizers that scale the step of each variable by a ratio of norms over that variable.
 
-    A subclass names its `slots` and `hyperparameters` and states its `rule`, which is called for one variable, in
-    float32 (float64 for float64 variables) whatever the variable's dtype. What is stored has the variable's dtype.
+    A subclass names its `slots`, its `hyperparameters` with the check of each, and states its `rule`. That is called
+    for one variable, in float32 (float64 for float64 variables) whatever the variable's dtype. What is stored has the
+    variable's dtype.
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
@@ -53,7 +54,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     """
 
     slots: tuple[str, ...]
-    hyperparameters: tuple[str, ...]
+    hyperparameters: dict[str, Callable[[str, Any], Any]]
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     ):
         super().__init__(
             learning_rate=_check_learning_rate(learning_rate),
-            weight_decay=check_number("weight_decay", weight_decay),
+            weight_decay=weight_decay,
             **kwargs,
         )
         self._peak_rate = _peak_of(learning_rate)
-        self.excluded_lr_scale = check_number("excluded_lr_scale", excluded_lr_scale)
+        self.excluded_lr_scale = excluded_lr_scale
         self._patterns: dict[str, Any] = {
             "exclude": check_patterns("exclude", exclude) or (),
             "exclude_from_layer_adaptation": check_patterns(
@@ -211,11 +212,13 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             f"Received: var_list={var_list}, var_names={var_names}"
         )
 
-    def _constants(self) -> tuple[str, ...]:
-        return ("weight_decay", "excluded_lr_scale", *self.hyperparameters)
+    def _constants(self) -> dict[str, Callable[[str, Any], Any]]:
+        return {"weight_decay": check_number, "excluded_lr_scale": check_number, **self.hyperparameters}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        old = getattr(self, name, value) if name in self._constants() else value
+        check = self._constants().get(name)
+        value = check(name, value) if check else value
+        old = getattr(self, name, value) if check else value
         super().__setattr__(name, value)
         if old != value and getattr(self, "_is_traced", False):
             warnings.warn(

@@ -76,6 +76,26 @@ class HyperparametersTest(parameterized.TestCase):
         self.assertLess(cases.relative_error(found, expected), 1e-6)
         self.assertGreater(cases.relative_error(found, ignored), 1e-5)
 
+    @parameterized.parameters(
+        (LARS, {"momentum": 1.0}),
+        (LARS, {"variant": "norm-of-sum"}),
+        (LARS, {"weight_decay": None}),
+        (LARS, {"excluded_lr_scale": -1.0}),
+        (LAMB, {"beta_2": 1.5}),
+    )
+    def test_set_to_what_the_constructor_refuses(self, optimizer_class, argument):
+        optimizer = optimizer_class()
+        (name, value), *_ = argument.items()
+        with self.assertRaisesRegex(ValueError, f"`{name}` must be .*Received: {name}="):
+            setattr(optimizer, name, value)
+        self.assertEqual(optimizer.get_config()[name], optimizer_class().get_config()[name])
+
+    def test_nesterov_set_where_it_is_not_defined(self):
+        optimizer = LARS(0.1, variant="ratio_on_momentum")
+        optimizer.nesterov = True
+        with self.assertRaisesRegex(ValueError, "Nesterov momentum is not defined"):
+            optimizer.apply([keras.ops.convert_to_tensor(GRADIENT)], [keras.Variable(np.ones((1, 2)), name="kernel")])
+
     def test_rate_of_excluded_variables_set_after_an_update(self):
         bias, optimizer = keras.Variable(np.float32([1.0]), name="bias"), LARS(1.0, momentum=0.0)
         for scale in (1.0, 0.25):
