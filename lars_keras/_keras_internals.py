@@ -6,7 +6,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -21,9 +21,29 @@ APPLY_PARTS = ("apply", "_backend_apply_gradients", "_backend_update_step", "_ap
 class WholeUpdateOptimizer(keras.optimizers.Optimizer):
     """Base of optimizers that update all variables at once and decay the weights within their own rule."""
 
+    def prepared(self, gradient: Tensor, variable: Any) -> Tensor:
+        """Return the gradient of a variable as Keras is to unscale, accumulate, clip and reduce it."""
+        return gradient
+
+    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Update the variables, those that the optimizer was built for by default. None is no gradient."""
+        variables = None if trainable_variables is None else list(trainable_variables)
+        grads, known = list(grads), self._trainable_variables if variables is None else variables
+        if len(grads) == len(known):  # else Keras says so
+            grads = [g if g is None else self.prepared(g, v) for g, v in zip(grads, known, strict=True)]
+        super().apply(grads, variables)
+
     def update_variables(self, gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Tensor) -> None:
         """Update all `variables` with reduced and clipped `gradients`, one by one unless a subclass overrides this."""
         super()._backend_update_step(gradients, variables, learning_rate)
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Tensor], grads: Sequence[Tensor], trainable_variables: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the new weights and optimizer variables. Without weights there was nothing to build, or to update."""
+        if not self.built and not trainable_variables:
+            return [], list(optimizer_variables)
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
         self.update_variables(grads, trainable_variables, learning_rate)

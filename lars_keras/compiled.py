@@ -139,11 +139,11 @@ class CompiledUpdate:
         return CompiledUpdate(copy.deepcopy(self._step, memo))  # the copy has other variables, so other programs
 
 
-def _local(variable: keras.Variable) -> Any:
+def _local(variable: Any) -> Any:
     """Return the TensorFlow variable that this replica of a strategy owns."""
     import tensorflow as tf
 
-    value = getattr(variable, "value", variable)
+    value = variable.value if isinstance(variable, keras.Variable) else variable  # a `tf.Variable` has a method `value`
     if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
         return value
     local = tf.distribute.get_strategy().experimental_local_results(value)
@@ -152,7 +152,7 @@ def _local(variable: keras.Variable) -> Any:
 
 
 def _can_compile(gradients: Sequence[Tensor], variables: Sequence[Any]) -> bool:
-    """Return False for sparse gradients, variables on several devices, or where a TPU compiles everything already."""
+    """Return False for gradients that are no tensors, variables on several devices, or a TPU, which compiles anyway."""
     import tensorflow as tf
 
     return (

@@ -104,10 +104,11 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         """Create the slots of each variable and resolve the exclusions. Without variables there is nothing to build.
 
         Raises:
-            ValueError: if a pattern given by the user matches no variable.
+            ValueError: if a pattern given by the user matches no variable; if a variable is complex.
         """
         if self.built or not variables:  # Keras builds with none when it loads a legacy .h5 file
             return
+        _check_dtypes(variables)
         roles = resolve_roles(variables, **self._patterns, saved=self._matches)
         self._roles = [
             dataclasses.replace(role, adapt=False, decay=False, lr_scale=0.0) if is_overwritten(v) else role
@@ -175,7 +176,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         measure: bool,
     ) -> list[Tensor]:
         dtype = "float64" if keras.backend.standardize_dtype(variable.dtype) == "float64" else "float32"
-        w, g = ops.cast(variable, dtype), ops.cast(_dense(gradient, variable), dtype)
+        w, g = ops.cast(variable, dtype), ops.cast(gradient, dtype)
         lr, t = (ops.cast(x, dtype) for x in scalars)
         lr = lr * self._lr_scale(role)
         new, new_slots, ratio = self.rule(w, g, [ops.cast(s, dtype) for s in slots], lr, t, role)
@@ -188,6 +189,21 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     def _lr_scale(self, role: VariableRole) -> float:
         return 1.0 if role.adapt else role.lr_scale * self.excluded_lr_scale
+
+    def prepared(self, gradient: Tensor, variable: Any) -> Tensor:
+        """Make a sparse gradient dense, TensorFlow's of an Embedding or JAX's BCOO.
+
+        Momentum and decay move every row anyway. The sum adds up repeated rows, which Keras's clipping would take for
+        rows of their own. It is one of float32 (or float64): in bfloat16 a sum of ones stays at 256.
+        """
+        of_jax = hasattr(gradient, "todense")
+        if not of_jax and not hasattr(gradient, "dense_shape"):
+            return gradient
+        dtype = keras.backend.standardize_dtype(gradient.dtype)
+        wide = "float64" if dtype == "float64" else "float32"
+        if of_jax:
+            return ops.cast(gradient.astype(wide).todense(), dtype)
+        return ops.cast(ops.add(ops.zeros(variable.shape, wide), ops.cast(gradient, wide)), dtype)
 
     # One program takes the place of a call of `update_step` for each variable. Under `tf.distribute`, Keras reduces the
     # gradients and comes back through `update_step`; `lars_keras.training` reduces them itself and calls `update`.
@@ -262,17 +278,13 @@ def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_l
         )
 
 
-def _dense(gradient: Tensor, variable: Any) -> Tensor:
-    """Make a sparse gradient dense, TensorFlow's of an Embedding or JAX's BCOO.
-
-    Momentum and decay move every row anyway. The sum adds up repeated rows, which a conversion or a norm over the
-    slices would not.
-    """
-    if hasattr(gradient, "todense"):
-        return gradient.todense()
-    if hasattr(gradient, "dense_shape"):
-        return ops.add(ops.zeros(variable.shape, gradient.dtype), gradient)
-    return gradient
+def _check_dtypes(variables: Sequence[Any]) -> None:
+    for v in variables:
+        if keras.backend.standardize_dtype(v.dtype).startswith("complex"):
+            raise ValueError(
+                "LARS and LAMB are for real variables: keep the real and the imaginary part in one each. Received: "
+                f"{getattr(v, 'path', v.name)} of dtype {keras.backend.standardize_dtype(v.dtype)}"
+            )
 
 
 def _check_learning_rate(value: Any) -> Any:

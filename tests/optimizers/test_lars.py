@@ -215,6 +215,36 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         """Rows that occur twice are added, and rows that do not occur move by momentum and decay."""
         self.check([cases.make_case(variant) for variant in cases.VARIANTS], mode, sparse=True)
 
+    @parameterized.parameters(
+        ({"clipnorm": 1.0}, "float32", 0.5),
+        ({"global_clipnorm": 1.0}, "float32", 0.5),
+        ({"clipvalue": 2.0}, "float32", 2.0),
+        ({"loss_scale_factor": 64.0}, "float32", 64.0),
+        ({}, "bfloat16", 4096.0),
+        ({}, "float16", 4096.0),
+    )
+    def test_rows_are_added_before_they_are_clipped(self, arguments, dtype, expected):
+        """A row of four ones that occurs 4096 times is one of 4096, whose norm is 8192; in bfloat16, 256 + 1 = 256."""
+        seen = []
+
+        class Recorder(LARS):
+            def update_variables(self, gradients, variables, learning_rate):
+                seen.extend(gradients)
+
+        table = keras.Variable(np.ones((3, 4)), dtype=dtype, name="table")
+        gradient = tf.IndexedSlices(tf.ones((4096, 4), dtype), tf.ones(4096, "int32"), tf.constant([3, 4]))
+        Recorder(1.0, **arguments).apply([gradient], [table])
+        self.assertAllClose(seen, [[[0.0] * 4, [expected] * 4, [0.0] * 4]], rtol=1e-5)
+
+    def test_variables_of_tensorflow(self):
+        """They take the same update, as one program, too."""
+        of_keras, of_tensorflow = keras.Variable([[3.0, 4.0]], name="kernel"), tf.Variable([[3.0, 4.0]], name="kernel")
+        for variable in (of_keras, of_tensorflow):
+            optimizer = LARS(2.0)
+            optimizer.apply_gradients([(tf.constant([[0.3, 0.4]]), variable)])
+            self.assertLen(optimizer._program._programs, 1)
+        self.assertAllEqual(of_keras, of_tensorflow)
+
     @parameterized.parameters("graph", "xla")
     def test_second_update_is_not_traced_again(self, mode):
         weights, gradients = cases.problem()

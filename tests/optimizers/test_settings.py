@@ -117,6 +117,21 @@ class HyperparametersTest(parameterized.TestCase):
         self.assertFalse(np.array_equal(before, keras.ops.convert_to_numpy(model.layers[0].kernel)))
 
 
+class VariablesTest(parameterized.TestCase):
+    @parameterized.parameters(LARS, LAMB)
+    def test_none(self, optimizer_class):
+        """As Keras's optimizers, they leave a model without trainable variables as it is."""
+        model = net(keras.layers.Dense(1, trainable=False))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The model does not have any trainable weights")
+            train(model, optimizer_class(0.1))
+        self.assertEqual(int(model.optimizer.iterations), 0)
+
+    def test_complex(self):
+        with self.assertRaisesRegex(ValueError, "real variables.*Received: phase of dtype complex64"):
+            LARS().build([keras.Variable(np.ones((2, 2), "complex64"), dtype="complex64", name="phase")])
+
+
 class NameTest(parameterized.TestCase):
     @parameterized.parameters(LARS, LAMB)
     def test_every_optimizer_has_a_name_of_its_own(self, optimizer_class):

@@ -120,6 +120,9 @@ class SparseTest(tf.test.TestCase, parameterized.TestCase):
     def test_embedding_of_lamb(self):
         self.check_embedding(LAMB)
 
+    def test_clipped_embedding(self):
+        self.check_embedding(lambda rate: LARS(rate, global_clipnorm=0.1))
+
     def check_embedding(self, optimizer):
         """`fit` and `Trainer` on tokens of which most rows of the table have none: TensorFlow's gradient is sparse."""
         rng = np.random.default_rng(0)
@@ -138,6 +141,17 @@ class SparseTest(tf.test.TestCase, parameterized.TestCase):
             self.assertGreater(np.abs(weights[-1][0] - before[0]).max(), 1e-6)
         for a, b in zip(*weights, strict=True):
             self.assertAllClose(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_rows_in_bfloat16(self):
+        """A row of 1,024 tokens has the sum of their gradients, of which bfloat16 would lose three quarters."""
+        if BACKEND == "jax":
+            self.skipTest("JAX's own gradient is dense, a sum in bfloat16")
+        model = keras.Sequential(
+            [keras.Input((64,), dtype="int32"), keras.layers.Embedding(3, 1, "zeros", dtype="bfloat16")]
+        )
+        trainer = Trainer(compiled(model, LARS(0.0)), batch_size=16, layer_norms=True)
+        trainer.fit(np.ones((16, 64), "int32"), np.ones((16, 64, 1), "float32"), verbose=0)
+        self.assertAllClose(trainer.layer_norms["gradient"], [[2.0]], rtol=0.01)
 
     @parameterized.parameters(LARS, LAMB)
     def test_bcoo(self, optimizer):

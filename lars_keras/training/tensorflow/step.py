@@ -87,9 +87,7 @@ class TensorFlowStep:
             variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
         squares = [self._gradient_squares(gradients)] * self._measure_noise
-        gradients, batch_stats = (
-            [tf.cast(s, sum_dtype(s.dtype.name)) for s in group] for group in (gradients, batch_stats)
-        )
+        batch_stats = [tf.cast(s, sum_dtype(s.dtype.name)) for s in batch_stats]
         loss = tf.cast(loss, self.forward.loss_dtype)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
             gradients, loss = self._weighted(gradients, valid), loss * tf.cast(valid, loss.dtype)
@@ -127,7 +125,8 @@ class TensorFlowStep:
                 "The loss does not depend on these trainable variables; set `trainable = False` on their layers: "
                 + ", ".join(missing)
             )
-        gradients = [tf.convert_to_tensor(g) for g in gradients]
+        # Rows of an embedding that come more than once are added here, so never in half precision.
+        gradients = [tf.convert_to_tensor(tf.cast(g, sum_dtype(g.dtype.name))) for g in gradients]
         batch_stats = [a / (self.replicas * self.accumulation_steps) for a in batch_stats]
         return gradients, batch_stats, rng_state, loss, y_pred, metrics, valid
 
