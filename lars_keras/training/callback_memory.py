@@ -14,6 +14,19 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
 }
 
 
+def check_callbacks(callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    """Refuse `BackupAndRestore`: it puts back the weights of an epoch, and leaves it to `model.fit` to skip the epochs.
+
+    Raises:
+        ValueError: if it is among the callbacks.
+    """
+    if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
+        raise ValueError(
+            "A run that `BackupAndRestore` has restored would take all of its epochs again. Save and resume it by "
+            "`lars_keras.runtime.recovery`: `CheckpointCallback` and `fit_with_recovery`. Received: BackupAndRestore"
+        )
+
+
 def memory_of(callbacks: Sequence[keras.callbacks.Callback]) -> dict[str, dict[str, Any]]:
     """Return the memory of the callbacks, by class and number within the class, as values that JSON can hold."""
     return {

@@ -16,7 +16,7 @@ from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
 from lars_keras.training.batch_data import GeneratorFeed
-from lars_keras.training.callback_memory import memory_of, restore_memory
+from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions
@@ -207,9 +207,12 @@ class Trainer:
 
         Raises:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
-                data that `evaluate` will refuse to score; if no variable is trainable, or the loss does not depend on
-                one that is; if layers were frozen, unfrozen, added or removed without another `model.compile`.
+                data that `evaluate` will refuse to score; if a callback is `BackupAndRestore`; if no variable is
+                trainable, or the loss does not depend on one that is; if layers were frozen, unfrozen, added or removed
+                without another `model.compile`.
         """
+        callbacks = keras.tree.flatten(callbacks or ())
+        check_callbacks(callbacks)
         validated = epochs_to_validate(validation_freq)
         if validation_data is not None:
             self._check_metrics()
@@ -235,7 +238,7 @@ class Trainer:
             logging.warning("The saved run had its examples in another order; the resumed one does not go on exactly.")
         position.order = order
         callback_list = keras.callbacks.CallbackList(
-            [*keras.tree.flatten(callbacks or ()), *([keras.callbacks.ProgbarLogger()] if verbose else [])],
+            [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
             add_history=True,
             model=self.model,
             epochs=len(ends),

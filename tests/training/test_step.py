@@ -429,6 +429,8 @@ class ArgumentsTest(parameterized.TestCase, tf.test.TestCase):
         model.compile("sgd", "mse")
         Trainer(model, batch_size=64).fit(*cases.examples(1), epochs=0, callbacks=callback, verbose=0)
         self.assertIs(callback.model, model)
+        with self.assertRaisesRegex(ValueError, "all of its epochs again.*Received: BackupAndRestore"):
+            Trainer(model, batch_size=64).fit(*cases.examples(1), callbacks=keras.callbacks.BackupAndRestore("backup"))
 
     def test_unused_variable_is_named(self):
         def make_model():
