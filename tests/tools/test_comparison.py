@@ -78,6 +78,12 @@ class JobTest(parameterized.TestCase):
                 for stage in ("short", "tuning", "seed"):
                     cell.job(0.0, stage).config(pathlib.Path("x"), own.validation_split)
 
+    def test_a_command_is_shown_without_the_folder_of_the_data(self):
+        for words in (["--data_dir=/home/me/data"], ["--data_dir", "/home/me/data"]):
+            self.assertEqual(
+                command.command_of(["/x/compare.py", *words, "--out=a"]), "python compare.py --data_dir=DIR --out=a"
+            )
+
     def test_without_tuning_a_recipe_keeps_its_rate(self):
         own = command.define()
         flags = ["--recipes=flags/recipes/demo.flags", "--optimizer=lars", "--optimizer=adam", "--tuning_runs=0"]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -162,7 +163,12 @@ class Comparison:
     plan: Sequence[str]
 
 
-def prepare(own: absl_flags.FlagValues, held: contextlib.ExitStack) -> Comparison:
+def command_of(argv: Sequence[str]) -> str:
+    """Return the command as results show it: without the folder of the data, which may tell a user's name."""
+    return re.sub(r"(--?data_dir)[= ]\S+", r"\1=DIR", " ".join(["python compare.py", *argv[1:]]))
+
+
+def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.ExitStack) -> Comparison:
     """Check the flags, prepare the data and read the results so far. `held` holds the folder for this process.
 
     Raises:
@@ -209,12 +215,12 @@ def prepare(own: absl_flags.FlagValues, held: contextlib.ExitStack) -> Compariso
     networks = " and ".join(dict.fromkeys(c.config.model for c in candidates))
     about: dict[str, Any] = {
         "title": f"{networks} on {' and '.join(dict.fromkeys(c.config.dataset for c in candidates))}: {names}",
-        "command": f"python compare.py {' '.join(sys.argv[1:])}",
+        "command": command_of(argv),
         "machine": f"{platform.machine()}, {cores()} cores",
         "commit": _commit(),
         "versions": versions(PACKAGES),
         "settings": {
-            # Without the folder of the data, which does not matter and may tell a user's name.
+            # Without the folder of the data, as in the command.
             "candidates": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in candidates},
             "batch_sizes": batch_sizes,
             "seeds": seeds,
@@ -287,7 +293,7 @@ def _run(argv: Sequence[str], usage: str | None, held: contextlib.ExitStack) -> 
         with usage_errors():
             if arguments:
                 raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
-            ready = prepare(own, held)
+            ready = prepare(own, argv, held)
     except (absl_flags.Error, UsageError) as e:
         print(f"compare.py: error: {in_flags(str(e))}", file=sys.stderr)
         return exit_codes.USAGE
