@@ -108,6 +108,24 @@ def fast_table() -> str:
     return " ".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def equal_epochs_table() -> str:
+    """Return a table of the narrow fast network: LARS and momentum, and what pytorch-lars reports at these batches."""
+    rows = [["batch", "updates", "lars", "momentum", "pytorch-lars reports"], ["---"] * 5]
+    for batch_size in sorted({row["batch_size"] for row in results.read("compare_cifar10_fast")["table"]}):
+        updates = f"{cell('cifar10_fast', 'lars', batch_size)['updates']:,}"
+        scores = (top1("cifar10_fast", name, batch_size) for name in ("lars", "momentum"))
+        rows.append([f"{batch_size:,}", updates, *scores, f"{results.PYTORCH_LARS[batch_size]:.2f} %"])
+    return " ".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def rates(comparison: str, candidate: str) -> str:
+    """Return the chosen rates over the batch sizes, as in `26, 23 and 35`."""
+    *first, last = (
+        f"{row['rate']:.2g}" for row in results.read(f"compare_{comparison}")["table"] if row["candidate"] == candidate
+    )
+    return f"{', '.join(first)} and {last}"
+
+
 def halfway(comparison: str) -> str:
     """Return the noise scale halfway through a run."""
     (run,) = (run for run in results.read("noise_scale")["runs"] if run["comparison"] == comparison)
@@ -134,8 +152,8 @@ def phrases() -> dict[str, list[str]]:
     tuned, tuned_geometric, tuned_true_batch = (validation(*question) for question in questions)
     return {
         "README.md": [
-            table("digits", optimizers, (64, 1024, 8192)),
             fast_table(),
+            equal_epochs_table(),
         ],
         "docs/choosing.md": [
             f"SGD loses {lost:.1f} points",
@@ -145,6 +163,9 @@ def phrases() -> dict[str, list[str]]:
                 f"{mean('cifar10', 'lars', b)} and {mean('cifar10', 'momentum', b)} % at {b:,}"
                 for b in (1024, 4096, 8192, 16384)
             ),
+            table("digits", optimizers, (64, 1024, 8192)),
+            equal_epochs_table(),
+            f"are LARS {rates('cifar10_fast', 'lars')}, momentum {rates('cifar10_fast', 'momentum')}",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
