@@ -277,8 +277,8 @@ def training_step_part(found: dict[str, Any]) -> str:
     ]
     return (
         "Whole training steps in images per second, and the ratio to Keras `fit` in the same mode, or in a graph where "
-        "there is none. Keras `fit` came out up to twice as fast in one run as in another, so these ratios are rough. Graph "
-        'mode beats XLA on this CPU for both networks, and `jit_compile="auto"` takes it. '
+        "there is none. Keras `fit` came out up to twice as fast in one run as in another, so these ratios are rough. "
+        'Graph mode beats XLA on this CPU for both networks, and `jit_compile="auto"` takes it. '
         "`python -m tools.benchmarks.training_step --networks=NAME --batch=128 "
         f"--rounds={found['rounds']}`, {found['machine']}.\n\n"
         + _table(["network", "trained by", "dtype", "images/s", "x Keras `fit`"], rows)
