@@ -137,7 +137,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             data_wait = 0.0
 
             def on_train_batch_end(self, batch, logs):
-                if batch == 3:
+                if batch == 2:  # after the vote of update 3, so that of update 4 is the first to see it
                     data.unreadable_images.found["record 9 of a"] = "truncated <b>"
 
         with unittest.mock.patch.object(callbacks, "Progress", Found):
