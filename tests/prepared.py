@@ -28,11 +28,6 @@ def _locked():
         yield
 
 
-def folder(name):
-    """Return the path of a folder of the session, for what any of its processes may share."""
-    return str(_folder() / name)
-
-
 @functools.cache
 def digits():
     """Return a data folder with the digits."""

@@ -6,18 +6,11 @@ import pathlib
 import subprocess
 import sys
 
-from tests import prepared
-
 
 def run_on(backend, test, *arguments, **environment):
     """Run pytest with these arguments; `test`, a test case, is skipped where the backend is not installed."""
     if importlib.util.find_spec(backend) is None:
         test.skipTest(f"{backend} is not installed")
-    compiled_programs = {  # many tests compile the same ones
-        "JAX_COMPILATION_CACHE_DIR": prepared.folder("compiled_by_jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     run = subprocess.run(
         [
             sys.executable,
@@ -31,7 +24,7 @@ def run_on(backend, test, *arguments, **environment):
             "--noconftest",
             *arguments,
         ],
-        env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | compiled_programs | environment,
+        env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | environment,
         cwd=pathlib.Path(__file__).parents[1],
         capture_output=True,
         text=True,
