@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--out_dir", help="folder for the resized images (default: DATA_DIR)")
     options = parser.parse_args(arguments)
     try:
-        if options.dataset == "folder" and options.manual_dir:
+        if options.manual_dir and options.dataset != "imagenet2012":
             raise ValueError(f"`manual_dir` is for imagenet2012. Received: manual_dir={options.manual_dir}")
         if options.resize:
             if options.manual_dir and not prepared_dir(data_root(options.data_dir), options.dataset):

@@ -50,8 +50,9 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
             self.assertEqual(main(arguments), 2)
         self.assertRegex(errors.getvalue(), "tars/ILSVRC2012_img_train.tar does not exist. Set `manual_dir`")
         with contextlib.redirect_stderr(io.StringIO()) as errors:
-            self.assertEqual(main(["--dataset=folder", "--data_dir=images", "--manual_dir=tars", "--resize=crop24"]), 2)
-        self.assertRegex(errors.getvalue(), "`manual_dir` is for imagenet2012. Received: manual_dir=tars")
+            for other in ("--dataset=folder", "--dataset=cifar10"):
+                self.assertEqual(main([other, f"--data_dir={root}", "--manual_dir=tars", "--resize=crop24"]), 2)
+        self.assertEqual(errors.getvalue().count("`manual_dir` is for imagenet2012. Received: manual_dir=tars"), 2)
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit) as caught:
             main(["--dataset=mnist"])
         self.assertEqual(caught.exception.code, 2)
