@@ -14,7 +14,7 @@ from absl import logging
 
 import flags
 from lars_keras.runtime.errors import Diverged, Preempted, TooManyUnreadableImages, UsageError
-from lars_keras.training.cluster import is_worker_lost
+from lars_keras.training.cluster import is_host_lost
 from running import exit_codes
 from running.errors import in_flags, usage_errors
 from running.resume import flags_of_run
@@ -69,16 +69,16 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
     except OSError as e:
         return end(exit_codes.NOT_SAVED, f"cannot write: {e}. Checkpoints that were written before are whole.")
     except (tf.errors.OpError, RuntimeError, ValueError) as e:
-        if not is_worker_lost(e):
+        if not is_host_lost(e):
             raise
-        return end(exit_codes.WORKER_LOST, f"another worker is gone: {str(e).splitlines()[0]}")
+        return end(exit_codes.HOST_LOST, f"another host is gone: {str(e).splitlines()[0]}")
     return 0
 
 
 def leave(code: int) -> NoReturn:
     """End the process with an exit code."""
-    if code == exit_codes.WORKER_LOST and keras.backend.backend() == "jax":
-        os._exit(code)  # at an ordinary exit JAX waits for the worker that is gone, and then aborts
+    if code == exit_codes.HOST_LOST and keras.backend.backend() == "jax":
+        os._exit(code)  # at an ordinary exit JAX waits for the host that is gone, and then aborts
     sys.exit(code)
 
 

@@ -3,7 +3,7 @@
 FAILED = 1  # an error that nobody expected, with its traceback
 USAGE = 2  # a bad flag, or a missing device or file: nothing was started
 DIVERGED = 3  # the run diverged; its last checkpoint is from before
-WORKER_LOST = 4  # another process of a multi-worker run is gone
+HOST_LOST = 4  # another host of the run is gone
 BAD_DATA = 5  # more unreadable images than --max_unreadable_images
 NOT_SAVED = 6  # the disk took no checkpoint or result
 PREEMPTED = 75  # stopped by a signal and saved: the same command resumes the run

@@ -36,7 +36,7 @@ class Cluster(Protocol):
     def same_on_all_hosts(self, number: int) -> bool:
         """Return True if every host has the same number. Collective: call it on every host."""
 
-    def is_worker_lost(self, error: Exception) -> bool:
+    def is_host_lost(self, error: Exception) -> bool:
         """Return True if another process of the run is gone and `error` comes from that."""
 
 
@@ -103,15 +103,15 @@ def cluster_of(model: keras.Model) -> Cluster:
     raise _unknown(backend)
 
 
-def is_worker_lost(error: Exception) -> bool:
-    """Return `Cluster.is_worker_lost`, also if no cluster could be made."""
+def is_host_lost(error: Exception) -> bool:
+    """Return `Cluster.is_host_lost`, also if no cluster could be made."""
     if keras.backend.backend() == "jax":
         from lars_keras.training.jax.cluster import JaxCluster
 
-        return JaxCluster.is_worker_lost(error)
+        return JaxCluster.is_host_lost(error)
     from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 
-    return TensorFlowCluster.is_worker_lost(error)
+    return TensorFlowCluster.is_host_lost(error)
 
 
 def _unknown(backend: str) -> ValueError:

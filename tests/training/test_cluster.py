@@ -60,7 +60,7 @@ class ClusterTest(parameterized.TestCase, tf.test.TestCase):
             (two, ValueError("shape"), False),
         ):
             with unittest.mock.patch.dict(os.environ, {"TF_CONFIG": value}):
-                self.assertEqual(TensorFlowCluster.is_worker_lost(error), expected)
+                self.assertEqual(TensorFlowCluster.is_host_lost(error), expected)
 
     def test_an_unknown_name_is_refused(self):
         with self.assertRaisesRegex(ValueError, "`strategy` must be one of auto, single.*Received: strategy='one'"):
@@ -213,8 +213,8 @@ class WorkersTest(tf.test.TestCase):
             for process in two:
                 process.kill()
                 process.communicate()
-        self.assertEqual(two[0].returncode, exit_codes.WORKER_LOST, output)
-        self.assertIn("another worker is gone", output)
+        self.assertEqual(two[0].returncode, exit_codes.HOST_LOST, output)
+        self.assertIn("another host is gone", output)
         self.assertNotIn("Traceback", output)
 
 

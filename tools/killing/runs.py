@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from running.exit_codes import USAGE, WORKER_LOST
+from running.exit_codes import HOST_LOST, USAGE
 
 ROOT = Path(__file__).parents[2]
 NUM_TRAIN, NUM_TEST, BATCH = 320, 40, 64
@@ -167,7 +167,7 @@ class Job:
         for i, process in enumerate(self._processes):
             process.send_signal(signal.SIGKILL)  # a worker that still waits for the other to start
             process.wait()
-            if process.returncode not in (0, -signal.SIGKILL, WORKER_LOST):
+            if process.returncode not in (0, -signal.SIGKILL, HOST_LOST):
                 raise RuntimeError(f"A worker whose peer was killed ended with {process.returncode}:\n{self.output(i)}")
         self._killed = True
         self._close()
@@ -181,7 +181,7 @@ class Job:
         """
         while not self._killed and all(process.poll() is None for process in self._processes):
             time.sleep(0.05)
-        if not self._killed and any(process.returncode == WORKER_LOST for process in self._processes):
+        if not self._killed and any(process.returncode == HOST_LOST for process in self._processes):
             self.kill()  # a busy machine made one miss the other; the run is started again
         if self._killed:
             return False
@@ -193,7 +193,7 @@ class Job:
             self._check_refusal()
             return True
         for i, code in enumerate(codes):
-            if code and not (code == WORKER_LOST and len(codes) > 1):
+            if code and not (code == HOST_LOST and len(codes) > 1):
                 raise RuntimeError(f"train.py ended with {code}:\n{self.output(i)}")
         return False
 

@@ -72,7 +72,7 @@ class JaxCluster:
         return bool(np.all(multihost_utils.process_allgather(np.array(number)) == number))
 
     @staticmethod
-    def is_worker_lost(error: Exception) -> bool:
+    def is_host_lost(error: Exception) -> bool:
         """Return True if another process of the run is gone and `error` comes from that."""
         if len(tf_config.workers()) < 2 and jax.process_count() < 2:
             return False

@@ -57,7 +57,7 @@ class TensorFlowCluster:
         return isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     @staticmethod
-    def is_worker_lost(error: Exception) -> bool:
+    def is_host_lost(error: Exception) -> bool:
         """Return True if another process of the run is gone and `error` comes from that."""
         lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
         return isinstance(error, lost) and len(tf_config.workers()) > 1

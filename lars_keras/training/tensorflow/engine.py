@@ -50,6 +50,8 @@ class TensorFlowEngine:
             if not self.optimizer.built:
                 self.optimizer.build(self.step.forward.trainable)
             self._scored = tf.Variable(np.zeros(5), trainable=False, **_LOCAL)  # float64: n may be above 2**24
+        self._ghost_sums = self._on_replicas(self.step.ghost_sums, jit_compile)
+        self._accumulate = self._on_replicas(self.step.accumulate, jit_compile)
         self._train_fn = tf.function(self._train)
         self._score_fn = tf.function(self._score)
         self._results_fn = tf.function(self._results)
@@ -93,6 +95,20 @@ class TensorFlowEngine:
             data_wait=float(waited),
         )
 
+    def _on_replicas(self, function: Callable, jit_compile: bool) -> Callable:
+        """Return `function`, of the step of one replica, run on every replica.
+
+        On a CPU without XLA it is kept out of the loops around it. In a graph with a loop, addresses decide whether max
+        pooling gets oneDNN's gradient or Eigen's, and their last bits differ.
+        """
+
+        def run(*args: Any) -> Any:
+            return self.strategy.run(function, args=args)
+
+        if jit_compile or has_accelerator():
+            return run
+        return tf.function(run, experimental_attributes={"_noinline": True})
+
     def _train(self, iterator: Any, updates: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Run the body of `train`, in cross-replica context."""
         losses = tf.TensorArray(self.step.forward.loss_dtype, size=updates)
@@ -106,13 +122,13 @@ class TensorFlowEngine:
             if self.options.accumulation_steps == 1:  # a loop would add an operation or five for each variable
                 data = next(iterator)
                 waited += tf.maximum(_time_of(data) - idle, 0.0)
-                sums = self.strategy.run(self.step.ghost_sums, args=(data, tf.constant(0)))
+                sums = self._ghost_sums(data, tf.constant(0))
             else:
                 sums = self.strategy.run(self.step.zero_sums)
                 for i in tf.range(self.options.accumulation_steps):
                     data = next(iterator)
                     waited += tf.maximum(_time_of(data) - idle, 0.0)
-                    sums = self.strategy.run(self.step.accumulate, args=(sums, data, i))
+                    sums = self._accumulate(sums, data, i)
                     idle = _time_of(sums)
             outcome = self.strategy.run(self.step.finish, args=(sums,))
             loss, taken, norm = (self.strategy.experimental_local_results(o)[0] for o in outcome)
