@@ -126,6 +126,12 @@ def rates(comparison: str, candidate: str) -> str:
     return f"{', '.join(first)} and {last}"
 
 
+def spread_of_rates(comparison: str, candidate: str) -> str:
+    """Return the largest of the chosen rates over the smallest."""
+    found = [row["rate"] for row in results.read(f"compare_{comparison}")["table"] if row["candidate"] == candidate]
+    return f"{max(found) / min(found):.1f} times"
+
+
 def halfway(comparison: str) -> str:
     """Return the noise scale halfway through a run."""
     (run,) = (run for run in results.read("noise_scale")["runs"] if run["comparison"] == comparison)
@@ -166,6 +172,8 @@ def phrases() -> dict[str, list[str]]:
             table("digits", optimizers, (64, 1024, 8192)),
             equal_epochs_table(),
             f"are LARS {rates('cifar10_fast', 'lars')}, momentum {rates('cifar10_fast', 'momentum')}",
+            f"largest of LARS is {spread_of_rates('cifar10_fast', 'lars')} the smallest, that of momentum "
+            f"{spread_of_rates('cifar10_fast', 'momentum')}",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
