@@ -164,11 +164,7 @@ def phrases() -> dict[str, list[str]]:
         "docs/choosing.md": [
             f"SGD loses {lost:.1f} points",
             f"In {at_edge('digits')} cells",
-            f"LARS {mean('cifar10', 'lars', 256)} %, momentum {mean('cifar10', 'momentum', 256)} % at 256",
-            *(
-                f"{mean('cifar10', 'lars', b)} and {mean('cifar10', 'momentum', b)} % at {b:,}"
-                for b in (1024, 4096, 8192, 16384)
-            ),
+            table("cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192, 16384)),
             table("digits", optimizers, (64, 1024, 8192)),
             equal_epochs_table(),
             f"are LARS {rates('cifar10_fast', 'lars')}, momentum {rates('cifar10_fast', 'momentum')}",
