@@ -135,7 +135,8 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     text = (
         "## The fast network on CIFAR-10\n\n"
         "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, and `cifar10_fast_4k.flags`, "
-        "with the settings of results/cifar10_fast.jsonl. One seed each. No times: the machine did other work. "
+        "with the settings of results/cifar10_fast.jsonl. The rows of a batch size are seeds 0, 1 and on. "
+        "No times: the machine did other work. "
         "8,192 and 16,384: not run.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
