@@ -30,7 +30,7 @@ def overlapping_pools():
 
 class RepeatableTest(tf.test.TestCase):
     def test_gradient_runs_outside_of_loops(self):
-        """In a loop, addresses decide whether TensorFlow takes oneDNN's gradient of max pooling or Eigen's."""
+        """Keep the gradient of max pooling out of graphs with a loop, where addresses choose between two kernels."""
         x, y = np.random.default_rng(0).random((32, 16, 16, 1), "float32"), np.arange(32) % 4
         context.enable_run_metadata()
         self.addCleanup(context.disable_run_metadata)
