@@ -118,17 +118,20 @@ def equal_epochs_table() -> str:
     return " ".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def chosen_rates(comparison: str, candidate: str) -> list[float]:
+    """Return the chosen rates over the batch sizes."""
+    return [row["rate"] for row in results.read(f"compare_{comparison}")["table"] if row["candidate"] == candidate]
+
+
 def rates(comparison: str, candidate: str) -> str:
     """Return the chosen rates over the batch sizes, as in `26, 23 and 35`."""
-    *first, last = (
-        f"{row['rate']:.2g}" for row in results.read(f"compare_{comparison}")["table"] if row["candidate"] == candidate
-    )
+    *first, last = (f"{rate:.2g}" for rate in chosen_rates(comparison, candidate))
     return f"{', '.join(first)} and {last}"
 
 
 def spread_of_rates(comparison: str, candidate: str) -> str:
-    """Return the largest of the chosen rates over the smallest."""
-    found = [row["rate"] for row in results.read(f"compare_{comparison}")["table"] if row["candidate"] == candidate]
+    """Return the largest of the chosen rates over the smallest, as in `2.7 times`."""
+    found = chosen_rates(comparison, candidate)
     return f"{max(found) / min(found):.1f} times"
 
 
