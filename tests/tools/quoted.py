@@ -96,15 +96,16 @@ def table(comparison: str, candidates: tuple[str, ...], batch_sizes: tuple[int, 
 
 
 def fast_table() -> str:
-    """Return a table of the full fast network's finished runs: one row a batch size, the mean of its seeds."""
+    """Return a table of the full fast network's finished runs: a row for each optimizer and batch size."""
     runs = [json.loads(line) for line in (results.RESULTS / "cifar10_fast.jsonl").read_text().splitlines()]
     runs = [r for r in runs if r["model"] == "fast_cifar" and r["finished"] and r["scored_on"] == "test"]
-    rows = [["batch", "epochs", "updates", "seeds", "top-1", "top-1 of six views"], ["---"] * 6]
-    for batch_size in sorted({run["batch_size"] for run in runs}):
-        same = [run for run in runs if run["batch_size"] == batch_size]
+    rows = [["optimizer", "batch", "epochs", "updates", "seeds", "top-1", "top-1 of six views"], ["---"] * 7]
+    for batch_size, optimizer in sorted({(run["batch_size"], run["optimizer"]) for run in runs}):
+        same = [run for run in runs if (run["batch_size"], run["optimizer"]) == (batch_size, optimizer)]
         ((epochs, updates),) = {(f"{run['epochs']:g}", run["updates"]) for run in same}
-        scores = (f"{100 * sum(run[key] for run in same) / len(same):.2f} %" for key in ("top1", "top1_views"))
-        rows.append([f"{batch_size:,}", epochs, f"{updates:,}", str(len(same)), *scores])
+        found = {"diverged": 0} | {key: [run[key] for run in same] for key in ("top1", "top1_views")}
+        scores = (score(found, key) for key in ("top1", "top1_views"))
+        rows.append([optimizer, f"{batch_size:,}", epochs, f"{updates:,}", str(len(same)), *scores])
     return " ".join("| " + " | ".join(row) + " |" for row in rows)
 
 

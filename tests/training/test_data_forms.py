@@ -185,8 +185,7 @@ class FormsTest(parameterized.TestCase, tf.test.TestCase):
         outputs = {name: keras.layers.Dense(1, name=name)(together) for name in ("p", "q")}
         model = keras.Model({"a": first, "b": second}, outputs)
         x, y, w = {"a": X, "b": -X}, {"p": Y, "q": Y + 1}, {"p": W, "q": np.ones(40)}
-        trainer = trainer_of(model, metrics=())
-        trainer.model.compile("sgd", {"p": "mse", "q": "mae"})
+        model.compile("sgd", {"p": "mse", "q": "mae"})
         trainer = Trainer(model, batch_size=40)
         expected = model.evaluate(x, y, sample_weight=w, batch_size=40, verbose=0, return_dict=True)
         scores = trainer.evaluate(x, y, sample_weight=w)

@@ -183,11 +183,19 @@ class SparseTest(tf.test.TestCase, parameterized.TestCase):
 class UnreachedTest(tf.test.TestCase, parameterized.TestCase):
     """A trainable layer that is called, and that the loss does not depend on. `Trainer` refuses it on both backends."""
 
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.reached = keras.layers.Dense(cases.CLASSES)
+            self.unreached = keras.layers.Dense(3, name="unreached")
+
+        def call(self, x):
+            self.unreached(x)
+            return self.reached(x)
+
     def model(self, optimizer):
-        x = keras.Input((cases.FEATURES,))
-        model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
-        model.unreached = keras.layers.Dense(3, name="unreached")
-        model.unreached.build((None, 3))
+        model = self.Model()
+        model(np.zeros((1, cases.FEATURES)))
         return compiled(model, optimizer)
 
     @parameterized.parameters((LARS(2.0, weight_decay=0.05), 0.1), (LAMB(0.01, weight_decay=0.05), 0.01))

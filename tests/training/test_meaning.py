@@ -152,6 +152,12 @@ def scalar_loss(y, y_pred):
     return keras.ops.mean((y - y_pred) ** 2)
 
 
+def activity_loss(examples):
+    layer = keras.layers.Dense(1, kernel_initializer="ones", activity_regularizer="l2")
+    layer(np.ones((examples, 1), "float32"))
+    return layer.losses[0]
+
+
 CASES = {
     "time steps": (lambda: sequential(keras.layers.Dense(1), shape=(10, 4)), T, T[..., :1]),
     "pixels": (
@@ -214,6 +220,8 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
 
     def check(self, case, devices):
         make, x, y = CASES[case]
+        if case == "activity" and float(activity_loss(examples=2)) != float(activity_loss(examples=1)):
+            self.skipTest(f"in Keras {keras.__version__} the loss of an activity grows with the batch")
         with replicas(devices):
             model = make()
             scores = Trainer(model, batch_size=8).evaluate(dataset(x, y, batch=6))

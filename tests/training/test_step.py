@@ -432,18 +432,6 @@ class ArgumentsTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, "all of its epochs again.*Received: BackupAndRestore"):
             Trainer(model, batch_size=64).fit(*cases.examples(1), callbacks=keras.callbacks.BackupAndRestore("backup"))
 
-    def test_unused_variable_is_named(self):
-        def make_model():
-            x = keras.Input((cases.FEATURES,))
-            keras.layers.Dense(3, name="forgotten")(x)
-            model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
-            model.extra = keras.layers.Dense(3, name="forgotten")
-            model.extra.build((None, 3))
-            return model
-
-        with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
-            cases.trained(make_model, cases.OPTIMIZERS["lars"])
-
 
 if __name__ == "__main__":
     tf.test.main()

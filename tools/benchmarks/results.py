@@ -142,19 +142,21 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
             [
+                run["optimizer"],
                 run["model"].removeprefix("fast_cifar").removeprefix("_") or "full",
                 f"{run['batch_size']:,}",
                 f"{run['epochs']:g}",
                 f"{run['updates']:,}",
                 f"{run['learning_rate']:g}",
-                f"{run['excluded_lr_scale']:g}",
+                f"{run['excluded_lr_scale']:g}" if run["optimizer"] == "lars" else "–",
                 f"{run['weight_decay']:g}",
                 *(f"{100 * run[key]:.2f} %" if key in run else "–" for key in ("top1", "top5", "top1_views")),
             ]
-            for run in sorted(runs, key=lambda run: run["batch_size"])
+            for run in sorted(runs, key=lambda run: (run["batch_size"], run["optimizer"]))
             if run["finished"] and run["scored_on"] == split
         ]
-        head = ["widths", "batch", "epochs", "updates", "peak rate", "excluded x", "weight decay", "top-1", "top-5"]
+        head = ["optimizer", "widths", "batch", "epochs", "updates"]
+        head += ["peak rate", "excluded x", "weight decay", "top-1", "top-5"]
         if any("top1_views" in run for run in runs if run["scored_on"] == split):
             head.append("top-1 of six views")
         if rows:
