@@ -31,6 +31,7 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
         ValueError: if it would; the message names the part.
     """
     found = ["losses that layers add, such as activity regularizers"] * bool(terms.layer_losses)
+    found += ["`metrics=`, which ignore weights"] * keras_internals.has_unweighted_metrics(model)
     metrics = keras_internals.single_metrics(model)
     counts = [m for m in metrics if isinstance(m, MaskedExamples)]  # what has weight 0 is what they are for
     losses = suspects(model)
@@ -39,7 +40,8 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
     if found:
         raise ValueError(
             "On several hosts, and on a TPU, the last batch of an evaluation is filled up with examples of weight 0. "
-            f"They would count in: {', '.join(found)}. Use the weights there, or score with `model.evaluate`."
+            f"They would count in: {', '.join(found)}. Use the weights there (`weighted_metrics=` do), or score with "
+            "`model.evaluate`."
         )
 
 

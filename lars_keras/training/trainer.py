@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from lars_keras._keras_internals import has_unweighted_metrics, learning_rate_of
+from lars_keras._keras_internals import learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
@@ -58,7 +58,7 @@ class Trainer:
     ```python
     with strategy.scope():                       # any tf.distribute strategy, or none
         model = ...                              # functional, Sequential or subclassed
-        model.compile(LARS(...), loss=..., weighted_metrics=[...])
+        model.compile(LARS(...), loss=..., metrics=[...])
     trainer = Trainer(model, batch_size=8192, microbatch_size=256)
     trainer.fit(x, y, epochs=90, validation_data=(x_test, y_test))  # or a dataset, a PyDataset, a loader
     trainer.evaluate(x_test, y_test)
@@ -215,7 +215,6 @@ class Trainer:
         check_callbacks(callbacks)
         validated = epochs_to_validate(validation_freq)
         if validation_data is not None:
-            self._check_metrics()
             validation_data = validation_data_of(validation_data, **self._scoring_sizes())
         data = self._training_data(x, y, sample_weight, class_weight, shuffle, seed)
         if steps_per_epoch is None:
@@ -325,12 +324,12 @@ class Trainer:
             sample_weight: weights, if `x` is arrays.
 
         Returns:
-            `loss`, the compiled `weighted_metrics`, and `n`, the sum of the weights: the number of examples if none
+            `loss`, the compiled metrics, and `n`, the sum of the weights: the number of examples if none
             were given.
 
         Raises:
-            ValueError: if the model was compiled with `metrics=`, which would count the padding of the last batch; if
-                the data have no known form or no end.
+            ValueError: if the data have no known form or no end; on several hosts and on TPUs, if the model would count
+                the padding of the last batch, as `metrics=` do and `weighted_metrics=` do not.
         """
         data = scoring_data(x, y, sample_weight, once=True, **self._scoring_sizes())
         return self._evaluate(data, lambda batch: None, lambda batch: None)
@@ -338,15 +337,7 @@ class Trainer:
     def _evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
     ) -> dict[str, float]:
-        self._check_metrics()
         return self._current.of(data).evaluate(data, before_batch, after_batch)
-
-    def _check_metrics(self) -> None:
-        if has_unweighted_metrics(self.model):
-            raise ValueError(
-                "Metrics passed as `metrics=` ignore weights and would count the padding of the last batch. "
-                "Compile with `weighted_metrics=` instead."
-            )
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the state of the run between two updates: weights, optimizer, random numbers, metrics and position.

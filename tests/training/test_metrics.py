@@ -77,10 +77,10 @@ def mean_error(y, p):
     return keras.ops.mean(keras.ops.abs(y - p))
 
 
-def model(*metrics):
+def model(*metrics, unweighted=()):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])
     model.set_weights([np.linspace(-1, 1, 4, dtype="float32")[:, None], np.zeros(1, "float32")])
-    model.compile(keras.optimizers.SGD(0.0), "mse", weighted_metrics=list(metrics))
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=list(unweighted), weighted_metrics=list(metrics))
     return model
 
 
@@ -112,6 +112,24 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
         for name, value in expected.items():
             self.assertAllClose(history[name], [value, value], rtol=1e-5, msg=name)
             self.assertAllClose(scores[name], value, rtol=1e-5, msg=name)
+
+    @parameterized.parameters(1, 2)
+    def test_that_ignore_weights(self, devices):
+        """`metrics=` beside `weighted_metrics=`, with weights, and a last batch that is not whole."""
+        weights = np.random.default_rng(1).random(50).astype("float32")
+        with replicas(devices):
+            trainer = Trainer(model("mae", unweighted=["mse", "accuracy"]), batch_size=16, microbatch_size=4)
+            scored = X[:50], TARGETS[:50], weights
+            history = trainer.fit(dataset(X, TARGETS), validation_data=scored, verbose=0).history
+        own = model("mae", unweighted=["mse", "accuracy"])
+        trained = own.evaluate(X, TARGETS, batch_size=64, verbose=0, return_dict=True)
+        scored = own.evaluate(X[:50], TARGETS[:50], 50, sample_weight=weights, verbose=0, return_dict=True)
+        self.assertNotAllClose(scored["mse"], scored["loss"])
+        scored["loss"] *= 50 / weights.sum()  # a mean by weight
+        self.assertEqual(len(scored), 4)
+        for name, value in scored.items():
+            self.assertAllClose(history[f"val_{name}"], [value], rtol=1e-5, msg=name)
+            self.assertAllClose(history[name], [trained[name]], rtol=1e-5, msg=name)
 
     def test_of_batches_are_refused(self):
         for metric, name in ((Moving(), "moving"), (root_of_mean, "root_of_mean")):
@@ -182,6 +200,7 @@ class PaddingTest(parameterized.TestCase, tf.test.TestCase):
             (scalar, "mean_error"),
             (model(Count(), "mae"), "count"),
             (active, "losses that layers add"),
+            (model("mae", unweighted=["mse"]), "`metrics=`"),
         ):
             with self.subTest(name), self.assertRaisesRegex(ValueError, f"weight 0. They would count in: {name}[.,] "):
                 self.check(refused)

@@ -363,17 +363,6 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllClose(scores["loss"], loss, rtol=1e-6)
         self.assertAllClose(scores["top1"], np.mean(logits.argmax(1) == y.argmax(1)), rtol=1e-6)
 
-    def test_unweighted_metrics_are_refused(self):
-        model = cases.linear()
-        model.compile("sgd", "mse", metrics=["mse"])
-        data = tf.data.Dataset.from_tensor_slices(cases.examples()).batch(50)
-        trainer = Trainer(model, batch_size=64)
-        with self.assertRaisesRegex(ValueError, "weighted_metrics"):
-            trainer.evaluate(data)
-        with self.assertRaisesRegex(ValueError, "weighted_metrics"):  # before the first epoch, not after it
-            trainer.fit(data, validation_data=data, verbose=0)
-        self.assertEqual(trainer.position.update, 0)
-
 
 class ArgumentsTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.parameters(
