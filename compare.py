@@ -1,7 +1,7 @@
 """Compare optimizers, or whole recipes, over batch sizes and seeds, at equal epochs.
 
     python compare.py --flagfile=flags/comparisons/digits.flags
-    python compare.py --recipes=flags/recipes/a.flags,flags/recipes/b.flags --batch_sizes=256,4096 --out=runs/a_or_b
+    python compare.py --recipes=flags/recipes/demo.flags,flags/recipes/demo_geometric.flags --batch_sizes=1024,8192
     nohup python compare.py --flagfile=flags/comparisons/cifar10.flags --data_dir=DIR > cifar10.log &
 
 Each optimizer's learning rate is chosen by successive halving with the same budget, scored on training images that are

@@ -69,7 +69,7 @@ class RunConfig:
         None,
         data.AUGMENTS,
         "Augment training images; crop_mirror takes a window of images stored at one size; alternating_flip shifts by "
-        "2 pixels and flips in every second epoch, for cifar10; the last three come after crop_flip. Default: "
+        "2 pixels and flips in every second epoch, for cifar10; the last three also crop and flip. Default: "
         "crop_flip; none for digits.",
     )
     resized: str | None = _text(
@@ -91,7 +91,10 @@ class RunConfig:
         "runs/<time>-<names>.",
         affects_result=False,
     )
-    eval_only: bool = _switch("Score model.keras in --run_dir on the test split, and stop.", affects_result=False)
+    eval_only: bool = _switch(
+        "Score the run in --run_dir on the test split, its newest checkpoint if unfinished, and stop.",
+        affects_result=False,
+    )
     dry_run: bool = _switch(
         "Show sizes, rehearse two updates on synthetic images, and leave nothing behind.", affects_result=False
     )
@@ -157,7 +160,10 @@ class RunConfig:
     )
     label_smoothing: float = _real(0.0, "Spread this fraction of the label over all classes.", high=1.0)
     strategy: str = _choice(
-        "auto", ("auto", "single", "mirrored", "multi_worker", "tpu"), "Run on these devices.", affects_result=False
+        "auto",
+        ("auto", "single", "mirrored", "multi_worker", "tpu"),
+        "Run on one device, all of this host (mirrored), those of several hosts, or a TPU; auto: what is there.",
+        affects_result=False,
     )
     replicas: int | None = _whole(
         None, "Use this many replicas of --strategy=mirrored; without GPUs, logical CPU devices.", affects_result=False
@@ -165,7 +171,7 @@ class RunConfig:
     tpu: str | None = _text(
         None, "Connect to the TPU of this name or address; 'local' on a TPU VM.", affects_result=False
     )
-    shard_optimizer_state: bool = _switch("Keep and update a shard of the weights on each device; JAX only.")
+    shard_optimizer_state: bool = _switch("Keep and update a shard of weights and slots on each device; JAX only.")
     reduce_dtype: str = _choice(
         "float32", ("float32", "bfloat16"), "Send gradients between devices in this dtype; bfloat16 on JAX only."
     )

@@ -22,7 +22,7 @@ TRAINER = "from lars_keras.training import Trainer"  # begins the second part of
 # Sizes of a real training, and those that the tests take.
 SCALED = {
     "README.md": {
-        "warmup_updates=100, total_updates=2000": "warmup_updates=12, total_updates=120",
+        "90 * math.ceil(len(images) / 4096)": "40 * math.ceil(len(images) / 450)",
         "batch_size=4096, epochs=90": "batch_size=450, epochs=40",
         "batch_size=8192, microbatch_size=256": "batch_size=64, microbatch_size=16",
         "epochs=90, validation": "epochs=1, validation",

@@ -14,6 +14,7 @@ With noise scale `N`, and `gain = (1 + N / b) / (1 + N / B)` from batch `b` to b
   square root of the gain while the batch grows, so the rest comes by itself.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -153,20 +154,30 @@ def table(proposals: Sequence[Proposal]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print proposals for the run folder and batch sizes in `arguments`, and return the exit code."""
-    if not arguments or arguments[0] in ("-h", "help"):
-        print(__doc__)
-        return 0 if arguments else 2
+    parser = argparse.ArgumentParser(
+        prog="python -m lars_keras.report.batch_size",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that measured its noise scale")
+    parser.add_argument(
+        "batch_sizes", metavar="BATCH", type=_batch_size, nargs="*", help="default: powers of 2 around the noise scale"
+    )
+    options = parser.parse_args(arguments)
     try:
-        sizes = [int(size) for size in arguments[1:]]
-        if any(size < 1 for size in sizes):
-            raise ValueError(f"Batch sizes must be at least 1. Received: {' '.join(arguments[1:])}")
-        lines, proposals = propose_from_run(Path(arguments[0]), sizes)
+        lines, proposals = propose_from_run(options.run_dir, options.batch_sizes)
     except (ValueError, OSError) as e:
         print(f"batch_size: error: {e}", file=sys.stderr)
         return 2
     print("\n".join(lines))
     print(f"\n{table(proposals)}")
     return 0
+
+
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"Batch sizes must be whole numbers of at least 1. Received: {text}")
+    return int(text)
 
 
 def _text(value: float | None) -> str:

@@ -103,10 +103,21 @@ class NoiseScaleLogTest(tf.test.TestCase):
         self.assertEqual(rows[1][0], "1,024")
 
     def test_refusals(self):
-        for arguments in ([], [str(self.run_dir)], [str(self.run_dir), "word"], [str(self.run_dir / "absent")]):
-            with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
-                self.assertEqual(batch_size.main(arguments), 2)
-            self.assertNotIn("Traceback", err.getvalue())
+        for run in (self.run_dir, self.run_dir / "absent"):  # no line of the noise scale; no run
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(batch_size.main([str(run)]), 2)
+            self.assertRegex(err.getvalue(), r"\Abatch_size: error: [^\n]+\n\Z")
+        for arguments, code, text in (
+            ([], 2, "required: RUN_DIR"),
+            ([str(self.run_dir), "word"], 2, "at least 1. Received: word"),
+            ([str(self.run_dir), "0"], 2, "at least 1. Received: 0"),
+            (["--help"], 0, "usage: python -m lars_keras.report.batch_size"),
+        ):
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+                with self.assertRaises(SystemExit) as end:
+                    batch_size.main(arguments)
+            self.assertEqual(end.exception.code, code)
+            self.assertIn(text, said.getvalue())
         with self.assertRaisesRegex(ValueError, "`update_freq` must be at least 2"):
             noise.NoiseScaleLog(None, None, 1)
 

@@ -246,7 +246,10 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_command(self):
         self.assertEqual(main([str(self.run_dir)]), 0)
-        self.assertEqual(main([]), 2)
+        for arguments, code in (([], 2), (["--help"], 0)):
+            with self.assertRaises(SystemExit) as end:
+                main(arguments)
+            self.assertEqual(end.exception.code, code)
         self.assertEqual(main([str(self.run_dir / "absent")]), 2)
         self.write("config.json", "{")
         self.assertEqual(main([str(self.run_dir)]), 2)

@@ -15,7 +15,7 @@ from tools.comparison.page import score
 
 # Document: words around figures that are settings, versions or other people's results.
 UNBOUND = {
-    "README.md": ("Python 3.11 to 3.13 and make", "in `.venv`: 1.4 GB, then 2.8 GB."),
+    "README.md": ("Python 3.11 to 3.13, make", "installs 1.4 GB in `.venv`, the second makes it 2.8 GB."),
     "docs/api.md": (),
     "docs/cifar10.py": (
         "A rate of 0.05 is good",
@@ -23,7 +23,7 @@ UNBOUND = {
         "a layer by about 2 % of the layer's norm",
     ),
     "docs/choosing.md": ("without batch normalisation: 58.2 % against 44.8 % at 8K",),
-    "docs/data.md": ("takes a random window of 8 to 100 % of the area",),
+    "docs/data.md": ("crops a random window of 8 to 100 % of the area",),
     "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release",),
     "docs/hosts.md": (),
     "docs/migrating.md": (),
@@ -82,8 +82,13 @@ def validation(comparison: str, candidate: str, batch_size: int) -> str:
     return f"{100 * found:.2f}"
 
 
+def lost(optimizer: str) -> str:
+    """Return how many points an optimizer loses on the digits from batch 64 to 1,024."""
+    return f"{float(mean('digits', optimizer, 64)) - float(mean('digits', optimizer, 1024)):.2f}"
+
+
 def at_edge(comparison: str) -> str:
-    """Return in how many cells the chosen rate is the lowest or highest that was tried, as in `5 of the 15`."""
+    """Return the number of cells whose chosen rate is the lowest or highest that was tried, as in `5 of the 15`."""
     rows = results.read(f"compare_{comparison}")["table"]
     return f"{sum(row['at_edge'] for row in rows)} of the {len(rows)}"
 
@@ -131,9 +136,18 @@ def rates(comparison: str, candidate: str) -> str:
 
 
 def spread_of_rates(comparison: str, candidate: str) -> str:
-    """Return the largest of the chosen rates over the smallest, as in `2.7 times`."""
+    """Return the largest of the chosen rates over the smallest."""
     found = chosen_rates(comparison, candidate)
-    return f"{max(found) / min(found):.1f} times"
+    return f"{max(found) / min(found):.1f}"
+
+
+def steps_of_search(comparison: str) -> str:
+    """Return the factors between a chosen rate and the next that was tried, as in `1.3 to 3`."""
+    factors = []
+    for row in results.read(f"compare_{comparison}")["table"]:
+        tried = sorted({run["rate"] for run in row["tuning"]})
+        factors += [b / a for a, b in zip(tried, tried[1:], strict=False) if row["rate"] in (a, b)]
+    return f"{min(factors):.2g} to {max(factors):.2g}"
 
 
 def halfway(comparison: str) -> str:
@@ -156,7 +170,6 @@ def stored(form: str) -> str:
 def phrases() -> dict[str, list[str]]:
     """Return the bound phrases by document."""
     optimizers = ("lars", "lamb", "sgd", "momentum", "adam")
-    lost = float(mean("digits", "sgd", 64)) - float(mean("digits", "sgd", 1024))
     questions = [("questions", name, 8192) for name in ("demo", "demo_geometric", "demo_true_batch")]
     demo, geometric, true_batch = (top1(*question) for question in questions)
     tuned, tuned_geometric, tuned_true_batch = (validation(*question) for question in questions)
@@ -166,21 +179,23 @@ def phrases() -> dict[str, list[str]]:
             equal_epochs_table(),
         ],
         "docs/choosing.md": [
-            f"SGD loses {lost:.1f} points",
+            f"Momentum loses {lost('momentum')} points, Adam {lost('adam')} and SGD {lost('sgd')}",
+            f"In {at_edge('cifar10_fast')} cells, momentum at 256",
             f"In {at_edge('digits')} cells",
             table("cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192, 16384)),
             table("digits", optimizers, (64, 1024, 8192)),
             equal_epochs_table(),
             f"are LARS {rates('cifar10_fast', 'lars')}, momentum {rates('cifar10_fast', 'momentum')}",
-            f"largest of LARS is {spread_of_rates('cifar10_fast', 'lars')} the smallest, that of momentum "
+            f"those of LARS span a factor of {spread_of_rates('cifar10_fast', 'lars')}, those of momentum "
             f"{spread_of_rates('cifar10_fast', 'momentum')}",
+            f"lie a factor of {steps_of_search('cifar10_fast')} apart",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
         ],
         "docs/cifar10.py": [table("cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192, 16384))],
         "docs/data.md": [
-            f"come {stored('squash256')} times as fast as from full-size files, and those of raw pixels "
+            f"are read {stored('squash256')} times as fast as from full-size files, and those of raw pixels "
             f"{stored('squash256_raw')} times",
         ],
         "docs/noise_scale.md": [

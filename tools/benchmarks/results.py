@@ -214,7 +214,7 @@ def noise_scale_cost_part(found: dict[str, Any]) -> str:
     return (
         f"\nSeconds of an update without and with the measurement, medians of {rounds} paired rounds. "
         f"`{found['command']}`, {found['machine']}.\n\n"
-        + _table(["step", "ghost batch", "without", "with", "ratio"], rows)
+        + _table(["step", "ghost batch", "without", "with", "median of paired ratios"], rows)
     )
 
 
@@ -232,7 +232,7 @@ def host_time_part(found: dict[str, Any]) -> str:
     return (
         "Milliseconds of an update whose arithmetic costs next to nothing, one update a call: the host's own work. "
         f"`{found['command']}`, {found['machine']}.\n\n"
-        + _table(["backend", "model", "`Trainer`", "Keras `fit`", "ratio"], rows)
+        + _table(["backend", "model", "`Trainer`", "Keras `fit`", "median of paired ratios"], rows)
     )
 
 
