@@ -227,9 +227,12 @@ def metric_function(metric: keras.metrics.Metric) -> Callable[..., Tensor] | Non
     return metric._fn if isinstance(metric, keras.metrics.MeanMetricWrapper) else None
 
 
-def layer_losses(model: keras.Model) -> list[Tensor]:
-    """Return the losses that the layers have added in this stateless scope, without regularizers of weights."""
-    return [loss for layer in layers_of(model) for loss in layer._get_own_losses()]
+def layer_losses(model: keras.Model) -> list[tuple[str, Tensor]]:
+    """Return the losses that layers have added in this stateless scope, each with the layer's name.
+
+    Regularizers of weights are not among them.
+    """
+    return [(layer.name, loss) for layer in layers_of(model) for loss in layer._get_own_losses()]
 
 
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:
@@ -247,6 +250,11 @@ def mask_of(tensor: Tensor) -> Tensor | None:
     """Return the mask that Keras's layers have attached to a tensor."""
     # Not an attribute of every tensor: JAX's take none.
     return sys.modules["keras.src.backend.common.masking"].get_keras_mask(tensor)
+
+
+def set_mask(tensor: Tensor, mask: Tensor | None) -> None:
+    """Attach a mask to a tensor, as Keras's layers do."""
+    sys.modules["keras.src.backend.common.masking"].set_keras_mask(tensor, mask)
 
 
 def has_unweighted_metrics(model: keras.Model) -> bool:

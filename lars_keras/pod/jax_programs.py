@@ -47,7 +47,7 @@ def jax_programs(
         jax.errors.JaxRuntimeError: of the compiler.
     """
     spec = keras.tree.map_structure(lambda a: TensorSpec((None, *a.shape), a.dtype), batch)
-    terms = build_model(model, spec)
+    terms = build_model(model, spec, microbatch_size)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     step = JaxStep(
@@ -59,7 +59,7 @@ def jax_programs(
         reduce_dtype=reduce_dtype,
         masked=terms.masked,
     )
-    step.check_every_weight_is_used(spec)
+    step.check_every_weight_is_used(spec, microbatch_size)
 
     def shaped(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)

@@ -14,6 +14,12 @@ from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.state import EmaWeights, inner_optimizer
 
 
+def as_log(value: Any) -> float | np.ndarray:
+    """Return the value of a metric as Keras logs it: a number, or an array if it has several, as `F1Score` does."""
+    array = np.array(value)
+    return float(array.item()) if array.size == 1 else array
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """Options of a step, the same for both engines. `Trainer` documents each of them.
@@ -44,7 +50,7 @@ class StepResult:
     Attributes:
         losses: loss of each update.
         learning_rates: learning rate of each update.
-        metrics: the compiled metrics since their last reset.
+        metrics: the compiled metrics since their last reset, as `as_log` returns them.
         layer_norms: measures by name, if asked for, float32 of shape `(updates, variables)`: "gradient", "weight",
             "ghost_gradient", and those of `lars_keras.layerwise.MEASURES`.
         data_wait: seconds that the devices stood idle for want of data.
@@ -52,7 +58,7 @@ class StepResult:
 
     losses: list[float]
     learning_rates: list[float]
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     layer_norms: dict[str, np.ndarray]
     data_wait: float
 
@@ -91,7 +97,7 @@ class Engine(Protocol):
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once.
 
         Args:

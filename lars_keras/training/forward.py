@@ -8,6 +8,7 @@ defined by that list alone:
 - Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
   the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
+- State that no layer assigns, such as frozen weights, stays to the last bit.
 - The scales and histories of float8 layers, whose "gradient" is their new value, become the largest of the new values.
   Their entries are largest absolute values, so that is what the whole batch would have given.
 
@@ -33,6 +34,7 @@ from lars_keras._keras_internals import (
 from lars_keras.training.batch_stats import one_pass_moments
 from lars_keras.training.inputs import TensorSpec, spec_of
 from lars_keras.training.loss_terms import LossTerms, valid_entries
+from lars_keras.training.recording import RecordingScope
 
 Tensor = Any
 
@@ -53,6 +55,7 @@ class StatelessForward:
         overwritten: for each of them, True if its gradient is its new value.
         batch_stats: floating-point state, averaged over the ghost batches.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
+        assigned: for each of `batch_stats`, True if a layer assigns it; known once `loss` was traced.
         loss_dtype: dtype in which the loss is summed: float64 if a weight has it, else float32.
         metrics: variables of all metrics, which a loss, layer or `compute_loss` may update.
     """
@@ -72,6 +75,7 @@ class StatelessForward:
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
         self.rng_state = [v for v in state if not keras.backend.is_float_dtype(v.dtype)]
+        self.assigned = [True] * len(self.batch_stats)
         self.metrics = [v for metric in model.metrics for v in metric.variables]
         self._is_seed = [is_seed_state(v) for v in self.rng_state]
 
@@ -92,24 +96,39 @@ class StatelessForward:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, the new values of
             `batch_stats`, `rng_state` and `metrics`, and the valid entries of an example, float32: the weight of the
             ghost batch in the update.
+
+        Raises:
+            ValueError: if a layer assigns a variable whose new value an update would not keep.
         """
         keyed = [
             _with_key(value, index, +1) if seed else value for value, seed in zip(rng_state, self._is_seed, strict=True)
         ]
         variables = self.trainable + self.batch_stats + self.rng_state + self.metrics
         mapping = list(zip(variables, trainable + batch_stats + keyed + metrics, strict=True))
-        with self._moments(), losses_of_one_replica(), keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with self._moments(), losses_of_one_replica(), RecordingScope(mapping) as scope:
             y_pred = self.model(x, training=True)
             with recorded_masks() as masks:
                 loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=True)
             new_batch_stats = [scope.get_current_value(v) for v in self.batch_stats]
             new_rng_state = [scope.get_current_value(v) for v in self.rng_state]
             metrics = [scope.get_current_value(v) for v in self.metrics]
+        self._check_assigned(scope)
+        self.assigned = [id(v) in scope.assigned for v in self.batch_stats]
         new_rng_state = [
             _with_key(value, index, -1) if seed else value
             for value, seed in zip(new_rng_state, self._is_seed, strict=True)
         ]
         return loss, y_pred, new_batch_stats, new_rng_state, metrics, valid_entries(masks)
+
+    def _check_assigned(self, scope: RecordingScope) -> None:
+        kept = {id(v) for v in (*self.batch_stats, *self.rng_state, *self.metrics)}
+        lost = [variable.path for key, variable in scope.assigned.items() if key not in kept]
+        if lost:
+            raise ValueError(
+                "Layers assign variables that an update trains, or that are not the model's, and `Trainer` would lose "
+                "the new values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an attribute, "
+                f"and train the others with `model.fit`. Received: {', '.join(lost)}"
+            )
 
 
 def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
@@ -121,20 +140,28 @@ def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
     return seed_state + step if sign > 0 else seed_state - step
 
 
-def build_model(model: keras.Model, element_spec: Any) -> LossTerms:
+def build_model(model: keras.Model, element_spec: Any, examples: int) -> LossTerms:
     """Create the variables that Keras creates on the first batch, without drawing one from the data.
 
     Args:
         model: compiled.
         element_spec: shape and dtype of each array of a batch: `TensorSpec`s of this package or of TensorFlow.
+        examples: number of them in a batch, for models that take no other number. Others see one.
 
     Returns:
         The terms of its loss.
     """
-    zeros = keras.tree.map_structure(_zeros, spec_of(element_spec))
+    with contextlib.suppress(Exception):
+        return _built_on(model, element_spec, 1)
+    return _built_on(model, element_spec, examples)
+
+
+def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms:
+    zeros = keras.tree.map_structure(lambda spec: _zeros(spec, examples), spec_of(element_spec))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(zeros)
     if not model.built:
-        model(x)
+        with keras.StatelessScope():  # so that nothing is drawn or counted
+            model(x)
     values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
     with keras.StatelessScope(values, collect_losses=True):
         y_pred = model(x)
@@ -145,11 +172,11 @@ def build_model(model: keras.Model, element_spec: Any) -> LossTerms:
     return LossTerms(tuple(mask is not None for mask in masks), layers, spec_of((x, y, y_pred)))
 
 
-def _zeros(spec: TensorSpec | None) -> Tensor | None:
-    """Return one example of zeros, or of empty text."""
+def _zeros(spec: TensorSpec | None, examples: int) -> Tensor | None:
+    """Return examples of zeros, or of empty text."""
     if spec is None:
         return None
-    shape = [1, *(1 if size is None else size for size in spec.shape[1:])]
+    shape = [examples, *(1 if size is None else size for size in spec.shape[1:])]
     if spec.dtype != "string":
         return ops.convert_to_tensor(np.zeros(shape, spec.dtype))
     if keras.backend.backend() != "tensorflow":

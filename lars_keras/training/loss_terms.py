@@ -5,8 +5,9 @@ counts with the entries that its mask leaves. A loss that is no mean, such as Di
 of a batch, has another value for the whole batch than its ghost batches give, and is refused.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -17,11 +18,14 @@ from keras import ops
 from lars_keras import _keras_internals as keras_internals
 from lars_keras.training.inputs import TensorSpec
 from lars_keras.training.overrides import is_overridden
+from lars_keras.training.recording import RecordingScope
 
 Tensor = Any
 
 _OVER_THE_BATCH = (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle)
 _TOLERANCE = 1e-3
+_EXAMPLES, _CUTS = 8, (1, 3, 4)
+_NO_TARGET, _MARKED = (-1, -100), 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +81,14 @@ def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> Non
             f"{ghost_batches} ghost batches, and `Trainer` can do so for one masked mean alone. {remedy} Received: "
             f"a masked loss with {_parts(model, terms)}"
         )
-    for name in suspects(model):
-        if _is_mean(model, terms.batch) is False:
-            raise ValueError(
-                f"The loss of a batch is not the mean over its examples, so the {ghost_batches} ghost batches of a "
-                f"global batch do not add up to it. {remedy} Received: {name}"
-            )
+    found = [name for name in suspects(model) if _is_mean(model, terms.batch) is False]
+    if terms.layer_losses and not found:
+        found = _layers_without_mean(model, terms.batch)
+    if found:
+        raise ValueError(
+            f"The loss of a batch is not the mean over its examples, so the {ghost_batches} ghost batches of a "
+            f"global batch do not add up to it. {remedy} Received: {', '.join(found)}"
+        )
 
 
 def check_scored_terms(model: keras.Model, terms: LossTerms, batches: int) -> None:
@@ -130,23 +136,83 @@ def is_known_mean(loss: Any) -> bool:
 
 
 def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
-    """Try synthetic targets and predictions of four examples, together and in two parts; None if undecided."""
-    arrays = made_up_batch(batch, 4)
+    """Try the loss on synthetic targets and predictions; None if undecided.
 
-    def loss(*part: int) -> float:
-        x, y, y_pred = part_of(arrays, batch, *part)
-        values = [(v, ops.convert_to_tensor(v)) for v in [*model.variables, *model.metrics_variables]]
-        with keras_internals.losses_of_one_replica(), keras.StatelessScope(values, collect_losses=True):
-            return float(keras_internals.compute_loss(model, x, y, y_pred, None, training=True))
+    Some of the targets are also replaced by numbers that often say that there is none.
+    """
+    x, y, y_pred = made_up_batch(batch, _EXAMPLES)
+
+    def loss(targets: Any) -> Callable[[int, int], list[float] | None]:
+        def of(start: int, stop: int) -> list[float] | None:
+            some_x, some_y, some_y_pred = part_of([x, targets, y_pred], batch, start, stop)
+            with keras_internals.losses_of_one_replica(), RecordingScope(_values(model)) as scope:
+                value = float(keras_internals.compute_loss(model, some_x, some_y, some_y_pred, None, training=True))
+            return None if scope.random else [value]
+
+        return of
 
     try:
-        whole, again, parts = loss(0, 4), loss(0, 4), (loss(0, 2) + loss(2, 4)) / 2
+        found = [_differs(loss(y))]
     except Exception as error:  # it asks for other data than these
         logging.warning("Whether the loss is a mean over examples cannot be tried: %s", error)
         return None
-    if whole != again or not np.isfinite([whole, parts]).all():  # random, or no loss of such numbers
-        return None
-    return bool(abs(whole - parts) <= _TOLERANCE * max(abs(whole), abs(parts)))
+    for number in _NO_TARGET:
+        marked = keras.tree.map_structure(lambda a, n=number: None if a is None else _with_first(a, n), y)
+        with contextlib.suppress(Exception):  # it asks for other targets than these
+            found.append(_differs(loss(marked)))
+    decided = [any(differs) for differs in found if differs is not None]
+    return not any(decided) if decided else None
+
+
+def _layers_without_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> list[str]:
+    """Return the names of layers that add losses which are no means over examples, tried on synthetic inputs."""
+    arrays = made_up_batch(batch, _EXAMPLES)
+    names: list[str] = []
+
+    def losses(start: int, stop: int) -> list[float] | None:
+        x, _, _ = part_of(arrays, batch, start, stop)
+        with RecordingScope(_values(model)) as scope:
+            model(x, training=False)
+            added = keras_internals.layer_losses(model)
+        names[:] = [name for name, _ in added]
+        return None if scope.random else [float(ops.sum(loss)) for _, loss in added]
+
+    try:
+        found = _differs(losses)
+    except Exception as error:  # the model asks for other data than these
+        logging.warning("Whether the losses that layers add are means over examples cannot be tried: %s", error)
+        return []
+    return [name for name, differs in zip(names, found or (), strict=False) if differs]
+
+
+def _differs(losses: Callable[[int, int], list[float] | None]) -> list[bool] | None:
+    """Return, for each loss of some examples, True if it is not the mean of those of two parts.
+
+    Args:
+        losses: returns the losses of the examples from a number on, up to another; None if they are random.
+
+    Returns:
+        None if they are random, or not finite.
+    """
+    whole = losses(0, _EXAMPLES)
+    differs = [False] * len(whole or ())
+    for cut in _CUTS:
+        first, rest = losses(0, cut), losses(cut, _EXAMPLES)
+        if whole is None or first is None or rest is None or not np.isfinite([whole, first, rest]).all():
+            return None
+        means = np.average([first, rest], axis=0, weights=[cut, _EXAMPLES - cut])
+        tolerances = _TOLERANCE * np.maximum(np.abs(whole), np.abs(means))
+        differs = [d or bool(abs(a - b) > t) for d, a, b, t in zip(differs, whole, means, tolerances, strict=True)]
+    return differs
+
+
+def _values(model: keras.Model) -> list[tuple[keras.Variable, Tensor]]:
+    return [(v, ops.convert_to_tensor(v)) for v in [*model.variables, *model.metrics_variables]]
+
+
+def _with_first(targets: np.ndarray, number: int) -> np.ndarray:
+    """Return targets in which those of the first examples are replaced by a number."""
+    return np.concatenate([np.full_like(targets[:_MARKED], number), targets[_MARKED:]])
 
 
 def made_up_batch(batch: tuple[Any, Any, Any], examples: int) -> list[Any]:

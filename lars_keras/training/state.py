@@ -112,16 +112,21 @@ def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> li
 
 
 def finalize(model: keras.Model) -> None:
-    """Let a model have the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it."""
+    """Let a model have the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it.
+
+    Before the first update there is none: Keras's averages start at 0.
+    """
     optimizer = inner_optimizer(model.optimizer)
-    averages = keras_internals.ema_variables(optimizer) if optimizer.use_ema else []
-    if all(average is not None for average in averages):
-        model.optimizer.finalize_variable_values(model.trainable_variables)
+    if not optimizer.use_ema or not _has_updated(optimizer):
         return
-    # Keras on TensorFlow would assign None to the scales of float8 layers.
-    for variable, average in zip(keras_internals.optimized_variables(optimizer), averages, strict=True):
-        if average is not None:
-            variable.assign(average)
+    pairs = zip(keras_internals.optimized_variables(optimizer), keras_internals.ema_variables(optimizer), strict=True)
+    for variable, average in pairs:
+        if average is not None:  # the scales of float8 layers have none
+            variable.assign(keras.ops.copy(average))  # or both would share memory on JAX, which `fit` donates twice
+
+
+def _has_updated(optimizer: keras.optimizers.Optimizer) -> bool:
+    return bool(keras.ops.convert_to_numpy(optimizer.iterations) > 0)
 
 
 class EmaWeights:
@@ -140,7 +145,7 @@ class EmaWeights:
 
     def __enter__(self) -> "EmaWeights":
         optimizer = self._optimizer
-        if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
+        if optimizer.use_ema and not optimizer.ema_overwrite_frequency and _has_updated(optimizer):
             variables = keras_internals.optimized_variables(optimizer)
             for variable, average in zip(variables, keras_internals.ema_variables(optimizer), strict=True):
                 if average is None:

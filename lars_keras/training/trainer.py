@@ -19,7 +19,7 @@ from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
-from lars_keras.training.engine import Engine, EngineOptions
+from lars_keras.training.engine import Engine, EngineOptions, as_log
 from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
@@ -45,7 +45,7 @@ class Position:
     batches_consumed: int = 0
     epoch: int = -1
     losses: list[float] = dataclasses.field(default_factory=list)
-    logs: dict[str, float] = dataclasses.field(default_factory=dict)
+    logs: dict[str, Any] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, Any] | None = None
     order: list[Any] | None = None
 
@@ -314,7 +314,7 @@ class Trainer:
         }
         return result.data_wait
 
-    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None) -> dict[str, float]:
+    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None) -> dict[str, Any]:
         """Score every example exactly once, at any batch size and number of replicas.
 
         Args:
@@ -336,7 +336,7 @@ class Trainer:
 
     def _evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         return self._current.of(data).evaluate(data, before_batch, after_batch)
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -349,7 +349,8 @@ class Trainer:
         """
         if self.callbacks:
             self.position.callbacks = memory_of(self.callbacks)
-        position = dataclasses.asdict(self.position) | {"identity": identity_of(self.model)}
+        logs = {name: np.asarray(value).tolist() for name, value in self.position.logs.items()}
+        position = dataclasses.asdict(self.position) | {"logs": logs, "identity": identity_of(self.model)}
         with self._ema.suspended() if self._ema else contextlib.nullcontext():
             return self._current.running().snapshot(), position
 
@@ -377,6 +378,7 @@ class Trainer:
             )
         fields = {field.name for field in dataclasses.fields(Position)}
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
+        self.position.logs = {name: as_log(value) for name, value in self.position.logs.items()}
         self.callbacks = ()
         self._restored = engine
 
@@ -402,7 +404,7 @@ class Trainer:
         Raises:
             ValueError: if the size of the data is not known, or they have too few examples for an update.
         """
-        if self._counted[0] is not data:
+        if self._counted[0] is not data or isinstance(data, list):  # a list may have grown
             self._counted = data, count_examples(data)
         examples = self._counted[1]
         updates = examples // self.batch_size

@@ -193,6 +193,15 @@ class FormsTest(parameterized.TestCase, tf.test.TestCase):
         history = trainer.fit(x, y, sample_weight=w, verbose=0).history
         self.assertAllClose(history["loss"][0], expected["loss"], rtol=1e-5)
 
+    def test_list_that_grows(self):
+        batches = [(X[:20], Y[:20]), (X[20:], Y[20:])]
+        trainer = trainer_of()
+        trainer.fit(batches, verbose=0)
+        updates = trainer.position.update
+        batches *= 2
+        trainer.fit(batches, verbose=0)
+        self.assertEqual(trainer.position.update, 2 * updates)
+
     def test_x_only(self):
         class Encoder(keras.Model):
             def __init__(self):

@@ -61,13 +61,13 @@ CASES = {
 
 
 class TrainingTest(parameterized.TestCase, tf.test.TestCase):
-    @parameterized.parameters(("masking", 1), ("weights", 2), ("ignored class", 2))
-    def test_as_keras(self, case, devices):
+    @parameterized.parameters(("masking", 1), ("weights", 2), ("ignored class", 2), ("weights", 1, True))
+    def test_as_keras(self, case, devices, jit_compile="auto"):
         make, *arrays = CASES[case]
         with replicas(devices):
             model = make()
             start = [np.array(w) for w in model.get_weights()]
-            trainer = Trainer(model, batch_size=16, microbatch_size=4)
+            trainer = Trainer(model, batch_size=16, microbatch_size=4, jit_compile=jit_compile)
             history = trainer.fit(dataset(*arrays), epochs=2, verbose=0).history
         reference = make()
         reference.set_weights(start)
@@ -129,6 +129,28 @@ def per_positive(y, y_pred):
     return keras.ops.sum(y * (y - y_pred) ** 2) / keras.ops.maximum(keras.ops.sum(y), 1.0)
 
 
+def without(number):
+    """Return a loss over the targets that are not this number."""
+
+    def over_the_rest(y, y_pred):
+        there = keras.ops.cast(y != number, "float32")
+        return keras.ops.sum(there * (y - y_pred) ** 2) / keras.ops.maximum(keras.ops.sum(there), 1.0)
+
+    return over_the_rest
+
+
+class Adds(keras.layers.Layer):
+    """Adds a loss of its inputs."""
+
+    def __init__(self, loss, name):
+        super().__init__(name=name)
+        self.loss, self.seeds = loss, keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        self.add_loss(self.loss(x, self.seeds))
+        return x
+
+
 def scalar_mean(y, y_pred):
     return keras.ops.mean((y - y_pred) ** 2)
 
@@ -152,6 +174,9 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
             ("tversky", "tversky"),
             (contrastive, "contrastive"),
             (per_positive, "per_positive"),
+            (without(0), "over_the_rest"),
+            (without(-1), "over_the_rest"),
+            (without(-100), "over_the_rest"),
         ):
             with self.subTest(name), self.assertRaisesRegex(ValueError, f"not the mean over its examples.*: {name}"):
                 self.trainer(self.model(loss))()
@@ -163,6 +188,26 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, r"Received: Pairs\.compute_loss"):
             self.trainer(self.model(None, Pairs))()
         self.trainer(self.model(keras.losses.Dice()), microbatch_size=8)()
+
+    def test_losses_of_layers(self):
+        def noisy(x, seeds):
+            return keras.ops.sum((x + keras.random.normal(keras.ops.shape(x), seed=seeds)) ** 2)
+
+        def model(loss, name):
+            layers = [keras.layers.Dense(3, activity_regularizer="l2"), Adds(loss, name), keras.layers.Dense(3)]
+            model = keras.Sequential([keras.Input((4,)), *layers])
+            model.compile("sgd", "mse")
+            return model
+
+        for loss, name in (
+            (lambda x, seeds: keras.ops.sum(x**2), "sum_of_squares"),
+            (lambda x, seeds: keras.ops.sum(keras.ops.mean(x, 0) ** 2), "balance"),
+        ):
+            with self.subTest(name), self.assertRaisesRegex(ValueError, f"not the mean over its examples.*: {name}$"):
+                self.trainer(model(loss, name))()
+            self.trainer(model(loss, name), microbatch_size=8)()
+        self.trainer(model(lambda x, seeds: keras.ops.mean(x**2), "mean"))()
+        self.trainer(model(noisy, "noisy"))()  # what is random cannot be tried
 
     def test_taken(self):
         for loss in (scalar_mean, keras.losses.Dice(axis=-1)):

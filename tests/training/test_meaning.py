@@ -100,9 +100,9 @@ TOKENS = RNG.integers(1, 9, (25, 6))
 TOKENS[:, 4:] = 0
 
 
-def sequential(*layers, shape=(4,), loss="mse", metrics=("mse",), dtype=None):
+def sequential(*layers, shape=(4,), loss="mse", metrics=("mse",), dtype=None, optimizer=None):
     model = keras.Sequential([keras.Input(shape, dtype=dtype), *layers])
-    model.compile(keras.optimizers.SGD(0.1), loss, weighted_metrics=list(metrics))
+    model.compile(optimizer or keras.optimizers.SGD(0.1), loss, weighted_metrics=list(metrics))
     return model
 
 

@@ -13,7 +13,7 @@ from lars_keras._keras_internals import backend_value, set_backend_value
 from lars_keras.files import atomic_path
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
-from lars_keras.training.engine import EngineOptions, StepResult, check_optimizer
+from lars_keras.training.engine import EngineOptions, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data, InputContext
 from lars_keras.training.jax.cluster import JaxCluster
@@ -22,6 +22,7 @@ from lars_keras.training.jax.step import JaxStep, State
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.padding_terms import check_padding
+from lars_keras.training.recording import RecordingScope
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
 
@@ -47,7 +48,7 @@ class JaxEngine:
         self._measures = ["gradient", "weight"] * options.layer_norms + ["ghost_gradient"] * options.noise_scale
         self._measures += [*MEASURES] * layer_ratios
         with cluster.scope():
-            self.loss_terms = build_model(model, element_spec)
+            self.loss_terms = build_model(model, element_spec, options.microbatch_size)
             if not self.optimizer.built:
                 self.optimizer.build(model.trainable_variables)
         self.step = JaxStep(
@@ -61,8 +62,9 @@ class JaxEngine:
             reduce_dtype=options.reduce_dtype,
             masked=self.loss_terms.masked,
         )
-        self.step.check_every_weight_is_used(element_spec)
+        self.step.check_every_weight_is_used(element_spec, options.microbatch_size)
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
+        self._scoring_assigns: list[int] = []  # numbers of the state that scoring a batch changes, once that is traced
         self._score_fn = jax.jit(self._score)
         self._results_fn = jax.jit(self._results)
         self._replicate_fn = jax.jit(lambda values: values, out_shardings=self.step.replicated)
@@ -114,7 +116,7 @@ class JaxEngine:
         return StepResult(
             losses=[float(o["loss"]) for o in outcomes],
             learning_rates=[float(o["learning_rate"]) for o in outcomes],
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics={name: as_log(value) for name, value in metrics.items()},
             layer_norms=dict(zip(self._measures, norms, strict=True)),
             data_wait=iterator.idle - before,
         )
@@ -142,12 +144,14 @@ class JaxEngine:
 
         def value(variable: keras.Variable, sharding: jax.sharding.Sharding) -> Tensor:
             array = backend_value(variable)
+            ids = {id(array)}
             there = getattr(array, "sharding", None)
             if there is not sharding and there != sharding:  # `device_put` takes longer to find out
                 array = jax.device_put(variable.value, sharding)
-            if id(array) in seen:
+            ids.add(id(array))  # `device_put` may make another object of the same memory
+            if ids & seen:
                 array = jnp.copy(array)
-            seen.add(id(array))
+            seen.update(ids)
             return array
 
         return {
@@ -211,7 +215,7 @@ class JaxEngine:
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         data, as_arrays = self._opened(data)
         if as_arrays:
@@ -229,12 +233,16 @@ class JaxEngine:
             check_scored_terms(self.model, self.loss_terms, i + 1)
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
-            metrics, score = self._score_fn(weights, metrics, self._for_scoring(batch))
+            metrics, changed, score = self._score_fn(weights, metrics, self._for_scoring(batch))
+            for place, value in zip(self._scoring_assigns, changed, strict=True):
+                weights[place] = jax.device_put(value, self._model_state()[place][1])
             scores.append(score)
             after_batch(i)
+        for place in self._scoring_assigns if scores else ():  # counters, and the state of random numbers
+            self._model_state()[place][0].assign(weights[place])
         for variable, value in zip(self.step.variables["metrics"], metrics, strict=True):
             variable.assign(value)
-        results = {name: float(value) for name, value in self._results_fn(metrics).items()}
+        results = {name: as_log(value) for name, value in self._results_fn(metrics).items()}
         return results | summary(*np.sum(jax.device_get(scores), axis=0, dtype="float64", initial=0.0).tolist())
 
     def _for_scoring(self, arrays: Any) -> Any:
@@ -248,15 +256,24 @@ class JaxEngine:
         groups = ("trainable", "batch_stats", "rng_state")
         return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
 
-    def _score(self, weights: list[Tensor], metrics: list[Tensor], batch: Any) -> tuple[list[Tensor], Tensor]:
-        """Score a batch over all devices; return the metrics' variables after it, and the result of `score_batch`."""
+    def _score(
+        self, weights: list[Tensor], metrics: list[Tensor], batch: Any
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Score a batch over all devices.
+
+        Returns:
+            The metrics' variables after it, those of the model that it assigns, and the result of `score_batch`.
+        """
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         variables = [v for v, _ in self._model_state()] + self.step.variables["metrics"]
         mapping = list(zip(variables, [*weights, *metrics], strict=True))
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with RecordingScope(mapping) as scope:
             scores = score_batch(self.model, x, y, weight, self._context.num_input_pipelines > 1)
             metrics = [scope.get_current_value(v) for v in self.step.variables["metrics"]]
-        return metrics, jnp.stack(scores)
+        state = [v for v, _ in self._model_state()]
+        self._scoring_assigns = [i for i, v in enumerate(state) if id(v) in scope.assigned]
+        changed = [scope.get_current_value(state[i]) for i in self._scoring_assigns]
+        return metrics, changed, jnp.stack(scores)
 
     def _results(self, metrics: list[Tensor]) -> dict[str, Tensor]:
         with keras.StatelessScope(list(zip(self.step.variables["metrics"], metrics, strict=True))):

@@ -128,10 +128,10 @@ class JaxStep:
             )
         return self.finish(state, sums, rng_state)
 
-    def check_every_weight_is_used(self, element_spec: Any) -> None:
+    def check_every_weight_is_used(self, element_spec: Any, examples: int) -> None:
         """Raise ValueError if the loss does not depend on a trainable variable: JAX would take 0 for its gradient."""
         shapes = {group: [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in vs] for group, vs in self.variables.items()}
-        data = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype), spec_of(element_spec))
+        data = jax.tree.map(lambda s: jax.ShapeDtypeStruct((examples, *s.shape[1:]), s.dtype), spec_of(element_spec))
 
         def loss(trainable: list[Tensor], batch_stats: list[Tensor], rng_state: list[Tensor], data: Any) -> Tensor:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -257,7 +257,10 @@ class JaxStep:
         taken = optimizer[i] > state["optimizer"][i]
         new = {
             "trainable": trainable,
-            "batch_stats": [a.astype(v.dtype) for a, v in zip(batch_stats, self.forward.batch_stats, strict=True)],
+            "batch_stats": [
+                new.astype(old.dtype) if assigned else old
+                for new, old, assigned in zip(batch_stats, state["batch_stats"], self.forward.assigned, strict=True)
+            ],
             "rng_state": rng_state,
             "optimizer": optimizer,
             "metrics": metrics

@@ -11,7 +11,7 @@ import tensorflow as tf
 from lars_keras._keras_internals import layers_of, supports_jit
 from lars_keras.compiled import has_accelerator
 from lars_keras.files import atomic_path
-from lars_keras.training.engine import EngineOptions, StepResult, check_optimizer
+from lars_keras.training.engine import EngineOptions, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
@@ -42,7 +42,7 @@ class TensorFlowEngine:
         auto = options.jit_compile == "auto"
         jit_compile = has_accelerator() and supports_jit(model) if auto else bool(options.jit_compile)
         with self.strategy.scope():
-            self.loss_terms = build_model(model, element_spec)
+            self.loss_terms = build_model(model, element_spec, options.microbatch_size)
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         masked = self.loss_terms.masked and self.replicas * options.accumulation_steps > 1
         self.step = TensorFlowStep(model, self.replicas, options, jit_compile, masked)
@@ -88,7 +88,7 @@ class TensorFlowEngine:
         return StepResult(
             losses=losses.numpy().tolist(),
             learning_rates=rates.numpy().tolist(),
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics={name: as_log(value) for name, value in metrics.items()},
             layer_norms=dict(zip(self.step.measures, norms.numpy().transpose(1, 0, 2), strict=True))
             if self.step.measures
             else {},
@@ -195,7 +195,7 @@ class TensorFlowEngine:
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         self.check_scoring()
         self.model.reset_metrics()
@@ -208,7 +208,7 @@ class TensorFlowEngine:
                 self._score_fn(batch)
                 after_batch(i)
         metrics, sums = self._results_fn()
-        return {name: float(value) for name, value in metrics.items()} | summary(*sums.numpy().tolist())
+        return {name: as_log(value) for name, value in metrics.items()} | summary(*sums.numpy().tolist())
 
     def _score(self, batch: Any) -> None:
         """Score one batch on each replica."""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from lars_keras._keras_internals import mask_of, set_mask
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.engine import EngineOptions
 from lars_keras.training.forward import StatelessForward
@@ -80,14 +81,16 @@ class TensorFlowStep:
         scale = self.optimizer.scale_loss(tf.constant(1.0))
         trainable, batch_stats, rng_state = self.state()
         metrics = [tf.convert_to_tensor(v) for v in self.forward.metrics]
-        gradients, batch_stats, rng_state, loss, y_pred, metrics, valid = self.gradient(
+        gradients, batch_stats, rng_state, loss, y_pred, masks, metrics, valid = self.gradient(
             trainable, batch_stats, rng_state, x, y, sample_weight, index, scale, metrics
         )
+        for prediction, mask in zip(tf.nest.flatten(y_pred), masks, strict=True):
+            if mask is not None:  # lost on the way out of a compiled function
+                set_mask(prediction, mask)
         for variable, value in zip(self.forward.metrics, metrics, strict=True):
             variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
         squares = [self._gradient_squares(gradients)] * self._measure_noise
-        batch_stats = [tf.cast(s, sum_dtype(s.dtype.name)) for s in batch_stats]
         loss = tf.cast(loss, self.forward.loss_dtype)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
             gradients, loss = self._weighted(gradients, valid), loss * tf.cast(valid, loss.dtype)
@@ -110,7 +113,7 @@ class TensorFlowStep:
         index: Tensor,
         scale: Tensor,
         metrics: list[Tensor],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any, list[Tensor], Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Any, list[Tensor | None], list[Tensor], Tensor]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trainable)
             loss, y_pred, batch_stats, rng_state, metrics, valid = self.forward.loss(
@@ -127,8 +130,10 @@ class TensorFlowStep:
             )
         # Rows of an embedding that come more than once are added here, so never in half precision.
         gradients = [tf.convert_to_tensor(tf.cast(g, sum_dtype(g.dtype.name))) for g in gradients]
-        batch_stats = [a / (self.replicas * self.accumulation_steps) for a in batch_stats]
-        return gradients, batch_stats, rng_state, loss, y_pred, metrics, valid
+        ghosts = self.replicas * self.accumulation_steps
+        batch_stats = [tf.cast(a, sum_dtype(a.dtype.name)) / ghosts for a in batch_stats]
+        masks = [mask_of(prediction) for prediction in tf.nest.flatten(y_pred)]
+        return gradients, batch_stats, rng_state, loss, y_pred, masks, metrics, valid
 
     def finish(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
         """Reduce the sums over the replicas, the only reduction of an update, and apply it on every replica alike.
@@ -150,8 +155,9 @@ class TensorFlowStep:
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
-        for variable, value in zip(batch_stats, statistics, strict=True):
-            variable.assign(tf.cast(value, variable.dtype))
+        for variable, value, assigned in zip(batch_stats, statistics, self.forward.assigned, strict=True):
+            if assigned:
+                variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
             variable.assign(value)
         norms = self._norms(gradients, squares, taken, tf.cast(scale, tf.float32))

@@ -1,0 +1,194 @@
+"""The state of layers: what an update keeps, what it may not lose, and what making a model's variables leaves alone.
+
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
+"""
+
+import json
+import unittest
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.training import Trainer
+from tests.training.test_meaning import BACKEND, Subclassed, X, Y, dataset, replicas, sequential
+
+
+class Noise(keras.layers.Layer):
+    """Adds random numbers, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = keras.random.SeedGenerator(3)
+
+    def build(self, shape):
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.seeds)
+
+
+class Model(Subclassed):
+    def __init__(self):
+        super().__init__()
+        self.noise = Noise()
+
+    def call(self, x):
+        return self.noise(self.dense(x))
+
+
+def compiled(model, optimizer=None):
+    model.compile(optimizer or keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+def values(model):
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
+
+
+class KeptTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.product(dtype=("float32", "bfloat16", "float16"), devices=(1, 2))
+    def test_frozen_weights_to_the_last_bit(self, dtype, devices):
+        """Where the mean over the ghost batches would round: their number is no power of two."""
+        with replicas(devices):
+            frozen = keras.layers.Dense(
+                64, kernel_initializer=keras.initializers.RandomNormal(seed=1), trainable=False, dtype=dtype
+            )
+            trainer = Trainer(sequential(frozen, keras.layers.Dense(1)), batch_size=12, microbatch_size=2)
+            before = values(frozen)
+            trainer.fit(dataset(X, Y), epochs=3, verbose=0)
+        self.assertGreater(trainer.position.update, 10)
+        for a, b in zip(values(frozen), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_as_keras(self):
+        """A layer not built before: its calls and random numbers, in training and in evaluation."""
+        own, reference = compiled(Model()), compiled(Model())
+        trainer = Trainer(own, batch_size=16)
+        history = trainer.fit(dataset(X, Y), epochs=2, verbose=0).history
+        expected = reference.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0).history
+        self.assertAllClose(history["loss"], expected["loss"], rtol=1e-5)
+        losses = [trainer.evaluate(dataset(X, Y))["loss"] for _ in range(3)]
+        self.assertAllClose(losses, [reference.evaluate(X, Y, 16, verbose=0) for _ in range(3)], rtol=1e-5)
+        self.assertNotAllClose(losses[0], losses[1])
+        self.assertEqual(float(own.noise.calls), 8 + 12)
+        for a, b in zip(values(own), values(reference), strict=True):
+            self.assertAllClose(a, b, rtol=1e-5)
+
+    def test_batch_size_of_the_model(self):
+        """Models that take batches of one size only."""
+
+        def fixed():
+            inputs = keras.Input(batch_shape=(16, 4))
+            return compiled(keras.Model(inputs, keras.ops.reshape(keras.layers.Dense(1)(inputs), (16,))))
+
+        def squeezed():
+            inputs = keras.Input((4,))
+            return compiled(keras.Model(inputs, keras.ops.squeeze(keras.layers.Dense(1)(inputs))))
+
+        for make in (fixed, squeezed):
+            with self.subTest(make.__name__):
+                model, reference = make(), make()
+                reference.set_weights(model.get_weights())
+                trainer = Trainer(model, batch_size=16)
+                history = trainer.fit(dataset(X, Y[:, 0]), epochs=2, verbose=0).history
+                expected = reference.fit(X, Y[:, 0], batch_size=16, epochs=2, shuffle=False, verbose=0).history
+                self.assertAllClose(history["loss"], expected["loss"], rtol=1e-5)
+                self.assertAllClose(
+                    trainer.evaluate(dataset(X, Y[:, 0]))["loss"], reference.evaluate(X, Y[:, 0], 16, verbose=0)
+                )
+
+    def test_metric_of_several_values(self):
+        """In logs, history and a snapshot, as JSON holds it."""
+        targets = np.eye(3, dtype="float32")[np.arange(64) % 3]
+
+        def make():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax")])
+            model.compile(
+                keras.optimizers.SGD(0.1), "categorical_crossentropy", weighted_metrics=[keras.metrics.F1Score()]
+            )
+            return model
+
+        model, reference = make(), make()
+        reference.set_weights(model.get_weights())
+        trainer = Trainer(model, batch_size=16, microbatch_size=8)
+        history = trainer.fit(dataset(X, targets), validation_data=dataset(X, targets), verbose=0).history
+        expected = reference.fit(X, targets, 16, validation_data=(X, targets), shuffle=False, verbose=0).history
+        for name in ("f1_score", "val_f1_score"):
+            self.assertEqual(history[name][0].shape, (3,))
+            self.assertAllClose(history[name], expected[name], rtol=1e-5)
+        arrays, position = trainer.snapshot()
+        other = Trainer(make(), batch_size=16, microbatch_size=8)
+        other.restore(arrays, json.loads(json.dumps(position)), dataset(X, targets))
+        self.assertAllEqual(other.position.logs["f1_score"], history["f1_score"][0])
+
+
+class LostTest(parameterized.TestCase, tf.test.TestCase):
+    """Assignments that an update would lose are refused by name."""
+
+    def refused(self, layer, message):
+        trainer = Trainer(sequential(layer, keras.layers.Dense(1)), batch_size=16, microbatch_size=8)
+        with self.assertRaisesRegex(ValueError, message):
+            trainer.fit(dataset(X, Y), verbose=0)
+
+    def test_trainable_variable(self):
+        layer = keras.layers.Dense(3)
+        self.refused(keras.layers.SpectralNormalization(layer), "Received: .*/kernel")
+
+    def test_variable_that_no_layer_tracks(self):
+        class Hidden(keras.layers.Layer):
+            total = [keras.Variable(0.0, name="hidden_total")]
+
+            def call(self, x):
+                self.total[0].assign_add(1.0)
+                return x
+
+        self.refused(Hidden(), "Received: hidden_total")
+
+    @unittest.skipIf(BACKEND == "jax", "Keras refuses it itself, when the model is made")
+    def test_random_numbers_without_a_generator(self):
+        class Global(keras.layers.Layer):
+            def call(self, x):
+                return x + keras.random.normal(keras.ops.shape(x))
+
+        self.refused(Global(), "SeedGenerator")
+
+
+class AverageTest(tf.test.TestCase):
+    """`use_ema=True`."""
+
+    def make(self):
+        return sequential(
+            keras.layers.Dense(1, kernel_initializer="ones"), optimizer=keras.optimizers.SGD(0.1, use_ema=True)
+        )
+
+    def test_before_the_first_update(self):
+        """Keras's averages start at 0."""
+
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                self.model.stop_training = True
+
+        for options in ({"epochs": 0}, {"callbacks": Stop(), "validation_data": (X, Y)}):
+            model = self.make()
+            history = Trainer(model, batch_size=16).fit(dataset(X, Y), verbose=0, **options).history
+            self.assertAllEqual(values(model)[0], np.ones((4, 1)))
+            if "validation_data" in options:
+                self.assertAllClose(history["val_loss"], [self.make().evaluate(X, Y, verbose=0)[0]], rtol=1e-5)
+
+    def test_fit_of_keras_after_it(self):
+        """On JAX Keras's own `fit` would leave weights and averages in one memory, which the next may not donate."""
+        model, reference = self.make(), self.make()
+        Trainer(model, batch_size=16).fit(dataset(X, Y), verbose=0)
+        model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+        if BACKEND == "tensorflow":
+            for _ in range(2):
+                reference.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+            self.assertAllClose(values(model)[0], values(reference)[0], rtol=1e-5)
+        Trainer(model, batch_size=16).fit(dataset(X, Y), verbose=0)  # weights and averages in one memory on JAX
+
+
+if __name__ == "__main__":
+    tf.test.main()
