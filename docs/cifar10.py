@@ -11,10 +11,9 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")  # before Keras is imported; "tensorflow" does as well
 
 import keras
-import numpy as np
 
 from lars_keras import LARS, schedules
-from lars_keras.noise_scale import NoiseScaleEstimator, sentence
+from lars_keras.report.noise import NoiseScaleLog
 from lars_keras.training import Trainer
 
 # %% [markdown]
@@ -97,26 +96,11 @@ def lars(rate):
     return LARS(rate, excluded_lr_scale=0.05)  # for scales, offsets, biases: no trust ratio makes their rate small
 
 
-class NoiseScale(keras.callbacks.Callback):
-    def __init__(self, trainer):
-        super().__init__()
-        self.trainer = trainer
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if epoch % 2 == 0:
-            self.estimator = NoiseScaleEstimator(GHOST, self.trainer.batch_size)
-
-    def on_train_batch_end(self, batch, logs=None):
-        norms = self.trainer.layer_norms
-        for ghost, mean in zip(norms["ghost_gradient"], norms["gradient"], strict=True):
-            self.estimator.add(np.square(ghost), np.square(mean))
-
-    def on_epoch_end(self, epoch, logs=None):
-        if epoch % 2 == 1 or epoch + 1 == EPOCHS:
-            print(sentence(self.estimator.total(), self.trainer.batch_size, epoch + 1))
+def noise_scale(trainer):
+    return NoiseScaleLog(trainer, update_freq=2 * IMAGES // SMALL)
 
 
-trained(lars, SMALL, 10.0, callbacks=[NoiseScale], noise_scale=True)
+trained(lars, SMALL, 10.0, callbacks=[noise_scale], noise_scale=True)
 trainer = trained(lars, LARGE, 20.0)
 
 # %% [markdown]

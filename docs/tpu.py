@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from lars_keras import LARS, schedules
-from lars_keras.noise_scale import NoiseScaleEstimator, sentence
+from lars_keras.report.noise import NoiseScaleLog
 from lars_keras.training import Trainer
 
 print(jax.device_count(), "devices:", jax.devices()[0].device_kind)
@@ -78,20 +78,10 @@ for row in model.optimizer.layer_plan():
 
 # %%
 trainer = Trainer(model, batch_size=BATCH, microbatch_size=MICROBATCH, noise_scale=True)
-noise = NoiseScaleEstimator(MICROBATCH, BATCH)
-
-
-class Feed(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        norms = trainer.layer_norms
-        for ghost, mean in zip(norms["ghost_gradient"], norms["gradient"], strict=True):
-            noise.add(np.square(ghost), np.square(mean))
-
-
-trainer.fit(train_images, train_labels, epochs=EPOCHS, callbacks=[Feed()], verbose=0)
+noise = NoiseScaleLog(trainer, update_freq=updates // 3)  # prints it
+trainer.fit(train_images, train_labels, epochs=EPOCHS, callbacks=noise, verbose=0)
 scores = trainer.evaluate(test_images, test_labels)
 print(scores)
-print(sentence(noise.total(), BATCH, EPOCHS))
 
 # %% [markdown]
 # ## Next

@@ -46,7 +46,7 @@ class LAMB(LayerwiseOptimizer):
         exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
         exclude_from_weight_decay: takes the place of `exclude` for the decay.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
-        name: of the optimizer, `lamb`, `lamb_1`, ... by default.
+        name: name of the optimizer, `lamb`, `lamb_1`, ... by default.
         **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).
 
     Raises:

@@ -60,7 +60,7 @@ class LARS(LayerwiseOptimizer):
         excluded_lr_scale: factor on the learning rate of variables that are not adapted. Without it they take the raw
             global rate: 1 is what the published recipes for ResNet-50 do, whose convolutions have batch normalisation.
             Biases of networks without normalisation need 0.05 or lower; `build` warns of a high rate there.
-        name: of the optimizer, `lars`, `lars_1`, ... by default.
+        name: name of the optimizer, `lars`, `lars_1`, ... by default.
         **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).
 
     Raises:

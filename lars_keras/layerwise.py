@@ -91,7 +91,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         Args:
             w: weights.
             g: gradient, of the shape of the weights.
-            slots: of the same shape, in the order of the class's `slots`.
+            slots: slots of the same shape, in the order of the class's `slots`.
             lr: scalar, the global rate times the factor of the role.
             t: scalar, the number of this update, from 1.
             role: whether the variable is adapted and decayed, and the dtype to which new slots are `rounded`.
@@ -140,7 +140,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         """Apply the rule to all `variables`, as one compiled program where that can be.
 
         Args:
-            gradients: of each variable; under `tf.distribute` already summed over the replicas.
+            gradients: gradients of each variable; under `tf.distribute` already summed over the replicas.
             variables: the optimizer's, or the backend's own that belong to them.
             learning_rate: scalar, the global rate.
             measure: return what `MEASURES` names.

@@ -113,7 +113,7 @@ class NoiseScaleEstimator:
         """Return the noise scale of all variables together.
 
         Args:
-            confidence: of the interval, in (0, 1).
+            confidence: level of the interval, in (0, 1).
 
         Raises:
             ValueError: before two updates are added.
@@ -181,7 +181,7 @@ def sentence(found: NoiseScale, batch_size: int, epoch: float) -> str:
 
     Args:
         found: the estimate.
-        batch_size: of the run.
+        batch_size: batch size of the run.
         epoch: at which it was measured.
     """
     if not math.isfinite(found.value):

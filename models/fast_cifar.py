@@ -120,7 +120,7 @@ class Dirac(keras.initializers.Initializer):
     The other filters are uniform within 1 / sqrt(fan in).
 
     Args:
-        seed: of the other filters.
+        seed: seed of the other filters.
     """
 
     def __init__(self, seed: int | None = None):

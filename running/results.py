@@ -30,9 +30,9 @@ def write_results(
 
     Args:
         run_dir: folder of the run.
-        scores: of the last evaluation.
-        updates: of the whole run.
-        callbacks: of the run; they measured.
+        scores: scores of the last evaluation.
+        updates: number of updates of the whole run.
+        callbacks: callbacks of the run, which have measured it.
         rollbacks: what was undone.
 
     Returns:

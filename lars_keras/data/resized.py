@@ -28,7 +28,7 @@ class Storage:
         mode: `"crop"` resizes the shorter side and keeps the central square; `"squash"` ignores the aspect ratio.
         size: height and width, in pixels.
         encoding: `"jpeg"`, `"png"` or `"raw"`.
-        quality: of JPEG, 1 to 100.
+        quality: JPEG quality, 1 to 100.
     """
 
     mode: str

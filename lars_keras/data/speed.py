@@ -35,7 +35,7 @@ class Part:
     Attributes:
         name: what is done, in words.
         images_per_second: by wall time.
-        milliseconds: of processor time, over all threads, for an image.
+        milliseconds: milliseconds of processor time, over all threads, for an image.
     """
 
     name: str

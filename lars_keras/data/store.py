@@ -42,7 +42,7 @@ def store(
         test: the test split.
         num_classes: number of labels.
         folder: to write to.
-        name: of the data set.
+        name: name of the data set.
         storage: the form of the images.
         origin: what the images are, for the check that a second call has the same.
 

@@ -11,7 +11,7 @@ class ArraySpec:
     """One array of a batch.
 
     Attributes:
-        shape: of one example.
+        shape: shape of one example.
         dtype: name, such as `"uint8"`.
     """
 

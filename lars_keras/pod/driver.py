@@ -113,7 +113,7 @@ def check(
         microbatch_size: examples that a device takes through the model at once. Default: its part of the batch.
         backend: Keras backend of the step, `"jax"` or `"tensorflow"`.
         shard_optimizer_state: each device keeps and updates a shard of the weights; JAX only.
-        reduce_dtype: of the gradients on their way between devices; JAX only.
+        reduce_dtype: dtype of the gradients on their way between devices; JAX only.
         layer_norms: measure the norms of all layers in the update, as `Trainer(layer_norms=True)` does.
         search: compile at a second micro-batch size, to find the largest that fits: twice the time.
 

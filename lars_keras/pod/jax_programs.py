@@ -33,7 +33,7 @@ def jax_programs(
     Args:
         model: compiled.
         batch: `(x, y)` or `(x, y, sample_weight)` of `ArraySpec`s.
-        devices: of the topology.
+        devices: devices of the topology.
         microbatch_size: examples that a device takes through the model at once.
         accumulation_steps: micro-batches of a device in an update.
         shard_optimizer_state: as `JaxStep` takes it.

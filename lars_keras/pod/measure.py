@@ -21,7 +21,7 @@ class Collective:
         kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"` or `"collective-permute"`.
         size: bytes of the full tensors on one chip: before a reduction, after a gathering.
         group: number of chips in it.
-        dtypes: of the tensors.
+        dtypes: dtypes of the tensors.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Program:
     """A compiled program, on one device. Sizes in bytes.
 
     Attributes:
-        name: of the part of the update.
+        name: name of the part of the update.
         times: runs in an update.
         arguments, outputs, aliased, temporaries, code: its memory; an output in the place of an argument is aliased.
         flops: floating-point operations.

@@ -18,7 +18,7 @@ class PodReport:
     Attributes:
         model: name of the model.
         parameters: number of its trainable weights.
-        compute_dtype: of the model.
+        compute_dtype: compute dtype of the model.
         backend: `"jax"` or `"tensorflow"`.
         topology: chip and shape of the slice.
         device_kind: the compiler's name of the device.
@@ -29,15 +29,15 @@ class PodReport:
         fits: True if the update fits into the memory of a device.
         reason: the compiler's refusal, where it made no program of this size.
         memory: the most that a device holds at once; None without a program.
-        capacity: of a device.
+        capacity: memory of a device, in bytes.
         largest_microbatch_size: the largest micro-batch that fits; None if it was not looked for, or none fits.
         largest_is_compiled: True if that size was compiled; else it follows from the memory of two smaller ones.
-        programs: of an update, in order; empty without a program.
+        programs: programs of an update, in order; empty without a program.
         bounds: the least time of an update; None without a program.
         chip: published figures of the chip.
         notes: remarks on this report.
         compile_seconds: seconds that the compiler took for the programs.
-        versions: of the packages that have a part in a compiled program.
+        versions: versions of the packages that have a part in a compiled program.
     """
 
     model: str
@@ -144,7 +144,7 @@ def make_report(answer: dict[str, Any], chip: Chip, batch_size: int) -> PodRepor
 
     Args:
         answer: a dictionary of `worker.answer`.
-        chip: of the topology.
+        chip: chip of the topology.
         batch_size: global.
     """
     programs = [

@@ -11,7 +11,7 @@ class Roofline:
     """The bounds of an update. Compute, HBM and links overlap at best, so the longest of them bounds it.
 
     Attributes:
-        seconds: of an update, for `"compute"`, `"memory"` and `"interconnect"`.
+        seconds: seconds of an update, for `"compute"`, `"memory"` and `"interconnect"`.
         bound: the longest of them.
         seconds_per_update: its time.
         images_per_second: examples of the global batch per second, at best.
@@ -29,7 +29,7 @@ def roofline(programs: list[Program], chip: Chip, cores: int, batch_size: int) -
     """Return the bounds of an update, without any overhead.
 
     Args:
-        programs: of an update, on one device.
+        programs: programs of an update, on one device.
         chip: its figures.
         cores: devices of a chip.
         batch_size: global.

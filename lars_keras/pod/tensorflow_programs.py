@@ -33,7 +33,7 @@ def tensorflow_programs(
     Args:
         model: compiled.
         batch: `(x, y)` or `(x, y, sample_weight)` of `ArraySpec`s.
-        devices: of the topology.
+        devices: devices of the topology.
         microbatch_size: examples that a replica takes through the model at once.
         accumulation_steps: micro-batches of a replica in an update.
         layer_norms: as the engine takes it.

@@ -157,10 +157,10 @@ def describe(
     Args:
         model: compiled and built.
         topology: name of the topology.
-        devices: of the topology.
+        devices: devices of the topology.
         microbatch_size: examples that a device takes through the model at once.
         accumulation_steps: micro-batches of a device in an update.
-        programs: of an update; none if they do not fit.
+        programs: programs of an update; none if they do not fit.
         compile_seconds: seconds that they took.
         reason: the compiler's refusal.
         smaller: `microbatch_size` and `memory` of the second size that was compiled.

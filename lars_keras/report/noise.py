@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 
 class NoiseScaleLog(keras.callbacks.Callback):
-    """Logs the noise scale every few updates, from all updates since the last line.
+    """Prints or logs the noise scale every few updates, from all updates since the last time.
 
-    A line of `metrics.jsonl` has the estimate with its 95 % interval, and for each variable, in the order of the layer
-    plan, the means over these updates that it is made of: the mean square norm of the ghost-batch gradients and the
-    square norm of their mean. So lines can be put together. What is not finite is null:
+    ```python
+    trainer = Trainer(model, batch_size=512, microbatch_size=64, noise_scale=True)
+    trainer.fit(dataset, epochs=1, callbacks=NoiseScaleLog(trainer))  # prints a sentence every 16 updates
+    ```
+
+    With `log`, it writes lines of `metrics.jsonl` instead. Each has the estimate with its 95 % interval, and for each
+    variable, in the order of the layer plan, the means over these updates that it is made of: the mean square norm of
+    the ghost-batch gradients and the square norm of their mean. So lines can be put together. What is not finite is
+    null:
 
         {"event": "noise_scale", "update": 40, "noise_scale": 2900.0, "low": 2400.0, "high": 3500.0, "epoch": 3.0,
          "updates": 20, "ghost_batch": 64, "batch_size": 1024, "ghost_square": [...], "mean_square": [...]}
@@ -28,14 +34,14 @@ class NoiseScaleLog(keras.callbacks.Callback):
 
     Args:
         trainer: a `Trainer(noise_scale=True)`.
-        log: the run's metrics log.
+        log: the run's metrics log; None to print.
         update_freq: updates between two lines.
 
     Raises:
         ValueError: if `update_freq` is below 2.
     """
 
-    def __init__(self, trainer: "Trainer", log: MetricsLog, update_freq: int):
+    def __init__(self, trainer: "Trainer", log: MetricsLog | None = None, update_freq: int = 16):
         super().__init__()
         if update_freq < 2:
             raise ValueError(f"`update_freq` must be at least 2. Received: update_freq={update_freq}")
@@ -58,10 +64,14 @@ class NoiseScaleLog(keras.callbacks.Callback):
         return NoiseScaleEstimator(self._trainer.microbatch_size, self._trainer.batch_size)
 
     def _write(self, update: int) -> None:
-        found = self._estimator.total()
+        found, epoch = self._estimator.total(), update / self.params["steps_per_epoch"]
+        if self._log is None:
+            if self._trainer.cluster.is_chief:
+                print(sentence(found, self._trainer.batch_size, epoch), flush=True)
+            return
         ghost, mean = self._estimator.means()
         values = {
-            "epoch": update / self.params["steps_per_epoch"],
+            "epoch": epoch,
             "updates": len(self._estimator),
             "ghost_batch": self._trainer.microbatch_size,
             "batch_size": self._trainer.batch_size,

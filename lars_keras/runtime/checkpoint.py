@@ -73,7 +73,7 @@ class CheckpointManager:
         """Refuse to save an update if the folder has undamaged checkpoints of later ones.
 
         Args:
-            update: of this run; -1 if it begins anew, so that all checkpoints are of another.
+            update: update of this run; -1 if it begins anew, so that all checkpoints are of another.
 
         Raises:
             UsageError: if it has. They are of another run, or this run was not restored.

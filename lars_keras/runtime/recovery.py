@@ -191,7 +191,7 @@ def require_same_checkpoint(cluster: Cluster, checkpoint: Checkpoint | None) -> 
     Hosts at different updates would average the gradients of different weights.
 
     Args:
-        cluster: that of the trainer.
+        cluster: cluster of the trainer.
         checkpoint: the checkpoint that this host has found, or None.
 
     Raises:

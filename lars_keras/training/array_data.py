@@ -103,7 +103,7 @@ class ArrayFeed:
     Attributes:
         arrays: see `checked_arrays`.
         per_epoch: examples that an epoch uses.
-        seed: of the order, another one in each epoch; None for the arrays' own.
+        seed: seed of the order, which is another in each epoch; None for the arrays' own order.
         batch_size: global batch.
         microbatch_size: examples that a replica takes through the model at once.
     """

@@ -80,7 +80,7 @@ class IndexedFeed:
 
     Attributes:
         source: the batches.
-        seed: of the order of batches, another one in each epoch; None for their own.
+        seed: seed of the order of batches, which is another in each epoch; None for their own order.
         batch_size: global batch.
         microbatch_size: examples that a replica takes through the model at once.
         per_epoch: examples that an epoch uses; None for all.
@@ -212,7 +212,7 @@ class GeneratorFeed:
     """A generator as a function that returns the batches for training. It goes on where it is.
 
     Args:
-        generator: of batches.
+        generator: yields batches.
         batch_size: global batch.
     """
 

@@ -43,7 +43,7 @@ def restore_memory(
     A warning names what cannot be restored.
 
     Args:
-        callbacks: of the resumed run, those of one class in the same order as before.
+        callbacks: callbacks of the resumed run, those of one class in the same order as before.
         memory: None if the checkpoint has none, because an earlier version has written it.
     """
     for key, callback, names in _with_memory(callbacks):

@@ -66,7 +66,7 @@ def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> Non
 
     Args:
         model: compiled and built.
-        terms: of its loss.
+        terms: terms of its loss.
         ghost_batches: number of them in a global batch.
 
     Raises:
@@ -96,7 +96,7 @@ def check_scored_terms(model: keras.Model, terms: LossTerms, batches: int) -> No
 
     Args:
         model: compiled and built.
-        terms: of its loss.
+        terms: terms of its loss.
         batches: number of batches, or of parts of them on replicas, so far.
 
     Raises:

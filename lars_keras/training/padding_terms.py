@@ -25,7 +25,7 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
 
     Args:
         model: compiled and built.
-        terms: of its loss.
+        terms: terms of its loss.
 
     Raises:
         ValueError: if it would; the message names the part.

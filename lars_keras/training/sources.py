@@ -49,7 +49,7 @@ def training_data(
         microbatch_size: examples that a replica takes through the model at once.
         hosts: number of hosts.
         shuffle: order examples, or the batches of a `keras.utils.PyDataset`, anew in each epoch.
-        seed: of that order.
+        seed: seed of that order.
 
     Raises:
         ValueError: if an argument does not go with the form of `x`, or `x` has none of the known forms.

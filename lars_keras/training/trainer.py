@@ -90,10 +90,10 @@ class Trainer:
         replicas: number of its replicas.
         accumulation_steps: micro-batches of each replica in an update.
         position: the place of the run; see `Position`.
-        callbacks: those of the last `fit`.
+        callbacks: callbacks of the last `fit`.
         resumed: True if that went on from what `restore` had restored.
         step_losses: the loss of each update of the last execution.
-        layer_norms: of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
+        layer_norms: norms of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
             `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
             `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
             as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times the variable's rate.
@@ -200,7 +200,7 @@ class Trainer:
             shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
             class_weight: weight of the examples of each class, for arrays and a `PyDataset`.
             sample_weight: weights, if `x` is arrays.
-            seed: of the order. The order depends on it and on the epoch only, so a resumed run goes on exactly.
+            seed: seed of the order. The order depends on it and on the epoch only, so a resumed run continues exactly.
 
         Returns:
             The `keras.callbacks.History`.
@@ -393,7 +393,7 @@ class Trainer:
         Collective: call it on every host, because each may hold a shard of the weights.
 
         Args:
-            path: of the file.
+            path: path of the file.
             write: True on one of the hosts.
         """
         self._current.running().save_model(path, write)

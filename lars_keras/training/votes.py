@@ -30,10 +30,10 @@ def hold_vote(
     Collective: call it on every host, with the same voters in the same order.
 
     Args:
-        cluster: of the run.
-        callbacks: of the run; those that are no voters are left alone.
+        cluster: cluster of the run.
+        callbacks: callbacks of the run; those that are no voters are left alone.
         update: the number of finished updates.
-        logs: of the last training batch; empty in an evaluation.
+        logs: logs of the last training batch; empty in an evaluation.
     """
     voters = [callback for callback in callbacks if isinstance(callback, Voter)]
     if voters:

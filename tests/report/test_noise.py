@@ -77,6 +77,23 @@ class NoiseScaleLogTest(tf.test.TestCase):
         callback.on_train_batch_end(0)
         self.assertEmpty(callback._estimator)
 
+    def test_printed_without_a_log(self):
+        """On one of several hosts."""
+        for chief in (True, False):
+            cluster = types.SimpleNamespace(is_chief=chief)
+            trainer = types.SimpleNamespace(microbatch_size=32, batch_size=256, cluster=cluster)
+            callback = noise.NoiseScaleLog(trainer, update_freq=4)
+            callback.set_params({"steps_per_epoch": 10.0})
+            callback.on_train_begin()
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                for batch in range(10):
+                    trainer.layer_norms = {"ghost_gradient": np.full([1, 3], 9.0), "gradient": np.full([1, 3], 4.0)}
+                    callback.on_train_batch_end(batch)
+            lines = out.getvalue().splitlines()
+            self.assertLen(lines, 2 * chief)
+            for line, epoch in zip(lines, ("0.4", "0.8"), strict=False):
+                self.assertRegex(line, f"^Noise scale [0-9,]+ .* at epoch {epoch}: at batch 256 an example teaches")
+
     def test_summary(self):
         self.assertEmpty(noise.summary([], LAYERS))
         lines = noise.summary(self.log(400, 100), LAYERS)

@@ -40,8 +40,8 @@ def measured_run(name: str, data_dir: str | None, folder: Path) -> dict[str, Any
     """Train once and return its settings and the noise scale of each part of the run.
 
     Args:
-        name: of the comparison in results/.
-        data_dir: of its data set.
+        name: name of the comparison in results/.
+        data_dir: folder of its data set.
         folder: for the run.
     """
     found = json.loads((ROOT / "results" / f"compare_{name}.json").read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     """Return the settings and noise scales of a finished run.
 
     Args:
-        run_dir: of a run with `--noise_scale_every`.
+        run_dir: folder of a run with `--noise_scale_every`.
     """
     config, result = (json.loads((run_dir / f"{n}.json").read_text(encoding="utf-8")) for n in ("config", "results"))
     lines = [e for e in read_metrics(run_dir / "metrics.jsonl") if e["event"] == "noise_scale"]
@@ -85,7 +85,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw the noise scale over training, with its interval; an interval without an upper end leaves the picture.
 
     Args:
-        runs: of the results file.
+        runs: runs of the results file.
         path: SVG file.
     """
     with svg_style():

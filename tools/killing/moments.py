@@ -63,7 +63,7 @@ def wait_for(
         jobs: the runs that were started on the folder.
         run_dir: the folder.
         steps: updates of the run.
-        timing: of a run that is not killed.
+        timing: timing of a run that is not killed.
         rng: draws the moment.
     """
     started = min(job.started for job in jobs)

@@ -40,10 +40,10 @@ class Cell:
     """The devices of a run.
 
     Attributes:
-        name: of the cell.
+        name: name of the cell.
         flags: in addition to `FLAGS`.
-        backend: of Keras.
-        processes: of a run.
+        backend: Keras backend.
+        processes: number of processes of a run.
         at_once: runs that are started on one folder.
         tolerance: largest relative difference to a run that was not killed; 0 is to the last bit.
         steps: updates of a run. Workers that share a processor wait for each other.
@@ -108,7 +108,7 @@ class Job:
         cwd: working folder.
 
     Attributes:
-        pids: of its processes.
+        pids: IDs of its processes.
         started: time of its start.
     """
 

@@ -60,7 +60,7 @@ class WeightSharding:
     Args:
         model: built.
         variables: its trainable variables.
-        mesh: of the replicas.
+        mesh: mesh of the replicas.
         sharded: shard what is large enough; else every device has all weights.
         reduce_dtype: dtype of the gradients on their way between devices.
         overwritten: for each variable, True if its gradient is its new value: it is never sharded.
@@ -110,7 +110,7 @@ class WeightSharding:
         """Sum over the devices, the only reduction of an update.
 
         Args:
-            gradients: of one device, in full.
+            gradients: gradients of one device, in full.
             others: a tree of further arrays.
 
         Returns:

@@ -44,7 +44,7 @@ class JaxStep:
 
     Args:
         model: compiled and built.
-        mesh: of the replicas; see `lars_keras.training.jax.mesh`.
+        mesh: mesh of the replicas; see `lars_keras.training.jax.mesh`.
         accumulation_steps: k, micro-batches of a replica in an update.
         layer_norms: measure the norms of gradients and weights.
         layer_ratios: measure what a `LayerwiseOptimizer` does to each variable.
@@ -109,7 +109,7 @@ class JaxStep:
         """Take an update on the next k batches; the state is donated.
 
         Args:
-            state: of all variables.
+            state: values of all variables.
             next_batch: returns a batch, given arrays that the devices are still at work on.
 
         Returns:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import itertools
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -212,10 +213,15 @@ def _keeping_errors(batches: Iterator[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def errors_of_data() -> Iterator[None]:
-    """Raise the error in the data that TensorFlow reports by another one."""
+    """Raise the error in the data, or in the model, that TensorFlow reports by another one."""
     _errors.clear()
     try:
         yield
+    except ValueError as e:
+        stack, _, message = str(e).rpartition("    ValueError: ")
+        if stack.startswith("in user code:"):  # AutoGraph's; the traceback has it, too
+            raise ValueError(textwrap.dedent(message).strip()) from e
+        raise
     except tf.errors.OpError as e:
         if _errors:
             raise _errors.pop() from e
