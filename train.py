@@ -84,9 +84,9 @@ def _main(
             microbatch_size=config.microbatch_size,
             steps_per_execution=config.steps_per_execution,
             jit_compile="auto" if config.jit_compile == "auto" else config.jit_compile == "on",
-            layer_norms=True,
+            variable_norms=True,
             reduce_dtype=config.reduce_dtype,
-            layer_ratios=config.telemetry_every > 0,
+            trust_ratios=config.telemetry_every > 0,
             noise_scale=config.noise_scale_every > 0,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)

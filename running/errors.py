@@ -12,7 +12,7 @@ from lars_keras.runtime.errors import UsageError
 _FLAG_OF_ARGUMENT = {
     "end": "end_learning_rate",
     "keep_every_n_hours": "keep_checkpoint_hours",
-    "layer_ratios": "telemetry_every",
+    "trust_ratios": "telemetry_every",
     "max_to_keep": "keep_checkpoints",
     "out": "out",
     "peak": "learning_rate",

@@ -74,7 +74,7 @@ def check_options(config: flags.RunConfig) -> dict[str, Any]:
         "microbatch_size": config.microbatch_size,
         "shard_optimizer_state": config.shard_optimizer_state,
         "reduce_dtype": config.reduce_dtype,
-        "layer_norms": True,
+        "variable_norms": True,
     }
 
 

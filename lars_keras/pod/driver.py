@@ -78,7 +78,7 @@ class Request:
     microbatch_size: int | None
     shard_optimizer_state: bool
     reduce_dtype: str
-    layer_norms: bool
+    variable_norms: bool
     search: bool
 
 
@@ -92,7 +92,7 @@ def check(
     backend: str = "jax",
     shard_optimizer_state: bool = False,
     reduce_dtype: str = "float32",
-    layer_norms: bool = False,
+    variable_norms: bool = False,
     search: bool = True,
 ) -> PodReport:
     """Compile the update that `Trainer` would run on a TPU slice, and say what it costs. No TPU is needed.
@@ -114,7 +114,7 @@ def check(
         backend: Keras backend of the step, `"jax"` or `"tensorflow"`.
         shard_optimizer_state: each device keeps and updates a shard of the weights; JAX only.
         reduce_dtype: dtype of the gradients on their way between devices; JAX only.
-        layer_norms: measure the norms of all layers in the update, as `Trainer(layer_norms=True)` does.
+        variable_norms: measure the norms of all layers in the update, as `Trainer(variable_norms=True)` does.
         search: compile at a second micro-batch size, to find the largest that fits: twice the time.
 
     Raises:
@@ -152,7 +152,7 @@ def check(
         microbatch_size=microbatch_size,
         shard_optimizer_state=shard_optimizer_state,
         reduce_dtype=reduce_dtype,
-        layer_norms=layer_norms,
+        variable_norms=variable_norms,
         search=search,
     )
     pickled = _pickled(request)

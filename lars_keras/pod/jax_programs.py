@@ -25,7 +25,7 @@ def jax_programs(
     *,
     shard_optimizer_state: bool = False,
     reduce_dtype: str = "float32",
-    layer_norms: bool = False,
+    variable_norms: bool = False,
     known_accumulate: Program | None = None,
 ) -> list[Program]:
     """Compile an update, and return its programs on one of the devices.
@@ -38,7 +38,7 @@ def jax_programs(
         accumulation_steps: micro-batches of a device in an update.
         shard_optimizer_state: as `JaxStep` takes it.
         reduce_dtype: as `JaxStep` takes it.
-        layer_norms: as `JaxStep` takes it.
+        variable_norms: as `JaxStep` takes it.
         known_accumulate: the program of a micro-batch, from a slice of another size. It has no traffic between the
             devices (unless batch normalisation is synchronised), so it is the same on any number of them.
 
@@ -54,7 +54,7 @@ def jax_programs(
         model,
         mesh_of(devices),
         accumulation_steps=accumulation_steps,
-        layer_norms=layer_norms,
+        variable_norms=variable_norms,
         shard_optimizer_state=shard_optimizer_state,
         reduce_dtype=reduce_dtype,
         masked=terms.masked,

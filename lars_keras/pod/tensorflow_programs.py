@@ -26,7 +26,7 @@ def tensorflow_programs(
     microbatch_size: int,
     accumulation_steps: int,
     *,
-    layer_norms: bool = False,
+    variable_norms: bool = False,
 ) -> list[Program]:
     """Compile an update of one replica, and return its programs. TensorFlow's runtime has the all-reduce.
 
@@ -36,7 +36,7 @@ def tensorflow_programs(
         devices: devices of the topology.
         microbatch_size: examples that a replica takes through the model at once.
         accumulation_steps: micro-batches of a replica in an update.
-        layer_norms: as the engine takes it.
+        variable_norms: as the engine takes it.
 
     Raises:
         jax.errors.JaxRuntimeError: of the compiler.
@@ -44,7 +44,7 @@ def tensorflow_programs(
     # It is traced on this machine's CPU, but for a TPU: no sum is written for a CPU's compiler.
     compiled.has_accelerator = lambda: True
     spec = keras.tree.map_structure(lambda a: tf.TensorSpec((None, *a.shape), a.dtype), batch)
-    options = EngineOptions(microbatch_size, accumulation_steps, jit_compile=True, layer_norms=layer_norms)
+    options = EngineOptions(microbatch_size, accumulation_steps, jit_compile=True, variable_norms=variable_norms)
     step = TensorFlowEngine(model, TensorFlowCluster(model.distribute_strategy), options, spec).step
     data = tf.nest.map_structure(lambda s: tf.TensorSpec((microbatch_size, *s.shape[1:]), s.dtype), spec)
     sums = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), step.zero_sums())

@@ -93,7 +93,7 @@ def _answer(request: Request) -> dict[str, Any]:
     batch = parse_batch(request.batch_spec() if callable(request.batch_spec) else request.batch_spec)
     size, steps = split_batch(request.batch_size, len(devices), request.microbatch_size)
     model = checked_model(request.make_model)
-    options: dict[str, Any] = {"layer_norms": request.layer_norms}
+    options: dict[str, Any] = {"variable_norms": request.variable_norms}
     programs_of: Callable[..., list[Program]]
     if keras.backend.backend() == "jax":
         from lars_keras.pod import jax_programs

@@ -28,7 +28,7 @@ class LayerTelemetry(keras.callbacks.Callback):
     TensorBoard gets the same numbers as scalars `layers/ratio/<path>` and so on.
 
     Args:
-        trainer: a `Trainer(layer_ratios=True)` whose model has the optimizer `LARS` or `LAMB`.
+        trainer: a `Trainer(trust_ratios=True)` whose model has the optimizer `LARS` or `LAMB`.
         log: the run's metrics log.
         update_freq: updates between two lines.
 
@@ -43,7 +43,7 @@ class LayerTelemetry(keras.callbacks.Callback):
         self._trainer, self._log, self._update_freq = trainer, log, update_freq
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        measured = [self._trainer.layer_norms[name] for name in MEASURES]
+        measured = [self._trainer.measures[name] for name in MEASURES]
         paths = [v.path for v in self._trainer.model.trainable_variables]
         first = batch + 2 - len(measured[0])
         for update, values in enumerate(np.stack(measured, axis=1), first):

@@ -51,7 +51,7 @@ class NoiseScaleLog(keras.callbacks.Callback):
         self._estimator = self._empty()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        norms, finished = self._trainer.layer_norms, batch + 1
+        norms, finished = self._trainer.measures, batch + 1
         for ghost, mean in zip(norms["ghost_gradient"], norms["gradient"], strict=True):
             if ghost.any():  # dynamic loss scaling measures nothing where it skips an update
                 self._estimator.add(np.square(ghost, dtype=np.float64), np.square(mean, dtype=np.float64))

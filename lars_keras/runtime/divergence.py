@@ -19,7 +19,7 @@ HARMLESS_LOSS = 10.0  # that of a uniform guess over 22,000 classes
 class DivergenceGuard(keras.callbacks.Callback):
     """Raises `Diverged` after an update that is not finite or explodes. The message names the update and the layer.
 
-    The guard watches the loss. With `Trainer(layer_norms=True)` it also watches the norm of every gradient and weight.
+    The guard watches the loss. With `Trainer(variable_norms=True)` it also watches the norms of gradients and weights.
 
     - A loss explodes when it exceeds `explosion_factor` times its median over the last `window` updates, and 10.
     - The global gradient norm explodes when it exceeds the same multiple of its own median, and the global weight norm.
@@ -29,7 +29,7 @@ class DivergenceGuard(keras.callbacks.Callback):
     mean over the epoch so far. The guard computes from it the loss since the previous call.
 
     Args:
-        trainer: source of the loss of every update and of the layer norms. None uses the logs alone.
+        trainer: source of the loss of every update and of the norms. None uses the logs alone.
         explosion_factor: factor above which a value counts as exploding.
         window: number of updates in the median. No value explodes before that many updates.
 
@@ -53,8 +53,8 @@ class DivergenceGuard(keras.callbacks.Callback):
         self._batches, self._total = 0, 0.0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if self._trainer and "gradient" in self._trainer.layer_norms:
-            norms = self._trainer.layer_norms
+        if self._trainer and "gradient" in self._trainer.measures:
+            norms = self._trainer.measures
             first = batch + 2 - len(norms["gradient"])
             for update, (gradients, weights) in enumerate(zip(norms["gradient"], norms["weight"], strict=True), first):
                 self._check_layers(update, gradients, weights)

@@ -29,17 +29,17 @@ class EngineOptions:
         accumulation_steps: micro-batches of a replica in an update.
         jit_compile: compile the gradient computation with XLA: True, False or "auto".
         reduce_dtype: dtype of the gradients on their way between devices.
-        layer_norms: measure the norms of gradients and weights.
-        layer_ratios: measure the trust ratios and effective rates of a `LayerwiseOptimizer`.
-        noise_scale: measure the norms of the ghost-batch gradients; needs `layer_norms`.
+        variable_norms: measure the norms of gradients and weights.
+        trust_ratios: measure the trust ratios and effective rates of a `LayerwiseOptimizer`.
+        noise_scale: measure the norms of the ghost-batch gradients; needs `variable_norms`.
     """
 
     microbatch_size: int
     accumulation_steps: int = 1
     jit_compile: bool | str = "auto"
     reduce_dtype: str = "float32"
-    layer_norms: bool = False
-    layer_ratios: bool = False
+    variable_norms: bool = False
+    trust_ratios: bool = False
     noise_scale: bool = False
 
 
@@ -51,7 +51,7 @@ class StepResult:
         losses: loss of each update.
         learning_rates: learning rate of each update.
         metrics: the compiled metrics since their last reset, as `as_log` returns them.
-        layer_norms: measures by name, if asked for, float32 of shape `(updates, variables)`: "gradient", "weight",
+        measures: by name, if asked for, float32 of shape `(updates, variables)`: "gradient", "weight",
             "ghost_gradient", and those of `lars_keras.layerwise.MEASURES`.
         data_wait: seconds that the devices stood idle for want of data.
     """
@@ -59,7 +59,7 @@ class StepResult:
     losses: list[float]
     learning_rates: list[float]
     metrics: dict[str, Any]
-    layer_norms: dict[str, np.ndarray]
+    measures: dict[str, np.ndarray]
     data_wait: float
 
 

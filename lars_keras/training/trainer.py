@@ -78,12 +78,12 @@ class Trainer:
         steps_per_execution: updates that run without returning to Python. Callbacks see the last of them.
         jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU, and all layers of
             the model allow it. JAX always compiles.
-        layer_norms: measure the norms of each variable and its gradient in every update; see `layer_norms` below.
+        variable_norms: measure the norms of each variable and its gradient in every update; see `measures`.
         reduce_dtype: dtype of the gradients on their way between devices. Below "float32", on JAX only, it saves half
             the traffic and rounds each device's sum.
-        layer_ratios: also measure what `LARS` and `LAMB` do to each variable.
-        noise_scale: measure what `lars_keras.noise_scale` needs, and `layer_norms` with it. An update must have several
-            ghost batches.
+        trust_ratios: measure what `LARS` and `LAMB` do to each variable.
+        noise_scale: measure what `lars_keras.noise_scale` needs, and `variable_norms` with it. An update must have
+            several ghost batches.
 
     Attributes:
         cluster: the devices and processes of the run, found from the model; see `Cluster`.
@@ -93,11 +93,12 @@ class Trainer:
         callbacks: callbacks of the last `fit`.
         resumed: True if that went on from what `restore` had restored.
         step_losses: the loss of each update of the last execution.
-        layer_norms: norms of the last execution, if asked for: `{"gradient": g, "weight": w}`, float32 of shape
-            `(updates, variables)`, in the order of `model.trainable_variables`; `w` after the update. With
-            `layer_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update, `"gradient_norm"`
-            as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times the variable's rate.
-            With `noise_scale` also `"ghost_gradient"`, the root mean square of the norms of the ghost-batch gradients.
+        measures: what was asked for of the last execution, each float32 of shape `(updates, variables)`, in the order
+            of `model.trainable_variables`. With `variable_norms` the norms `"gradient"`, and `"weight"` after the
+            update. With `trust_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update,
+            `"gradient_norm"` as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times
+            the variable's rate. With `noise_scale` also `"ghost_gradient"`, the root mean square of the norms of the
+            ghost-batch gradients.
 
     Raises:
         ValueError: if the model is not compiled, or has a `train_step`, `test_step`, `fit` or another loop of its own,
@@ -113,9 +114,9 @@ class Trainer:
         microbatch_size: int | None = None,
         steps_per_execution: int = 1,
         jit_compile: bool | str = "auto",
-        layer_norms: bool = False,
+        variable_norms: bool = False,
         reduce_dtype: str = "float32",
-        layer_ratios: bool = False,
+        trust_ratios: bool = False,
         noise_scale: bool = False,
     ):
         if not getattr(model, "compiled", False):
@@ -136,14 +137,14 @@ class Trainer:
             accumulation_steps=self.accumulation_steps,
             jit_compile=jit_compile,
             reduce_dtype=reduce_dtype,
-            layer_norms=layer_norms or noise_scale,
-            layer_ratios=layer_ratios,
+            variable_norms=variable_norms or noise_scale,
+            trust_ratios=trust_ratios,
             noise_scale=noise_scale,
         )
         self._current = CurrentEngine(model, self.cluster, self._options)
         self.position = Position()
         self.step_losses: list[float] = []
-        self.layer_norms: dict[str, np.ndarray] = {}
+        self.measures: dict[str, np.ndarray] = {}
         self._restored: Engine | None = None
         self.resumed = False
         self._ema: EmaWeights | None = None
@@ -301,7 +302,7 @@ class Trainer:
     def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
         """Take `updates` updates, move the position, and return the seconds that the devices waited for data."""
         result = engine.train(iterator, updates)
-        self.step_losses, self.layer_norms = result.losses, result.layer_norms
+        self.step_losses, self.measures = result.losses, result.measures
         position = self.position
         position.update += updates
         position.batches_consumed += updates

@@ -106,7 +106,7 @@ def trained(
                 keras.losses.CategoricalCrossentropy(from_logits=True),
                 weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
             )
-            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True, **options)
+            trainer = Trainer(model, batch_size=cases.BATCH, variable_norms=True, **options)
             losses = []
             watch = keras.callbacks.LambdaCallback(
                 on_train_batch_end=lambda batch, logs: losses.append([logs[n] for n in ("step_loss", "loss", "top1")])
@@ -145,7 +145,7 @@ def tensorflow_results(names):
         model, optimizer, microbatch_size = CASES[name]
         strategy = "mirrored2" if model == "synchronized" else "none"
         results[name] = trained(model, optimizer, microbatch_size=microbatch_size, strategy=strategy)[:2]
-    results[TELEMETRY] = trained("wide", "lars", layer_ratios=True)[2].layer_norms
+    results[TELEMETRY] = trained("wide", "lars", trust_ratios=True)[2].measures
     return results
 
 
@@ -187,11 +187,11 @@ class EngineTest(parameterized.TestCase):
 
     def check_telemetry(self, devices, shard_optimizer_state):
         """Norms, trust ratios and rates of the last update."""
-        trainer = trained("wide", "lars", devices, shard_optimizer_state=shard_optimizer_state, layer_ratios=True)[2]
-        self.assertEqual(list(trainer.layer_norms), ["gradient", "weight", *MEASURES])
+        trainer = trained("wide", "lars", devices, shard_optimizer_state=shard_optimizer_state, trust_ratios=True)[2]
+        self.assertEqual(list(trainer.measures), ["gradient", "weight", *MEASURES])
         for name, expected in self.expected[TELEMETRY].items():
-            self.assertEqual(trainer.layer_norms[name].shape, (1, 6))
-            np.testing.assert_allclose(trainer.layer_norms[name], expected, rtol=1e-5, err_msg=name)
+            self.assertEqual(trainer.measures[name].shape, (1, 6))
+            np.testing.assert_allclose(trainer.measures[name], expected, rtol=1e-5, err_msg=name)
 
     def test_data_wait_is_the_time_that_devices_stand_idle(self):
         model = cases.hidden()
@@ -270,9 +270,9 @@ class EngineTest(parameterized.TestCase):
             x, y = (a.copy() for a in cases.examples())
             x[2 * cases.BATCH + 20] = np.inf
             norms = []
-            trainer = Trainer(model, batch_size=cases.BATCH, layer_norms=True)
+            trainer = Trainer(model, batch_size=cases.BATCH, variable_norms=True)
             watch = keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda batch, logs: norms.append(trainer.layer_norms["gradient"][0])
+                on_train_batch_end=lambda batch, logs: norms.append(trainer.measures["gradient"][0])
             )
             trainer.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(64), epochs=1, verbose=0, callbacks=[watch])
         self.assertEqual([bool(n.any()) for n in norms], [True, True, False, True, True])
@@ -328,8 +328,8 @@ class EngineTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "jit_compile=False"):
             Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
         scaled = keras.optimizers.LossScaleOptimizer(LARS())
-        with self.assertRaisesRegex(ValueError, "layer_ratios.*mixed_float16"):
-            Trainer(compiled(cases.linear(), scaled), batch_size=64, layer_ratios=True).fit(data)
+        with self.assertRaisesRegex(ValueError, "trust_ratios.*mixed_float16"):
+            Trainer(compiled(cases.linear(), scaled), batch_size=64, trust_ratios=True).fit(data)
         x = keras.Input((cases.FEATURES,))
         model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
         model.extra = keras.layers.Dense(3, name="forgotten")

@@ -69,7 +69,7 @@ def make_trainer(cluster):
             keras.losses.CategoricalCrossentropy(from_logits=True),
             weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
         )
-    return Trainer(model, batch_size=BATCH, microbatch_size=4, layer_norms=True)
+    return Trainer(model, batch_size=BATCH, microbatch_size=4, variable_norms=True)
 
 
 def same(first, second):

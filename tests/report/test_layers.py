@@ -49,7 +49,7 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
         with strategy.scope():
             model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
             model.compile(optimizer_class(0.5, excluded_lr_scale=0.1), "mse")
-        trainer = Trainer(model, batch_size=32, microbatch_size=8, layer_ratios=True)
+        trainer = Trainer(model, batch_size=32, microbatch_size=8, trust_ratios=True)
         log, expected, gradients = MetricsLog(self.dir), [], []
 
         def note_truth(batch, logs=None):
@@ -94,7 +94,7 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
         trainer = types.SimpleNamespace(model=model)
         telemetry = LayerTelemetry(trainer, log, update_freq=1)
         for update, scale in ((0, 1.0), (1, 0.0), (2, 2.0)):
-            trainer.layer_norms = {name: np.full((1, 2), scale, "f4") for name in MEASURES}
+            trainer.measures = {name: np.full((1, 2), scale, "f4") for name in MEASURES}
             telemetry.on_train_batch_end(update)
         self.assertEqual([e["update"] for e in read_metrics(self.dir / "metrics.jsonl")], [1, 3])
 

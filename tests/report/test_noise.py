@@ -42,7 +42,7 @@ class NoiseScaleLogTest(tf.test.TestCase):
         for batch in range(first + per_call - 1, first + updates, per_call):
             truth, trace = np.array([1.0, 1.0, 1.0]), np.array([3200.0, 6400.0, 12800.0])
             wobble = rng.normal(scale=0.05, size=(2, per_call, 3)) + 1
-            trainer.layer_norms = {
+            trainer.measures = {
                 "ghost_gradient": np.sqrt((truth + trace / 32) * wobble[0]),
                 "gradient": np.sqrt((truth + trace / 256) * wobble[1]),
             }
@@ -73,7 +73,7 @@ class NoiseScaleLogTest(tf.test.TestCase):
         trainer = types.SimpleNamespace(microbatch_size=32, batch_size=256)
         callback = noise.NoiseScaleLog(trainer, None, 4)
         callback.on_train_begin()
-        trainer.layer_norms = {"ghost_gradient": np.zeros([1, 3]), "gradient": np.zeros([1, 3])}
+        trainer.measures = {"ghost_gradient": np.zeros([1, 3]), "gradient": np.zeros([1, 3])}
         callback.on_train_batch_end(0)
         self.assertEmpty(callback._estimator)
 
@@ -87,7 +87,7 @@ class NoiseScaleLogTest(tf.test.TestCase):
             callback.on_train_begin()
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 for batch in range(10):
-                    trainer.layer_norms = {"ghost_gradient": np.full([1, 3], 9.0), "gradient": np.full([1, 3], 4.0)}
+                    trainer.measures = {"ghost_gradient": np.full([1, 3], 9.0), "gradient": np.full([1, 3], 4.0)}
                     callback.on_train_batch_end(batch)
             lines = out.getvalue().splitlines()
             self.assertLen(lines, 2 * chief)

@@ -83,7 +83,7 @@ class Run:
                 keras.losses.CategoricalCrossentropy(from_logits=True),
                 weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
             )
-        options = {"steps_per_execution": steps_per_execution, "layer_norms": True}
+        options = {"steps_per_execution": steps_per_execution, "variable_norms": True}
         self.trainer = Trainer(self.model, batch_size=BATCH, microbatch_size=8, **options)
         self.data = data()
 
@@ -309,7 +309,7 @@ class RollbackTest(tf.test.TestCase):
 
 class GuardTest(tf.test.TestCase):
     def check(self, losses, in_a_call=1):
-        trainer = types.SimpleNamespace(layer_norms={})
+        trainer = types.SimpleNamespace(measures={})
         guard = DivergenceGuard(trainer)
         guard.on_train_begin()
         for i in range(0, len(losses), in_a_call):
@@ -348,12 +348,12 @@ class GuardTest(tf.test.TestCase):
             model = keras.Sequential(
                 [keras.Input((2,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")]
             )
-            layer_norms, step_losses = {}, [1.0]
+            measures, step_losses = {}, [1.0]
 
         def check(gradients, weights, message):
             guard = DivergenceGuard(FakeTrainer)
             guard.on_train_begin()
-            FakeTrainer.layer_norms = {"gradient": np.array(gradients), "weight": np.array(weights)}
+            FakeTrainer.measures = {"gradient": np.array(gradients), "weight": np.array(weights)}
             with self.assertRaisesRegex(Diverged, message):
                 guard.on_train_batch_end(len(gradients) - 1, {})
 

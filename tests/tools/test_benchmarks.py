@@ -94,7 +94,7 @@ class NoiseScaleTest(absltest.TestCase):
         ):
             self.assertGreater(noise_scale_cost.measure(step, rounds=1)["ratio"], 0)
         self.assertEqual([(t.batch_size, t.accumulation_steps) for t in trainers], [(8, 2)] * 2)
-        self.assertEqual(["ghost_gradient" in t.layer_norms for t in trainers], [False, True])
+        self.assertEqual(["ghost_gradient" in t.measures for t in trainers], [False, True])
 
 
 class HostTimeTest(absltest.TestCase):

@@ -83,12 +83,12 @@ class Float8Test(tf.test.TestCase, parameterized.TestCase):
 
     def test_microbatches_and_replicas(self):
         """Only what has a gradient has norms, ratios and an EMA."""
-        trainer = self.trained("ema", 2, 16, layer_norms=True, layer_ratios=True, noise_scale=True)
+        trainer = self.trained("ema", 2, 16, variable_norms=True, trust_ratios=True, noise_scale=True)
         self.check(trainer, "ema")
         names = [v.name for v in trainer.model.trainable_variables]
         learned = [name not in SCALES_AND_HISTORIES for name in names]
         for measure in ("gradient", "ghost_gradient", *MEASURES):
-            self.assertAllEqual(trainer.layer_norms[measure][0] > 0, learned, measure)
+            self.assertAllEqual(trainer.measures[measure][0] > 0, learned, measure)
         plan = trainer.model.optimizer.layer_plan()
         self.assertAllEqual([row.adapt for row in plan], [name == "kernel" for name in names])
         self.assertAllEqual([row.lr_scale > 0 for row in plan], learned)
@@ -149,9 +149,9 @@ class SparseTest(tf.test.TestCase, parameterized.TestCase):
         model = keras.Sequential(
             [keras.Input((64,), dtype="int32"), keras.layers.Embedding(3, 1, "zeros", dtype="bfloat16")]
         )
-        trainer = Trainer(compiled(model, LARS(0.0)), batch_size=16, layer_norms=True)
+        trainer = Trainer(compiled(model, LARS(0.0)), batch_size=16, variable_norms=True)
         trainer.fit(np.ones((16, 64), "int32"), np.ones((16, 64, 1), "float32"), verbose=0)
-        self.assertAllClose(trainer.layer_norms["gradient"], [[2.0]], rtol=0.01)
+        self.assertAllClose(trainer.measures["gradient"], [[2.0]], rtol=0.01)
 
     @parameterized.parameters(LARS, LAMB)
     def test_bcoo(self, optimizer):

@@ -42,8 +42,8 @@ class Norms(keras.callbacks.Callback):
         self.ghost, self.mean = [], []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.ghost += list(self.trainer.layer_norms["ghost_gradient"])
-        self.mean += list(self.trainer.layer_norms["gradient"])
+        self.ghost += list(self.trainer.measures["ghost_gradient"])
+        self.mean += list(self.trainer.measures["gradient"])
 
 
 def digits(count=512):

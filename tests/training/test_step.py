@@ -214,7 +214,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         with cases.strategy("mirrored2").scope():
             model = cases.batch_norm()()
             model.compile(LARS(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
-        trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16, layer_norms=True)
+        trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16, variable_norms=True)
         losses = []
 
         def after_update(batch, logs):

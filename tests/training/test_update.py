@@ -152,8 +152,8 @@ class LossScaleTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_norms_are_those_of_the_gradients_while_the_scale_grows(self):
         def norms(make_optimizer):
-            trainer, _ = cases.trained(cases.hidden, make_optimizer, layer_norms=True)
-            return trainer.layer_norms["gradient"]
+            trainer, _ = cases.trained(cases.hidden, make_optimizer, variable_norms=True)
+            return trainer.measures["gradient"]
 
         def growing():
             return keras.optimizers.LossScaleOptimizer(cases.OPTIMIZERS["lars"](), 8.0, dynamic_growth_steps=1)

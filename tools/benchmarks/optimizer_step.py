@@ -312,7 +312,7 @@ def measure_steps(batch_size: int, rounds: int) -> dict[str, Any]:
     def runner(name: str, optimizer: keras.optimizers.Optimizer, telemetry: bool = False) -> Candidate:
         model = models.get("alexnet_bn", num_classes=1000, input_shape=(size, size, 3), seed=0)
         model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
-        trainer = Trainer(model, batch_size=batch_size, layer_norms=True, layer_ratios=telemetry)
+        trainer = Trainer(model, batch_size=batch_size, variable_norms=True, trust_ratios=telemetry)
         log = MetricsLog(tempfile.mkdtemp())
         callbacks = [log, LayerTelemetry(trainer, log, update_freq=1)] if telemetry else [log]
         return Candidate(

@@ -32,7 +32,7 @@ from lars_keras.training import Trainer
 from tools.committed import write_json
 
 
-def make_trainer(data: ImageData, jit_compile: bool, layer_norms: bool) -> Trainer:
+def make_trainer(data: ImageData, jit_compile: bool, variable_norms: bool) -> Trainer:
     """Return the demo's model under a `Trainer`."""
     model = models.get(
         "alexnet_small", num_classes=10, input_shape=data.image_shape, mean=data.mean, std=data.std, seed=0
@@ -42,7 +42,7 @@ def make_trainer(data: ImageData, jit_compile: bool, layer_norms: bool) -> Train
         keras.losses.CategoricalCrossentropy(from_logits=True),
         weighted_metrics=[keras.metrics.CategoricalAccuracy(name="top1")],
     )
-    return Trainer(model, batch_size=8192, microbatch_size=512, jit_compile=jit_compile, layer_norms=layer_norms)
+    return Trainer(model, batch_size=8192, microbatch_size=512, jit_compile=jit_compile, variable_norms=variable_norms)
 
 
 def measure(data: ImageData, updates: int, rounds: int, save_every: int, jit_compile: bool) -> dict[str, list[float]]:

@@ -74,7 +74,7 @@ def _point(model: str, batch: int, chips: int, known: dict[Any, Any]) -> dict[st
         size,
         k,
         shard_optimizer_state=True,
-        layer_norms=True,
+        variable_norms=True,
         known_accumulate=known.get((model, size)),
     )
     if k > 1:

@@ -44,9 +44,9 @@ class JaxEngine:
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer, self.cluster, self.options = model, model.optimizer, cluster, options
         self._context = _input_context(cluster)
-        layer_ratios = options.layer_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
-        self._measures = ["gradient", "weight"] * options.layer_norms + ["ghost_gradient"] * options.noise_scale
-        self._measures += [*MEASURES] * layer_ratios
+        trust_ratios = options.trust_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
+        self._measures = ["gradient", "weight"] * options.variable_norms + ["ghost_gradient"] * options.noise_scale
+        self._measures += [*MEASURES] * trust_ratios
         with cluster.scope():
             self.loss_terms = build_model(model, element_spec, options.microbatch_size)
             if not self.optimizer.built:
@@ -55,9 +55,9 @@ class JaxEngine:
             model,
             cluster.mesh,
             accumulation_steps=options.accumulation_steps,
-            layer_norms=options.layer_norms,
+            variable_norms=options.variable_norms,
             noise_scale=options.noise_scale,
-            layer_ratios=layer_ratios,
+            trust_ratios=trust_ratios,
             shard_optimizer_state=cluster.shard_optimizer_state,
             reduce_dtype=options.reduce_dtype,
             masked=self.loss_terms.masked,
@@ -75,9 +75,9 @@ class JaxEngine:
         check_optimizer(model.optimizer)
         if not options.jit_compile:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
-        if options.layer_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        if options.trust_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
-                "On JAX `layer_ratios` does not go with dynamic loss scaling, which the dtype policy mixed_float16 "
+                "On JAX `trust_ratios` does not go with dynamic loss scaling, which the dtype policy mixed_float16 "
                 "brings. Received: an optimizer of type LossScaleOptimizer"
             )
 
@@ -117,7 +117,7 @@ class JaxEngine:
             losses=[float(o["loss"]) for o in outcomes],
             learning_rates=[float(o["learning_rate"]) for o in outcomes],
             metrics={name: as_log(value) for name, value in metrics.items()},
-            layer_norms=dict(zip(self._measures, norms, strict=True)),
+            measures=dict(zip(self._measures, norms, strict=True)),
             data_wait=iterator.idle - before,
         )
 

@@ -46,8 +46,8 @@ class JaxStep:
         model: compiled and built.
         mesh: mesh of the replicas; see `lars_keras.training.jax.mesh`.
         accumulation_steps: k, micro-batches of a replica in an update.
-        layer_norms: measure the norms of gradients and weights.
-        layer_ratios: measure what a `LayerwiseOptimizer` does to each variable.
+        variable_norms: measure the norms of gradients and weights.
+        trust_ratios: measure what a `LayerwiseOptimizer` does to each variable.
         shard_optimizer_state: keep and update shards of the weights.
         reduce_dtype: dtype of the gradients on their way between devices.
         masked: weight ghost batches by their valid entries.
@@ -68,8 +68,8 @@ class JaxStep:
         mesh: Mesh,
         *,
         accumulation_steps: int,
-        layer_norms: bool = False,
-        layer_ratios: bool = False,
+        variable_norms: bool = False,
+        trust_ratios: bool = False,
         noise_scale: bool = False,
         shard_optimizer_state: bool = False,
         reduce_dtype: str = "float32",
@@ -79,7 +79,7 @@ class JaxStep:
         self.axes, self.devices = mesh.axis_names, mesh.devices.size
         self.accumulation_steps = accumulation_steps
         self._masked = masked and self.devices * accumulation_steps > 1
-        self._measure_norms, self._measure_ratios, self._measure_noise = layer_norms, layer_ratios, noise_scale
+        self._measure_norms, self._measure_ratios, self._measure_noise = variable_norms, trust_ratios, noise_scale
         self.forward = StatelessForward(model, compiled=True, over_replicas=lambda sums: lax.psum(sums, self.axes))
         self.variables = {
             "trainable": self.forward.trainable,
@@ -114,9 +114,9 @@ class JaxStep:
 
         Returns:
             The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(rows, variables)`.
-            With `layer_norms` two rows: the norms of the gradients, 0 if the update is skipped, and of the weights
+            With `variable_norms` two rows: the norms of the gradients, 0 if the update is skipped, and of the weights
             after it. With `noise_scale` a row: the root mean square of the norms of the ghost-batch gradients. With
-            `layer_ratios` those of `MEASURES`. All but the weights are 0 for variables that are overwritten.
+            `trust_ratios` those of `MEASURES`. All but the weights are 0 for variables that are overwritten.
         """
         if self.accumulation_steps == 1:
             return self.single_update(state, next_batch(state["trainable"]))

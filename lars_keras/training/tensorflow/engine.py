@@ -89,7 +89,7 @@ class TensorFlowEngine:
             losses=losses.numpy().tolist(),
             learning_rates=rates.numpy().tolist(),
             metrics={name: as_log(value) for name, value in metrics.items()},
-            layer_norms=dict(zip(self.step.measures, norms.numpy().transpose(1, 0, 2), strict=True))
+            measures=dict(zip(self.step.measures, norms.numpy().transpose(1, 0, 2), strict=True))
             if self.step.measures
             else {},
             data_wait=float(waited),

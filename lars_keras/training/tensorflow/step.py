@@ -44,9 +44,9 @@ class TensorFlowStep:
         self.model, self.optimizer, self.replicas = model, model.optimizer, replicas
         self.accumulation_steps = options.accumulation_steps
         self._masked = masked
-        self._measure_norms, self._measure_noise = options.layer_norms, options.noise_scale
+        self._measure_norms, self._measure_noise = options.variable_norms, options.noise_scale
         layerwise = isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
-        self._measure_ratios = options.layer_ratios and layerwise
+        self._measure_ratios = options.trust_ratios and layerwise
         self.measures = ["gradient", "weight"] * self._measure_norms + ["ghost_gradient"] * self._measure_noise
         self.measures += [*MEASURES] * self._measure_ratios
         self.forward = StatelessForward(model, compiled=jit_compile)
