@@ -61,6 +61,31 @@ class NoiseScale:
             return large / small
         return (self.value / small + 1.0) / (self.value / large + 1.0)
 
+    def describe(self, batch_size: int, epoch: float) -> str:
+        """Return a sentence on what the estimate means for a run.
+
+        Args:
+            batch_size: batch size of the run.
+            epoch: when it was measured.
+        """
+        if not math.isfinite(self.value):
+            return (
+                f"Noise scale above {_count(self.low)} at epoch {epoch:.3g}: no gradient stands out of the noise yet. "
+                "Measure more updates."
+            )
+        high = _count(self.high) if math.isfinite(self.high) else "no bound"
+        text = (
+            f"Noise scale {_count(self.value)} ({_count(self.low)} to {high}) at epoch {epoch:.3g}: at batch "
+            f"{batch_size:,} an example teaches {_percent(self.efficiency(batch_size))} of what it does in a small "
+            "batch"
+        )
+        other = 2 ** round(math.log2(max(self.value, 1.0)) - 0.5)
+        if other < batch_size / 1.5:
+            return f"{text}; {other:,} would keep {_percent(self.efficiency(other))}."
+        if self.efficiency(4 * batch_size) > 0.5:
+            return f"{text}; {4 * batch_size:,} would still keep {_percent(self.efficiency(4 * batch_size))}."
+        return f"{text}."
+
 
 class NoiseScaleEstimator:
     """Estimates the noise scale of a model, per variable and in total, from norms that updates measure.
@@ -68,23 +93,23 @@ class NoiseScaleEstimator:
     Any training loop can feed it. `Trainer(noise_scale=True)` measures the two norms; `NoiseScaleLog` feeds them.
 
     ```python
-    estimator = NoiseScaleEstimator(ghost_batch=64, batch_size=1024)
+    estimator = NoiseScaleEstimator(ghost_batch_size=64, batch_size=1024)
     for each update:
         estimator.add(mean over ghost batches of |g|^2, |mean over ghost batches of g|^2)  # (variables,) each
     print(estimator.total())
     ```
 
     Args:
-        ghost_batch: `b`, examples whose gradients are averaged first.
+        ghost_batch_size: `b`, examples whose gradients are averaged first.
         batch_size: `B`, examples of an update.
 
     Raises:
         ValueError: if an update has one ghost batch only.
     """
 
-    def __init__(self, ghost_batch: int, batch_size: int):
-        check_ghost_batches(ghost_batch, batch_size)
-        self._b, self._B = ghost_batch, batch_size
+    def __init__(self, ghost_batch_size: int, batch_size: int):
+        check_ghost_batches(ghost_batch_size, batch_size)
+        self._b, self._B = ghost_batch_size, batch_size
         self._ghost: list[np.ndarray] = []
         self._mean: list[np.ndarray] = []
 
@@ -174,32 +199,6 @@ def check_ghost_batches(ghost_batch: int, batch_size: int) -> None:
             "The noise scale compares the ghost batches of an update, so it needs several of them: choose a smaller "
             f"`microbatch_size`. Received: a ghost batch of {ghost_batch} in a batch of {batch_size}"
         )
-
-
-def sentence(found: NoiseScale, batch_size: int, epoch: float) -> str:
-    """Return a sentence on the meaning of an estimate for a run.
-
-    Args:
-        found: the estimate.
-        batch_size: batch size of the run.
-        epoch: at which it was measured.
-    """
-    if not math.isfinite(found.value):
-        return (
-            f"Noise scale above {_count(found.low)} at epoch {epoch:.3g}: no gradient stands out of the noise yet. "
-            "Measure more updates."
-        )
-    high = _count(found.high) if math.isfinite(found.high) else "no bound"
-    text = (
-        f"Noise scale {_count(found.value)} ({_count(found.low)} to {high}) at epoch {epoch:.3g}: at batch "
-        f"{batch_size:,} an example teaches {_percent(found.efficiency(batch_size))} of what it does in a small batch"
-    )
-    other = 2 ** round(math.log2(max(found.value, 1.0)) - 0.5)
-    if other < batch_size / 1.5:
-        return f"{text}; {other:,} would keep {_percent(found.efficiency(other))}."
-    if found.efficiency(4 * batch_size) > 0.5:
-        return f"{text}; {4 * batch_size:,} would still keep {_percent(found.efficiency(4 * batch_size))}."
-    return f"{text}."
 
 
 def _count(value: float) -> str:

@@ -96,13 +96,13 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_sentence(self):
         self.assertEqual(
-            noise_scale.sentence(self.found, 8192, 3),
+            self.found.describe(8192, 3),
             "Noise scale 2,900 (2,400 to 3,500) at epoch 3: at batch 8,192 an example teaches 26 % of what it does in "
             "a small batch; 2,048 would keep 59 %.",
         )
-        self.assertIn("1,024 would still keep 74 %", noise_scale.sentence(self.found, 256, 3))
+        self.assertIn("1,024 would still keep 74 %", self.found.describe(256, 3))
         nothing = NoiseScale(math.inf, 500.0, math.inf, -1.0, 1.0, 10)
-        self.assertIn("above 500", noise_scale.sentence(nothing, 256, 3))
+        self.assertIn("above 500", nothing.describe(256, 3))
 
     def test_gain_is_adascale_s(self):
         """Gain = (sigma^2 + mu^2) / (sigma^2 / k + mu^2), of gradients at the small batch; k = large / small."""

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lars_keras.noise_scale import NoiseScale, sentence
+from lars_keras.noise_scale import NoiseScale
 from lars_keras.report.log import read_metrics
 from lars_keras.report.noise import combine
 
@@ -119,7 +119,7 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
     found, last, size = combine(events[-max(2, len(events) // 3) :]).total(), events[-1], config["batch_size"]
     updates, peak = log_length(log), rates.index(max(rates)) + 1
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
-    lines += ["", sentence(found, size, last["epoch"]), "", CAVEATS]
+    lines += ["", found.describe(size, last["epoch"]), "", CAVEATS]
     if not batch_sizes:
         middle = round(math.log2(found.value)) if math.isfinite(found.value) else round(math.log2(size))
         batch_sizes = [2**n for n in range(middle - 2, middle + 3)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from lars_keras.noise_scale import NoiseScale, NoiseScaleEstimator, sentence
+from lars_keras.noise_scale import NoiseScale, NoiseScaleEstimator
 from lars_keras.report.log import MetricsLog
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class NoiseScaleLog(keras.callbacks.Callback):
         found, epoch = self._estimator.total(), update / self.params["steps_per_epoch"]
         if self._log is None:
             if self._trainer.cluster.is_chief:
-                print(sentence(found, self._trainer.batch_size, epoch), flush=True)
+                print(found.describe(self._trainer.batch_size, epoch), flush=True)
             return
         ghost, mean = self._estimator.means()
         values = {
@@ -109,7 +109,7 @@ def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) 
     last = events[-1]
     value, low, high = (last[name] or math.inf for name in ("noise_scale", "low", "high"))  # null is infinite
     found = NoiseScale(value, low, high, math.nan, math.nan, last["updates"])
-    lines = [sentence(found, last["batch_size"], last["epoch"])]
+    lines = [found.describe(last["batch_size"], last["epoch"])]
     if len(events) < 2:
         return lines
     estimator = combine(events[-2:])
