@@ -52,6 +52,7 @@ class NoiseScaleLog(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         norms, finished = self._trainer.measures, batch + 1
+        self._finished = finished
         for ghost, mean in zip(norms["ghost_gradient"], norms["gradient"], strict=True):
             if ghost.any():  # dynamic loss scaling measures nothing where it skips an update
                 self._estimator.add(np.square(ghost, dtype=np.float64), np.square(mean, dtype=np.float64))
@@ -59,6 +60,10 @@ class NoiseScaleLog(keras.callbacks.Callback):
         if due and len(self._estimator) > 1:
             self._write(finished)
             self._estimator = self._empty()
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        if self._log is None and len(self._estimator) > 1:  # a run may be shorter than `update_freq`
+            self._write(self._finished)
 
     def _empty(self) -> NoiseScaleEstimator:
         return NoiseScaleEstimator(self._trainer.microbatch_size, self._trainer.batch_size)

@@ -32,6 +32,7 @@ class CurrentEngine:
         self._arguments = (model, cluster, options)
         self._model, self._class = model, engine_class()
         self._built_for: CompiledState | None = None
+        self._checked: tuple[Engine, int] | None = None
         self._check_model()
 
     def _check_model(self) -> None:
@@ -80,7 +81,9 @@ class CurrentEngine:
         engine = self.of(data, 0)
         self.check_unchanged(engine)
         check_optimizer(self._model)
-        check_terms(self._model, engine.loss_terms, ghost_batches)
+        if self._checked != (engine, ghost_batches):  # it tries the loss
+            check_terms(self._model, engine.loss_terms, ghost_batches)
+            self._checked = engine, ghost_batches
         engine.metric_terms.check(ghost_batches, replicas)
         if scored:
             engine.check_scoring()

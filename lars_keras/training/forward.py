@@ -151,16 +151,27 @@ def build_model(model: keras.Model, element_spec: Any, examples: int) -> LossTer
     Returns:
         The terms of its loss.
     """
-    with contextlib.suppress(Exception):
+    try:
         return _built_on(model, element_spec, 1)
-    return _built_on(model, element_spec, examples)
+    except Exception as error:
+        if not model.built:
+            raise
+        try:
+            return _built_on(model, element_spec, examples)
+        except Exception:
+            raise error from None
 
 
 def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms:
     zeros = keras.tree.map_structure(lambda spec: _zeros(spec, examples), spec_of(element_spec))
     x, y, weight = keras.utils.unpack_x_y_sample_weight(zeros)
-    if not model.built:
-        with keras.StatelessScope():  # so that nothing is drawn or counted
+    if not model.built and isinstance(model, keras.Sequential):
+        model.build(keras.tree.map_structure(lambda a: (None, *a.shape[1:]), x))
+    elif not model.built:
+        try:
+            with keras.StatelessScope():  # so that nothing is drawn or counted
+                model(x)
+        except Exception:  # a layer makes variables that a scope does not allow
             model(x)
     values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
     with keras.StatelessScope(values, collect_losses=True):

@@ -23,7 +23,7 @@ from lars_keras.training.recording import RecordingScope
 Tensor = Any
 
 _OVER_THE_BATCH = (keras.losses.Dice, keras.losses.Tversky, keras.losses.Circle)
-_TOLERANCE = 1e-3
+_TOLERANCE = {"bfloat16": 6e-2, "float16": 8e-3}  # eight spacings of numbers near 1; else 1e-3
 _EXAMPLES, _CUTS = 8, (1, 3, 4)
 _NO_TARGET, _MARKED = (-1, -100), 2
 
@@ -140,6 +140,8 @@ def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
 
     Some of the targets are also replaced by numbers that often say that there is none.
     """
+    predictions = keras.tree.map_structure(lambda spec: dataclasses.replace(spec, dtype="float32"), batch[2])
+    batch = batch[0], batch[1], predictions  # in half precision a mean would not be told from its like
     x, y, y_pred = made_up_batch(batch, _EXAMPLES)
 
     def loss(targets: Any) -> Callable[[int, int], list[float] | None]:
@@ -152,14 +154,14 @@ def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
         return of
 
     try:
-        found = [_differs(loss(y))]
+        found = [_differs(loss(y), 1e-3)]
     except Exception as error:  # it asks for other data than these
         logging.warning("Whether the loss is a mean over examples cannot be tried: %s", error)
         return None
     for number in _NO_TARGET:
         marked = keras.tree.map_structure(lambda a, n=number: None if a is None else _with_first(a, n), y)
         with contextlib.suppress(Exception):  # it asks for other targets than these
-            found.append(_differs(loss(marked)))
+            found.append(_differs(loss(marked), 1e-3))
     decided = [any(differs) for differs in found if differs is not None]
     return not any(decided) if decided else None
 
@@ -178,18 +180,20 @@ def _layers_without_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> lis
         return None if scope.random else [float(ops.sum(loss)) for _, loss in added]
 
     try:
-        found = _differs(losses)
+        tolerances = [_TOLERANCE.get(layer.compute_dtype, 1e-3) for layer in keras_internals.layers_of(model)]
+        found = _differs(losses, max(tolerances))
     except Exception as error:  # the model asks for other data than these
         logging.warning("Whether the losses that layers add are means over examples cannot be tried: %s", error)
         return []
     return [name for name, differs in zip(names, found or (), strict=False) if differs]
 
 
-def _differs(losses: Callable[[int, int], list[float] | None]) -> list[bool] | None:
+def _differs(losses: Callable[[int, int], list[float] | None], tolerance: float) -> list[bool] | None:
     """Return, for each loss of some examples, True if it is not the mean of those of two parts.
 
     Args:
         losses: returns the losses of the examples from a number on, up to another; None if they are random.
+        tolerance: relative.
 
     Returns:
         None if they are random, or not finite.
@@ -201,8 +205,10 @@ def _differs(losses: Callable[[int, int], list[float] | None]) -> list[bool] | N
         if whole is None or first is None or rest is None or not np.isfinite([whole, first, rest]).all():
             return None
         means = np.average([first, rest], axis=0, weights=[cut, _EXAMPLES - cut])
-        tolerances = _TOLERANCE * np.maximum(np.abs(whole), np.abs(means))
-        differs = [d or bool(abs(a - b) > t) for d, a, b, t in zip(differs, whole, means, tolerances, strict=True)]
+        scales = np.maximum(np.abs(whole), np.abs(means))
+        triples = zip(whole, means, scales, strict=True)
+        apart = [bool(abs(a - b) > tolerance * scale) for a, b, scale in triples]
+        differs = [d or a for d, a in zip(differs, apart, strict=True)]
     return differs
 
 

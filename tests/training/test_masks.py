@@ -9,7 +9,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
-from tests.training.test_meaning import Subclassed, compiled, dataset, replicas
+from tests.training.test_meaning import BACKEND, Subclassed, compiled, dataset, replicas
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([1, 6, 1, 5, 6, 6, 2, 1, 6, 3, 1, 1, 4, 6, 6, 6])
@@ -193,8 +193,10 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
         def noisy(x, seeds):
             return keras.ops.sum((x + keras.random.normal(keras.ops.shape(x), seed=seeds)) ** 2)
 
-        def model(loss, name):
-            layers = [keras.layers.Dense(3, activity_regularizer="l2"), Adds(loss, name), keras.layers.Dense(3)]
+        def model(loss, name, dtype="float32"):
+            dtype = dtype if BACKEND == "jax" else "float32"  # on TensorFlow Keras fails
+            active = keras.layers.Dense(3, activity_regularizer="l2", dtype=dtype)
+            layers = [active, Adds(loss, name), keras.layers.Dense(3)]
             model = keras.Sequential([keras.Input((4,)), *layers])
             model.compile("sgd", "mse")
             return model
@@ -207,8 +209,25 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
                 self.trainer(model(loss, name))()
             self.trainer(model(loss, name), microbatch_size=8)()
         self.trainer(model(lambda x, seeds: keras.ops.mean(x**2), "mean"))()
+        self.trainer(model(lambda x, seeds: keras.ops.mean(x**2), "mean", "mixed_bfloat16"))()
         self.trainer(model(noisy, "noisy"))()  # what is random cannot be tried
 
     def test_taken(self):
+        class Mean:
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+                return keras.ops.mean(keras.ops.square(keras.ops.cast(y[:, :1], y_pred.dtype) - y_pred))
+
+        class Own(Mean, Subclassed):
+            pass
+
+        class Functional(Mean, keras.Model):
+            pass
+
+        def half():
+            inputs = keras.Input((4,))
+            return Functional(inputs, keras.layers.Dense(1, dtype="mixed_bfloat16")(inputs))
+
         for loss in (scalar_mean, keras.losses.Dice(axis=-1)):
             self.trainer(self.model(loss))()
+        for cls in (Own, half):
+            self.trainer(self.model(None, cls))()

@@ -100,6 +100,38 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
                     trainer.evaluate(dataset(X, Y[:, 0]))["loss"], reference.evaluate(X, Y[:, 0], 16, verbose=0)
                 )
 
+    def test_models_that_are_not_built(self):
+        """A layer that makes a variable from an array, which Keras does not allow in a scope; batches of one size."""
+
+        class Scale(keras.layers.Layer):
+            def build(self, shape):
+                self.scale = keras.Variable(np.ones(shape[-1], "float32"), name="scale")
+
+            def call(self, x):
+                return x * self.scale
+
+        class Own(Subclassed):
+            def __init__(self):
+                super().__init__()
+                self.scale = Scale()
+
+            def call(self, x):
+                return self.dense(self.scale(x))
+
+        squeezed = keras.layers.Lambda(lambda x: keras.ops.squeeze(x)[:, None])
+        for name, make in (
+            ("array", lambda: keras.Sequential([Scale(), keras.layers.Dense(1)])),
+            ("subclass", Own),
+            ("squeezed", lambda: keras.Sequential([keras.layers.Dense(1), squeezed])),
+        ):
+            with self.subTest(name):
+                trainer = Trainer(compiled(make()), batch_size=16, microbatch_size=8)
+                trainer.fit(dataset(X, Y), verbose=0)
+                self.assertEqual(trainer.position.update, 4)
+        wrong = compiled(keras.Sequential([keras.layers.Dense(4), keras.layers.Conv2D(2, 3)]))
+        with self.assertRaisesRegex(ValueError, "expected min_ndim=4"):
+            Trainer(wrong, batch_size=16).fit(dataset(X, Y), verbose=0)
+
     def test_metric_of_several_values(self):
         """In logs, history and a snapshot, as JSON holds it."""
         targets = np.eye(3, dtype="float32")[np.arange(64) % 3]

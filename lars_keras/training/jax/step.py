@@ -1,6 +1,6 @@
 """One update over any number of devices and micro-batches, on JAX: pure functions.
 
-An update of R devices and k micro-batches takes R * k ghost batches, R in a micro-batch; `lars_keras.training.jax.mesh`
+An update of R devices and k micro-batches each takes R * k ghost batches, R at a time; `lars_keras.training.jax.mesh`
 numbers them. A device sums what its ghost batches give. After the last, the sums are reduced over the devices, once,
 and the optimizer runs. With k = 1 that is one program. Else there is one for a micro-batch, run k times without waiting
 for it, and one for the rest, so that the devices hold the images of one or two micro-batches, never of an update. (A
@@ -56,7 +56,7 @@ class JaxStep:
         variables: the Keras variables of the state, by group, in its order.
         state_shardings: where the state lies, in the same order.
         replicated: the sharding of an array that each device has in full.
-        batch_sharding: where the arrays of a micro-batch lie; their first dimension has R * microbatch_size examples.
+        batch_sharding: where the arrays of R micro-batches lie; their first dimension has R * microbatch_size examples.
         sums_sharding: where the sums over micro-batches lie; their first dimension is the device.
         single_update: the program of an update with k = 1: `(state, batch) -> (state, outcome)`.
         begin, accumulate, finish: the programs of an update with k > 1; `update` calls them.
