@@ -78,7 +78,7 @@ class NoiseScaleLogTest(tf.test.TestCase):
         self.assertEmpty(callback._estimator)
 
     def test_printed_without_a_log(self):
-        """On one of several hosts."""
+        """Print on the first of several hosts only."""
         for chief in (True, False):
             cluster = types.SimpleNamespace(is_chief=chief)
             trainer = types.SimpleNamespace(microbatch_size=32, batch_size=256, cluster=cluster)

@@ -51,7 +51,7 @@ def values(model):
 class KeptTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.product(dtype=("float32", "bfloat16", "float16"), devices=(1, 2))
     def test_frozen_weights_to_the_last_bit(self, dtype, devices):
-        """Where the mean over the ghost batches would round: their number is no power of two."""
+        """Take a number of ghost batches that is no power of two, so that their mean would round."""
         with replicas(devices):
             frozen = keras.layers.Dense(
                 64, kernel_initializer=keras.initializers.RandomNormal(seed=1), trainable=False, dtype=dtype
@@ -133,7 +133,7 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
             Trainer(wrong, batch_size=16).fit(dataset(X, Y), verbose=0)
 
     def test_metric_of_several_values(self):
-        """In logs, history and a snapshot, as JSON holds it."""
+        """Compare logs and history, and restore a snapshot from JSON."""
         targets = np.eye(3, dtype="float32")[np.arange(64) % 3]
 
         def make():
@@ -211,7 +211,7 @@ class AverageTest(tf.test.TestCase):
                 self.assertAllClose(history["val_loss"], [self.make().evaluate(X, Y, verbose=0)[0]], rtol=1e-5)
 
     def test_fit_of_keras_after_it(self):
-        """On JAX Keras's own `fit` would leave weights and averages in one memory, which the next may not donate."""
+        """Go on with Keras's own `fit`, which on JAX may not donate weights and averages that share memory."""
         model, reference = self.make(), self.make()
         Trainer(model, batch_size=16).fit(dataset(X, Y), verbose=0)
         model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
