@@ -122,6 +122,13 @@ class KerasTest(parameterized.TestCase):
             np.testing.assert_array_equal(cast.value, [1, 1])
             self.assertIs(_keras_internals.backend_value(cast), cast.value)
 
+    def test_masks(self):
+        tensor, mask = keras.ops.zeros((2, 3)), keras.ops.ones((2, 3), "bool")
+        self.assertIsNone(_keras_internals.mask_of(tensor))
+        if BACKEND == "tensorflow":  # arrays of JAX take no attribute
+            _keras_internals.set_mask(tensor, mask)
+            self.assertIs(_keras_internals.mask_of(tensor), mask)
+
     def test_compiled_metrics(self):
         for arguments, unweighted in (
             ({"metrics": ["mae"]}, True),

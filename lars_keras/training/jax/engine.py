@@ -226,7 +226,8 @@ class JaxEngine:
             batches = numpy_scoring_batches(data, self._context, self.options.microbatch_size)
         self.check_scoring()
         self.model.reset_metrics()
-        weights = [jax.device_put(v.value, s) for v, s in self._model_state()]
+        state = self._model_state()
+        weights = [jax.device_put(v.value, s) for v, s in state]
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
         scores = []
         for i, batch in enumerate(batches):
@@ -235,11 +236,11 @@ class JaxEngine:
             before_batch(i)
             metrics, changed, score = self._score_fn(weights, metrics, self._for_scoring(batch))
             for place, value in zip(self._scoring_assigns, changed, strict=True):
-                weights[place] = jax.device_put(value, self._model_state()[place][1])
+                weights[place] = jax.device_put(value, state[place][1])
             scores.append(score)
             after_batch(i)
         for place in self._scoring_assigns if scores else ():  # counters, and the state of random numbers
-            self._model_state()[place][0].assign(weights[place])
+            state[place][0].assign(weights[place])
         for variable, value in zip(self.step.variables["metrics"], metrics, strict=True):
             variable.assign(value)
         results = {name: as_log(value) for name, value in self._results_fn(metrics).items()}
@@ -265,12 +266,11 @@ class JaxEngine:
             The metrics' variables after it, those of the model that it assigns, and the result of `score_batch`.
         """
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        variables = [v for v, _ in self._model_state()] + self.step.variables["metrics"]
-        mapping = list(zip(variables, [*weights, *metrics], strict=True))
+        state = [v for v, _ in self._model_state()]
+        mapping = list(zip([*state, *self.step.variables["metrics"]], [*weights, *metrics], strict=True))
         with RecordingScope(mapping) as scope:
             scores = score_batch(self.model, x, y, weight, self._context.num_input_pipelines > 1)
             metrics = [scope.get_current_value(v) for v in self.step.variables["metrics"]]
-        state = [v for v, _ in self._model_state()]
         self._scoring_assigns = [i for i, v in enumerate(state) if id(v) in scope.assigned]
         changed = [scope.get_current_value(state[i]) for i in self._scoring_assigns]
         return metrics, changed, jnp.stack(scores)
