@@ -61,7 +61,7 @@ demo: $(DEMO_STAMP)
 	@echo
 	@echo "Open the report in a browser. Then try:"
 	@echo "  $(BIN)/python train.py --flagfile=flags/recipes/demo.flags --batch_size=1024 --learning_rate=5   # a smaller batch"
-	@echo "  $(BIN)/python train.py --flagfile=flags/recipes/demo.flags --run_dir=runs/mine   # stop it with Ctrl-C; the same again goes on"
+	@echo "  $(BIN)/python train.py --flagfile=flags/recipes/demo.flags --run_dir=runs/mine   # stop it with Ctrl-C; run it again to continue"
 	@echo "  $(BIN)/python train.py --help"
 	@echo "and in your own model.compile: README.md, docs/optimizers.md"
 
