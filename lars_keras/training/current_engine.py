@@ -32,7 +32,7 @@ class CurrentEngine:
         self._arguments = (model, cluster, options)
         self._model, self._class = model, engine_class()
         self._built_for: CompiledState | None = None
-        self._checked: tuple[Engine, int] | None = None
+        self._tried_for: int | None = None  # ghost batches for which the loss was tried on this engine
         self._check_model()
 
     def _check_model(self) -> None:
@@ -58,7 +58,7 @@ class CurrentEngine:
         if self.engine is None or not self.is_current():
             self._check_model()
             spec = element_spec(data, *first_update)
-            self.engine = None  # before another is made, for its memory
+            self.engine = self._tried_for = None  # before another is made, for its memory
             self.engine = self._class(*self._arguments, spec)
             self._built_for = CompiledState(self._model)
         assert self._built_for
@@ -81,9 +81,9 @@ class CurrentEngine:
         engine = self.of(data, 0)
         self.check_unchanged(engine)
         check_optimizer(self._model)
-        if self._checked != (engine, ghost_batches):  # it tries the loss
+        if self._tried_for != ghost_batches:
             check_terms(self._model, engine.loss_terms, ghost_batches)
-            self._checked = engine, ghost_batches
+            self._tried_for = ghost_batches
         engine.metric_terms.check(ghost_batches, replicas)
         if scored:
             engine.check_scoring()
