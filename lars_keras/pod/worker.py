@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from lars_keras.pod.batch import parse_batch
 from lars_keras.pod.driver import Reference, Request
 from lars_keras.pod.measure import Program
+from lars_keras.training.forward import StatelessForward
 from lars_keras.training.trainer import Trainer, split_batch
 from lars_keras.versions import versions
 
@@ -172,7 +173,7 @@ def describe(
             "The model computes in float32, but the compute bound is that of bfloat16: set the dtype policy "
             '"mixed_bfloat16" in `make_model`.'
         )
-    batch_stats = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+    forward = StatelessForward(model, compiled=True)
     return {
         "model": model.name,
         "parameters": sum(math.prod(v.shape) for v in model.trainable_variables),
@@ -188,7 +189,7 @@ def describe(
         "programs": [dataclasses.asdict(p) for p in programs],
         "smaller": smaller,
         "fitting_microbatch_size": fitting_microbatch_size,
-        "reduced_bytes": 4 * sum(math.prod(v.shape) for v in (*model.trainable_variables, *batch_stats)),
+        "reduced_bytes": 4 * sum(math.prod(v.shape) for v in (*forward.trainable, *forward.averaged)),
         "notes": notes,
         "compile_seconds": round(compile_seconds, 1),
         "versions": versions(PACKAGES),

@@ -8,7 +8,7 @@ defined by that list alone:
 - Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
   the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
-- State that no layer assigns, such as frozen weights, stays to the last bit.
+- State that no layer assigns stays to the last bit. Frozen weights are not even summed.
 - The scales and histories of float8 layers, whose "gradient" is their new value, become the largest of the new values.
   Their entries are largest absolute values, so that is what the whole batch would have given.
 
@@ -28,7 +28,9 @@ from lars_keras._keras_internals import (
     is_overwritten,
     is_seed_state,
     layer_losses,
+    layers_of,
     losses_of_one_replica,
+    own_trainable_variables,
     recorded_masks,
 )
 from lars_keras.training.batch_stats import one_pass_moments
@@ -53,9 +55,10 @@ class StatelessForward:
     Attributes:
         trainable: trainable variables.
         overwritten: for each of them, True if its gradient is its new value.
-        batch_stats: floating-point state, averaged over the ghost batches.
+        batch_stats: floating-point state, with the frozen weights.
+        averaged: what of it is averaged over the ghost batches: all but the frozen weights.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
-        assigned: for each of `batch_stats`, True if a layer assigns it; known once `loss` was traced.
+        assigned: for each of `averaged`, True if a layer assigns it; known once `loss` was traced.
         loss_dtype: dtype in which the loss is summed: float64 if a weight has it, else float32.
         metrics: variables of all metrics, which a loss, layer or `compute_loss` may update.
     """
@@ -75,7 +78,9 @@ class StatelessForward:
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
         self.rng_state = [v for v in state if not keras.backend.is_float_dtype(v.dtype)]
-        self.assigned = [True] * len(self.batch_stats)
+        weights = {id(v) for layer in layers_of(model) for v in own_trainable_variables(layer)}
+        self.averaged = [v for v in self.batch_stats if id(v) not in weights]
+        self.assigned = [True] * len(self.averaged)
         self.metrics = [v for metric in model.metrics for v in metric.variables]
         self._is_seed = [is_seed_state(v) for v in self.rng_state]
 
@@ -94,7 +99,7 @@ class StatelessForward:
 
         Returns:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, the new values of
-            `batch_stats`, `rng_state` and `metrics`, and the valid entries of an example, float32: the weight of the
+            `averaged`, `rng_state` and `metrics`, and the valid entries of an example, float32: the weight of the
             ghost batch in the update.
 
         Raises:
@@ -109,11 +114,11 @@ class StatelessForward:
             y_pred = self.model(x, training=True)
             with recorded_masks() as masks:
                 loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=True)
-            new_batch_stats = [scope.get_current_value(v) for v in self.batch_stats]
+            new_batch_stats = [scope.get_current_value(v) for v in self.averaged]
             new_rng_state = [scope.get_current_value(v) for v in self.rng_state]
             metrics = [scope.get_current_value(v) for v in self.metrics]
         self._check_assigned(scope)
-        self.assigned = [id(v) in scope.assigned for v in self.batch_stats]
+        self.assigned = [id(v) in scope.assigned for v in self.averaged]
         new_rng_state = [
             _with_key(value, index, -1) if seed else value
             for value, seed in zip(new_rng_state, self._is_seed, strict=True)
@@ -121,12 +126,12 @@ class StatelessForward:
         return loss, y_pred, new_batch_stats, new_rng_state, metrics, valid_entries(masks)
 
     def _check_assigned(self, scope: RecordingScope) -> None:
-        kept = {id(v) for v in (*self.batch_stats, *self.rng_state, *self.metrics)}
+        kept = {id(v) for v in (*self.averaged, *self.rng_state, *self.metrics)}
         lost = [variable.path for key, variable in scope.assigned.items() if key not in kept]
         if lost:
             raise ValueError(
-                "Layers assign variables that an update trains, or that are not the model's, and `Trainer` would lose "
-                "the new values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an attribute, "
+                "Layers assign weights, or variables that are not the model's, and `Trainer` would lose the new "
+                "values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an attribute, "
                 f"and train the others with `model.fit`. Received: {', '.join(lost)}"
             )
 

@@ -63,6 +63,17 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         for a, b in zip(values(frozen), before, strict=True):
             np.testing.assert_array_equal(a, b)
 
+    def test_frozen_weights_are_not_summed(self):
+        """A frozen network would double the memory of the sums, and the traffic."""
+        layers = keras.layers.Dense(64, trainable=False), keras.layers.BatchNormalization(), keras.layers.Dense(1)
+        trainer = Trainer(sequential(*layers), batch_size=16, microbatch_size=2)
+        trainer.fit(dataset(X, Y), verbose=0)
+        engine = trainer.engine
+        sums = engine.step.begin(engine.read_state())[2] if BACKEND == "jax" else engine.step.zero_sums()[0]
+        sizes = [np.size(total) for total in keras.tree.flatten(sums) if np.size(total)]
+        metrics = len(engine.step.variables["metrics"]) if BACKEND == "jax" else 0  # numbers, summed with the rest
+        self.assertEqual(sum(sizes), 2 * 64 + 64 + 1 + 2 * 64 + 1 + metrics)
+
     def test_as_keras(self):
         """A layer not built before: its calls and random numbers, in training and in evaluation."""
         own, reference = compiled(Model()), compiled(Model())
@@ -167,7 +178,11 @@ class LostTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_trainable_variable(self):
         layer = keras.layers.Dense(3)
-        self.refused(keras.layers.SpectralNormalization(layer), "^Layers assign .*Received: .*/kernel$")
+        self.refused(keras.layers.SpectralNormalization(layer), "^Layers assign weights.*Received: .*/kernel$")
+
+    def test_frozen_weight(self):
+        layer = keras.layers.SpectralNormalization(keras.layers.Dense(3), trainable=False)
+        self.refused(layer, "^Layers assign weights.*Received: .*/kernel$")
 
     def test_variable_that_no_layer_tracks(self):
         class Hidden(keras.layers.Layer):

@@ -185,7 +185,7 @@ class JaxStep:
         weights = self._weights.round(state["trainable"]) if self._weights.sharded else []
         gradients, batch_stats = (
             [jnp.zeros((self.devices, *v.shape), sum_dtype(v.dtype)) for v in variables]
-            for variables in (self.forward.trainable, self.forward.batch_stats)
+            for variables in (self.forward.trainable, self.forward.averaged)
         )
         gradients = [jnp.full_like(g, -jnp.inf) if o else g for g, o in self._and_overwritten(gradients)]
         metrics = [jnp.repeat(v[None], self.devices, 0) for v in self._first_metrics(state["metrics"])]
@@ -255,12 +255,11 @@ class JaxStep:
         iterations = inner_optimizer(self.optimizer).iterations
         i = next(i for i, v in enumerate(self.variables["optimizer"]) if v is iterations)
         taken = optimizer[i] > state["optimizer"][i]
+        triples = zip(self.forward.averaged, batch_stats, self.forward.assigned, strict=True)
+        moved = {id(v): mean.astype(v.dtype) for v, mean, assigned in triples if assigned}
         new = {
             "trainable": trainable,
-            "batch_stats": [
-                new.astype(old.dtype) if assigned else old
-                for new, old, assigned in zip(batch_stats, state["batch_stats"], self.forward.assigned, strict=True)
-            ],
+            "batch_stats": [moved.get(id(v), old) for v, old in self._mapping("batch_stats", state)],
             "rng_state": rng_state,
             "optimizer": optimizer,
             "metrics": metrics

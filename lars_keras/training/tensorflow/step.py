@@ -55,7 +55,7 @@ class TensorFlowStep:
 
     def zero_sums(self) -> Sums:
         """Return the sums before the first micro-batch of an update."""
-        variables = self.forward.trainable + self.forward.batch_stats
+        variables = self.forward.trainable + self.forward.averaged
         shapes = [v.shape for v in variables] + [()]
         shapes += [(len(self.forward.trainable),)] * self._measure_noise + [()] * self._masked
         dtypes = [*(sum_dtype(v.dtype) for v in variables), self.forward.loss_dtype]
@@ -145,7 +145,7 @@ class TensorFlowStep:
         # Out of a loop the sums come without a device, which the reduction asks for.
         values, rng_state = [tf.identity(s) for s in sums[0]], sums[1]
         values = self._all_reduced(values)
-        trainable, batch_stats = self.forward.trainable, self.forward.batch_stats
+        trainable, averaged = self.forward.trainable, self.forward.averaged
         valid = values.pop() if self._masked else None
         squares = values.pop() if self._measure_noise else None
         gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
@@ -155,7 +155,7 @@ class TensorFlowStep:
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
-        for variable, value, assigned in zip(batch_stats, statistics, self.forward.assigned, strict=True):
+        for variable, value, assigned in zip(averaged, statistics, self.forward.assigned, strict=True):
             if assigned:
                 variable.assign(tf.cast(value, variable.dtype))
         for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
