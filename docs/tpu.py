@@ -72,9 +72,8 @@ for row in model.optimizer.layer_plan():
 # %% [markdown]
 # ## Training, and how large the batch may be
 #
-# An update is a batch of 4,096 images. Each device takes micro-batches of 512; the update does not depend on how many
-# devices there are. `noise_scale=True` measures the gradient noise scale on the way
-# ([noise scale](noise_scale.md)).
+# An update is a batch of 4,096 images. Each device takes micro-batches of 512, so the update is the same on one to
+# eight devices. `noise_scale=True` measures the gradient noise scale on the way ([noise scale](noise_scale.md)).
 
 # %%
 trainer = Trainer(model, batch_size=BATCH, microbatch_size=MICROBATCH, noise_scale=True)

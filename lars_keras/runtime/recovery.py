@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -188,18 +189,19 @@ def fit_with_recovery(
 def require_same_checkpoint(cluster: Cluster, checkpoint: Checkpoint | None) -> None:
     """Refuse to continue from different checkpoints. Collective: call it on every host.
 
-    Hosts at different updates would average the gradients of different weights.
+    Hosts with different files would average the gradients of different weights, or read different data.
 
     Args:
         cluster: cluster of the trainer.
         checkpoint: the checkpoint that this host has found, or None.
 
     Raises:
-        UsageError: if the hosts have found checkpoints of different updates.
+        UsageError: if the hosts have found different checkpoints.
     """
-    update = checkpoint.update if checkpoint else 0
-    if not cluster.same_on_all_hosts(update):
+    # The name has the update and a checksum: after a rollback there may be two of one update.
+    number = zlib.crc32(checkpoint.path.name.encode()) >> 1 if checkpoint else 0
+    if not cluster.same_on_all_hosts(number):
         raise UsageError(
             "The hosts found different checkpoints. Keep the checkpoints in a directory that all hosts share. "
-            f"Found by this host: {f'update {update}' if checkpoint else 'none'}"
+            f"Found by this host: {checkpoint.path.name if checkpoint else 'none'}"
         )

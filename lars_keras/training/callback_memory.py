@@ -14,12 +14,25 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
 }
 
 
-def check_callbacks(callbacks: Sequence[keras.callbacks.Callback]) -> None:
-    """Refuse `BackupAndRestore`: it puts back the weights of an epoch, and leaves it to `model.fit` to skip the epochs.
+def check_callbacks(callbacks: Sequence[keras.callbacks.Callback], hosts: int) -> None:
+    """Refuse callbacks of Keras that save, and with which a run would go wrong.
+
+    `BackupAndRestore` puts back the weights of an epoch, and leaves it to `model.fit` to skip the epochs.
+    `ModelCheckpoint` on several hosts of JAX makes variables while it saves, which all hosts must do together.
+
+    Args:
+        callbacks: those of a run.
+        hosts: number of its processes.
 
     Raises:
-        ValueError: if it is among the callbacks.
+        ValueError: if one of them is among the callbacks.
     """
+    if hosts > 1 and keras.backend.backend() == "jax":
+        if any(isinstance(callback, keras.callbacks.ModelCheckpoint) for callback in callbacks):
+            raise ValueError(
+                "On several hosts of JAX, save the model by a callback that every host has, and that calls "
+                "`trainer.save_model(path, write=jax.process_index() == 0)`. Received: ModelCheckpoint"
+            )
     if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
         raise ValueError(
             "A run that `BackupAndRestore` has restored would take all of its epochs again. Save and resume it by "

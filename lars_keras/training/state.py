@@ -82,12 +82,17 @@ def check_identity(model: keras.Model, saved: Mapping[str, Any] | None) -> None:
             )
 
 
-def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def restore_variables(
+    model: keras.Model,
+    state: Mapping[str, np.ndarray],
+    assign: Callable[[keras.Variable, np.ndarray], Any] = lambda variable, value: variable.assign(value),
+) -> list[np.ndarray]:
     """Restore the values of `variables_by_name`.
 
     Args:
         model: compiled and built.
         state: a snapshot of either engine.
+        assign: sets a variable to a value of its dtype.
 
     Returns:
         The variables of the metrics in the snapshot, each with a first dimension for the replica.
@@ -107,7 +112,7 @@ def restore_variables(model: keras.Model, state: Mapping[str, np.ndarray]) -> li
         value = saved[name]
         if value.dtype.kind == "V":  # NumPy's files know no bfloat16; the bytes are there
             value = value.view(variable.dtype)
-        variable.assign(value.astype(variable.dtype))
+        assign(variable, value.astype(variable.dtype))
     return [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
 
 

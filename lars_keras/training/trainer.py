@@ -21,33 +21,11 @@ from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions, as_log
 from lars_keras.training.inputs import Data, count_examples, take_updates
+from lars_keras.training.position import Position
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import EmaWeights, check_identity, finalize, identity_of, inner_optimizer
 from lars_keras.training.votes import hold_vote
-
-
-@dataclasses.dataclass
-class Position:
-    """The place of a run between two updates.
-
-    Attributes:
-        update: updates finished.
-        batches_consumed: global batches of training data used or skipped.
-        epoch: the epoch that metrics are gathered for; -1 before the first.
-        losses: losses of its updates so far.
-        logs: the logs that callbacks got last.
-        callbacks: the memory of `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`; None if not known.
-        order: the values on which the order of arrays, or of batches by index, depends; None for other data.
-    """
-
-    update: int = 0
-    batches_consumed: int = 0
-    epoch: int = -1
-    losses: list[float] = dataclasses.field(default_factory=list)
-    logs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    callbacks: dict[str, Any] | None = None
-    order: list[Any] | None = None
 
 
 class Trainer:
@@ -130,6 +108,12 @@ class Trainer:
         self.cluster = cluster_of(model)
         self.replicas = self.cluster.replicas
         self.microbatch_size, self.accumulation_steps = split_batch(batch_size, self.replicas, microbatch_size)
+        if microbatch_size and microbatch_size > self.microbatch_size:
+            logging.warning(
+                "The micro-batch is %d, what a replica has of an update, and not microbatch_size=%d.",
+                self.microbatch_size,
+                microbatch_size,
+            )
         if noise_scale:
             check_ghost_batches(self.microbatch_size, batch_size)
         self._options = EngineOptions(
@@ -196,7 +180,8 @@ class Trainer:
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
                 they are evaluated; `last` is True if no update follows. In `on_epoch_end` the model has the EMA
-                weights, if the optimizer keeps them: those that were scored.
+                weights, if the optimizer keeps them: those that were scored. On several hosts `model.stop_training`
+                of one stops all of them, after the next call of the engine.
             verbose: 0 for silence, else a progress bar.
             shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
             class_weight: weight of the examples of each class, for arrays and a `PyDataset`.
@@ -208,12 +193,12 @@ class Trainer:
 
         Raises:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
-                data that `evaluate` will refuse to score; if a callback is `BackupAndRestore`; if no variable is
-                trainable, or the loss does not depend on one that is; if layers were frozen, unfrozen, added or removed
-                without another `model.compile`.
+                data that `evaluate` will refuse to score; if a callback is `BackupAndRestore`, or on several hosts of
+                JAX `ModelCheckpoint`; if no variable is trainable, or the loss does not depend on one that is; if
+                layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
         callbacks = keras.tree.flatten(callbacks or ())
-        check_callbacks(callbacks)
+        check_callbacks(callbacks, self.cluster.hosts)
         validated = epochs_to_validate(validation_freq)
         if validation_data is not None:
             validation_data = validation_data_of(validation_data, **self._scoring_sizes())
@@ -269,14 +254,16 @@ class Trainer:
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             self._current.check_unchanged(engine)
-            while position.update < end and not self.model.stop_training:
+            [stop] = self.cluster.any_across_hosts(self.model.stop_training)
+            while position.update < end and not stop:
                 callback_list.on_train_batch_begin(position.update)
                 data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
                 # Not part of the position: a resumed run waits otherwise.
                 logs = {**position.logs, "data_wait": data_wait}
-                hold_vote(self.cluster, self.callbacks, position.update, logs)
+                stop = hold_vote(self.cluster, self.callbacks, position.update, logs, self.model.stop_training)
                 callback_list.on_train_batch_end(position.update - 1, logs)
-            last = position.update == ends[-1] or self.model.stop_training
+                stop = self.model.stop_training if self.cluster.hosts == 1 else stop
+            last = position.update == ends[-1] or stop
             for callback in self.callbacks:
                 if hasattr(callback, "on_updates_end"):
                     callback.on_updates_end(last)
@@ -293,7 +280,8 @@ class Trainer:
                 if any(map(_swaps_at_epochs, self.callbacks)):
                     averaged.close()
                 callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
-            if self.model.stop_training:
+            [stop] = self.cluster.any_across_hosts(stop or self.model.stop_training)
+            if stop:
                 break
         finalize(self.model)
         callback_list.on_train_end(position.logs)
@@ -352,6 +340,7 @@ class Trainer:
             self.position.callbacks = memory_of(self.callbacks)
         logs = {name: np.asarray(value).tolist() for name, value in self.position.logs.items()}
         position = dataclasses.asdict(self.position) | {"logs": logs, "identity": identity_of(self.model)}
+        position["sizes"] = self._sizes()
         with self._ema.suspended() if self._ema else contextlib.nullcontext():
             return self._current.running().snapshot(), position
 
@@ -377,6 +366,9 @@ class Trainer:
             logging.warning(
                 "The learning rate is the saved one, %g. The optimizer was compiled with %g.", self._set_rate(), before
             )
+        sizes = position.get("sizes", self._sizes())
+        if sizes != self._sizes():
+            logging.warning("The snapshot was taken with %s. With %s the run goes on inexactly.", sizes, self._sizes())
         fields = {field.name for field in dataclasses.fields(Position)}
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.position.logs = {name: as_log(value) for name, value in self.position.logs.items()}
@@ -432,6 +424,9 @@ class Trainer:
         data = training_data(x, y, sample_weight, class_weight, **sizes, shuffle=shuffle, seed=seed)
         self._generator = data if isinstance(data, GeneratorFeed) else None
         return data
+
+    def _sizes(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size}
 
     def _scoring_sizes(self) -> dict[str, int]:
         return {"batch_size": self.microbatch_size * self.replicas, "hosts": self.cluster.hosts}

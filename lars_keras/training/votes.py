@@ -23,8 +23,12 @@ class Voter(Protocol):
 
 
 def hold_vote(
-    cluster: Cluster, callbacks: Iterable[keras.callbacks.Callback | Voter], update: int, logs: Mapping[str, float]
-) -> None:
+    cluster: Cluster,
+    callbacks: Iterable[keras.callbacks.Callback | Voter],
+    update: int,
+    logs: Mapping[str, float],
+    stop: bool = False,
+) -> bool:
     """Set `agreed` of each `Voter` among the callbacks, by one message for all of them.
 
     Collective: call it on every host, with the same voters in the same order.
@@ -34,12 +38,17 @@ def hold_vote(
         callbacks: callbacks of the run; those that are no voters are left alone.
         update: the number of finished updates.
         logs: logs of the last training batch; empty in an evaluation.
+        stop: True if this host wants the training to stop.
+
+    Returns:
+        True if a host wants it to stop.
     """
     voters = [callback for callback in callbacks if isinstance(callback, Voter)]
-    if voters:
-        votes = [voter.vote(update, logs) for voter in voters]
-        for voter, agreed in zip(voters, cluster.any_across_hosts(*votes), strict=True):
-            voter.agreed = agreed
+    votes = [voter.vote(update, logs) for voter in voters]
+    stop, *agreements = cluster.any_across_hosts(stop, *votes)
+    for voter, agreed in zip(voters, agreements, strict=True):
+        voter.agreed = agreed
+    return stop
 
 
 def take_agreed(voter: Voter, cluster: Cluster, update: int, logs: Mapping[str, float] | None = None) -> bool:

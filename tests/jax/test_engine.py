@@ -245,6 +245,49 @@ class EngineTest(parameterized.TestCase):
         *rounded, _ = trained("wide", "lars", 8, updates=1, reduce_dtype="bfloat16", shard_optimizer_state=True)
         self.assertBetween(difference(rounded[0], exact[0]), 1e-4, 2**-8)
 
+    def test_devices_share_an_evaluation(self):
+        """Of a last batch they share what divides; a model that must be scored in one batch keeps it whole."""
+
+        def shards(examples, **metrics):
+            with distribution(8):
+                model = cases.hidden()
+                model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True), **metrics)
+                trainer = Trainer(model, batch_size=32)
+            x, y = (a[:examples] for a in cases.examples())
+            trainer.evaluate(x[:8], y[:8])
+            score, seen = trainer.engine._score_fn, []
+
+            def recorded(weights, metrics, batch):
+                seen.append(batch[0].sharding.shard_shape(batch[0].shape)[0])
+                return score(weights, metrics, batch)
+
+            trainer.engine._score_fn = recorded
+            scores = trainer.evaluate(x, y)
+            expected = model.evaluate(x, y, batch_size=examples, verbose=0, return_dict=True)
+            for name, value in expected.items():
+                np.testing.assert_allclose(scores[name], value, rtol=1e-5)
+            self.assertEqual(scores["n"], examples)
+            return seen
+
+        class Largest(keras.metrics.Metric):
+            """The difference of the largest sums of two batches: it has to see one."""
+
+            def __init__(self):
+                super().__init__(name="largest")
+                self.sum = self.add_weight(shape=(), initializer="zeros")
+
+            def update_state(self, y_true, y_pred, sample_weight=None):
+                self.sum.assign(keras.ops.max(y_pred) - self.sum)
+
+            def result(self):
+                return self.sum + 0.0
+
+        self.assertEqual(shards(63), [4, 3, 7])
+        self.assertEqual(shards(16), [2])
+        self.assertEqual(shards(5), [5])
+        self.assertEqual(shards(27, weighted_metrics=["accuracy"]), [3, 3])
+        self.assertEqual(shards(27, metrics=[Largest()]), [27])
+
     def test_dropout_of_ghost_batches(self):
         """The masks follow the place of a ghost batch, wherever it lies."""
         MODELS["dropout"] = cases.dropout

@@ -25,7 +25,42 @@ make_cluster("multi_worker")
 """
 EPILOGUE = """
 import sys
-np.savez(sys.argv[1], *model.get_weights())
+
+# A micro-batch that two hosts cannot share evenly, and examples that two devices cannot.
+scores = Trainer(model, batch_size=66, microbatch_size=33).evaluate(images[:51], labels[:51])
+for _ in range(2):
+    trainer.save_model("saved.keras", write=jax.process_index() == 0)
+trainer.restore(*trainer.snapshot(), (images, labels))
+np.savez(sys.argv[1], *model.get_weights(), scores["loss"], scores["n"])
+
+
+few = images[:51], labels[:51]
+trainer.fit(images, labels, epochs=3, validation_data=few, callbacks=SaveBest(trainer), verbose=0)
+assert os.path.exists("best.keras") or jax.process_index() > 0
+
+
+class StopLast(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = jax.process_index() == jax.process_count() - 1
+
+
+trainer.fit(images, labels, callbacks=StopLast(), verbose=0)
+assert trainer.position.update == jax.process_count(), trainer.position
+
+
+def check_refused(call, *texts):
+    try:
+        call()
+    except ValueError as e:
+        assert jax.process_count() > 1 and all(text in str(e) for text in texts), e
+    else:
+        assert jax.process_count() == 1
+
+
+checkpoint = keras.callbacks.ModelCheckpoint("best.keras")
+check_refused(lambda: trainer.fit(images, labels, callbacks=checkpoint), "trainer.save_model", "ModelCheckpoint")
+keras.distribution.set_distribution(None)
+check_refused(lambda: Trainer(model, batch_size=66), "train a model of its own", "2 processes, and no distribution")
 """
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest.mock
 
 import keras
@@ -19,6 +20,7 @@ import tensorflow as tf
 import lars_keras.data
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.errors import Preempted, UsageError
+from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training.state import restore_variables, variables_by_name
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -55,6 +57,20 @@ class CheckpointTest(tf.test.TestCase):
         for name, array in expected.items():
             self.assertEqual(checkpoint.arrays[name].dtype, array.dtype)
             self.assertAllEqual(checkpoint.arrays[name], array)
+
+    def test_hosts_must_have_the_same_file(self):
+        """Not only the same update: a rollback saves it again, with other data to come."""
+        one = self.saved([12]).latest()
+        manager = CheckpointManager(self.path)
+        manager.save(12, arrays(12), {"position": {"update": 12, "batches_consumed": 15}})
+        manager.wait()
+        numbers = []
+        cluster = types.SimpleNamespace(same_on_all_hosts=lambda number: numbers.append(number) or number == numbers[0])
+        require_same_checkpoint(cluster, one)
+        for other in (manager.latest(), None):
+            with self.assertRaisesRegex(UsageError, f"this host: {other.path.name if other else 'none'}"):
+                require_same_checkpoint(cluster, other)
+        self.assertLess(max(numbers), 2**31)  # JAX's integers
 
     def test_damage_is_told_anywhere(self):
         """A bit flipped, or the end cut off, at 50 random places: the one before is used, with a warning."""

@@ -24,7 +24,7 @@ from lars_keras.runtime.errors import Diverged, Preempted
 from lars_keras.runtime.preemption import SIGNALS, StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
-from lars_keras.training.trainer import Position
+from lars_keras.training.position import Position
 from tests import step_cases as cases
 from tools import kill_and_resume
 

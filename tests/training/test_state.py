@@ -143,6 +143,24 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, "expected min_ndim=4"):
             Trainer(wrong, batch_size=16).fit(dataset(X, Y), verbose=0)
 
+    def test_sizes_of_the_snapshot(self):
+        """They define the update, so another size is told."""
+        trainer = Trainer(sequential(keras.layers.Dense(1)), batch_size=16, microbatch_size=8)
+        trainer.fit(dataset(X, Y), verbose=0)
+        snapshot = json.loads(json.dumps(trainer.snapshot()[1]))
+        self.assertEqual(snapshot["sizes"], {"batch_size": 16, "microbatch_size": 8})
+        for sizes in ({"batch_size": 32, "microbatch_size": 8}, {"batch_size": 16, "microbatch_size": 4}):
+            other = Trainer(sequential(keras.layers.Dense(1)), **sizes)
+            with self.assertLogs("absl", "WARNING") as logs:
+                other.restore(trainer.snapshot()[0], snapshot, dataset(X, Y))
+            self.assertIn(f"With {sizes} the run goes on inexactly", logs.output[0])
+        with self.assertNoLogs("absl", "WARNING"):
+            trainer.restore(trainer.snapshot()[0], snapshot, dataset(X, Y))
+            trainer.restore(trainer.snapshot()[0], {k: v for k, v in snapshot.items() if k != "sizes"}, dataset(X, Y))
+        with self.assertLogs("absl", "WARNING") as logs:
+            Trainer(sequential(keras.layers.Dense(1)), batch_size=16, microbatch_size=64)
+        self.assertRegex(logs.output[-1], "The micro-batch is 16, .* not microbatch_size=64")
+
     def test_metric_of_several_values(self):
         """Compare logs and history, and restore a snapshot from JSON."""
         targets = np.eye(3, dtype="float32")[np.arange(64) % 3]

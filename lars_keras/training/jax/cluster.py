@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import keras
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from lars_keras.training import tf_config
@@ -31,7 +32,7 @@ class JaxCluster:
         distribution: a `keras.distribution.DataParallel`, or None for the first device of this process.
 
     Raises:
-        ValueError: for another kind of distribution.
+        ValueError: for another kind of distribution, and for one that leaves out a process of the run.
 
     Attributes:
         distribution: the same.
@@ -48,6 +49,20 @@ class JaxCluster:
         self.mesh = mesh_of(
             distribution.device_mesh.backend_mesh.devices.flat if distribution else jax.local_devices()[:1]
         )
+        processes = sorted({device.process_index for device in self.mesh.devices.flat})
+        if processes != list(range(jax.process_count())):
+            raise ValueError(
+                "The distribution must have devices of every process, or each would train a model of its own: call "
+                "`keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))` "
+                f"before the model is made. Received: {jax.process_count()} processes, and "
+                + (f"a distribution over those with number {processes}" if distribution else "no distribution")
+            )
+        if not distribution and jax.local_device_count() > 1:
+            logging.warning(
+                "`Trainer` uses one of %d devices. Call `keras.distribution.set_distribution("
+                "keras.distribution.DataParallel())` before the model is made to use all.",
+                jax.local_device_count(),
+            )
         self.shard_optimizer_state = isinstance(distribution, ShardedDataParallel)
         self.replicas = self.mesh.devices.size
         self.hosts = jax.process_count()
@@ -151,7 +166,7 @@ def _join(workers: list[str]) -> None:
         return
     try:
         if workers:
-            jax.distributed.initialize(workers[0], len(workers), tf_config.index())
+            keras.distribution.initialize(workers[0], len(workers), tf_config.index())
         else:  # asks the variables KERAS_DISTRIBUTION_*, then the machine
             keras.distribution.initialize()
     except (RuntimeError, ValueError) as e:

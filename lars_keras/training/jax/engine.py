@@ -1,7 +1,7 @@
 """The JAX engine: a live model's state, its data and `JaxStep` brought together."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
 from lars_keras.training.engine import EngineOptions, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
-from lars_keras.training.inputs import Data, InputContext
+from lars_keras.training.inputs import Batch, Data, InputContext
 from lars_keras.training.jax.cluster import JaxCluster
 from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
@@ -169,6 +169,9 @@ class JaxEngine:
 
         The names and shapes are those of `TensorFlowEngine.snapshot`; the metrics are those of one replica.
         """
+        for variable in variables_by_name(self.model).values():
+            if variable.value.is_fully_replicated:
+                variable.value.copy_to_host_async()  # all at once
         state = {name: self._numpy(v) for name, v in variables_by_name(self.model).items()}
         metrics = self.step.variables["metrics"]
         return state | {f"metric/{i}": self._numpy(v)[np.newaxis] for i, v in enumerate(metrics)}
@@ -179,15 +182,16 @@ class JaxEngine:
         Raises:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
-        values = restore_variables(self.model, state)
+        values = restore_variables(self.model, state, _set_to_own)
         for variable, value in zip(self.step.variables["metrics"], values, strict=False):
-            variable.assign(value.sum(0).astype(variable.dtype))
+            _set_to_own(variable, value.sum(0).astype(variable.dtype))
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
-        """Write a `.keras` file, if `write`. Call it at the end of a run: sharded variables are replicated after it."""
-        for variable in variables_by_name(self.model).values():
-            if not variable.value.is_fully_addressable:
-                set_backend_value(variable, self._numpy(variable))
+        """Write a `.keras` file, if `write`. Collective: call it on every host."""
+        spread = [v for v in variables_by_name(self.model).values() if not v.value.is_fully_addressable]
+        values = [v.value for v in spread]
+        for variable in spread:
+            set_backend_value(variable, self._numpy(variable))
         distribution = keras.distribution.distribution()
         # Or Keras, which makes a variable while it saves, would wait for all processes to agree on its value.
         keras.distribution.set_distribution(None)
@@ -197,6 +201,8 @@ class JaxEngine:
                     self.model.save(temporary)
         finally:
             keras.distribution.set_distribution(distribution)
+            for variable, value in zip(spread, values, strict=True):
+                set_backend_value(variable, value)
 
     def _numpy(self, variable: keras.Variable) -> np.ndarray:
         value = variable.value
@@ -230,7 +236,7 @@ class JaxEngine:
         weights = [jax.device_put(v.value, s) for v, s in state]
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
         scores = []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(self._shareable(batches)):
             check_scored_terms(self.model, self.loss_terms, i + 1)
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
@@ -246,12 +252,34 @@ class JaxEngine:
         results = {name: as_log(value) for name, value in self._results_fn(metrics).items()}
         return results | summary(*np.sum(jax.device_get(scores), axis=0, dtype="float64", initial=0.0).tolist())
 
-    def _for_scoring(self, arrays: Any) -> Any:
-        """Return a batch on the devices; each has all of a last one that does not divide by their number."""
-        size = len(keras.tree.flatten(arrays)[0])
-        if size % self.step.devices:
-            return jax.device_put(tuple(arrays), self.step.replicated)
-        return self.on_devices(arrays)
+    def _shareable(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches that this host's devices share evenly, and what is left over of the last one by itself.
+
+        If the model has to be scored in one batch, a first one is left whole.
+        """
+        devices = self._context.local_replicas
+        for i, batch in enumerate(batches):
+            size = inputs.count_in(batch)
+            shared = size - size % devices
+            if shared in (0, size) or (i == 0 and not self._scores_in_parts()):
+                yield batch
+            else:
+                yield inputs.sliced(batch, 0, shared)
+                yield inputs.sliced(batch, shared, size)
+
+    def _scores_in_parts(self) -> bool:
+        try:
+            check_scored_terms(self.model, self.loss_terms, 2)
+            self.metric_terms.check(2, replicas=1)
+        except ValueError:
+            return False
+        return True
+
+    def _for_scoring(self, batch: Batch) -> Any:
+        """Return a batch on the devices; each has all of one that they cannot share evenly."""
+        if inputs.count_in(batch) % self._context.local_replicas:  # not with several hosts, where batches are filled up
+            return jax.device_put(tuple(batch), self.step.replicated)
+        return self.on_devices(batch)
 
     def _model_state(self) -> list[tuple[keras.Variable, jax.sharding.Sharding]]:
         groups = ("trainable", "batch_stats", "rng_state")
@@ -278,6 +306,12 @@ class JaxEngine:
     def _results(self, metrics: list[Tensor]) -> dict[str, Tensor]:
         with keras.StatelessScope(list(zip(self.step.variables["metrics"], metrics, strict=True))):
             return self.model.get_metrics_result()
+
+
+def _set_to_own(variable: keras.Variable, value: np.ndarray) -> None:
+    """Set a variable to a value that every host has; `assign` would send it from the first to all, one by one."""
+    sharding = backend_value(variable).sharding
+    set_backend_value(variable, jax.make_array_from_callback(value.shape, sharding, lambda index: value[index]))
 
 
 def _input_context(cluster: JaxCluster) -> InputContext:

@@ -1,0 +1,27 @@
+"""The place of a run between two updates, which a snapshot saves."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Position:
+    """The place of a run between two updates.
+
+    Attributes:
+        update: updates finished.
+        batches_consumed: global batches of training data used or skipped.
+        epoch: the epoch that metrics are gathered for; -1 before the first.
+        losses: losses of its updates so far.
+        logs: the logs that callbacks got last.
+        callbacks: the memory of `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`; None if not known.
+        order: the values on which the order of arrays, or of batches by index, depends; None for other data.
+    """
+
+    update: int = 0
+    batches_consumed: int = 0
+    epoch: int = -1
+    losses: list[float] = dataclasses.field(default_factory=list)
+    logs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    callbacks: dict[str, Any] | None = None
+    order: list[Any] | None = None
