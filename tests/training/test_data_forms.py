@@ -413,8 +413,30 @@ class ThreadTest(parameterized.TestCase):
             process.join()
             return process.exitcode
 
-        prefetcher = Prefetcher(batch)
+        prefetcher = Prefetcher(batch, lambda exitcode: exitcode)
         self.assertEqual([prefetcher(()), prefetcher(())], [0, 0])
+
+    def test_devices_hold_two_batches(self):
+        """A host that is faster than the devices gives them a batch when the program before the last one is done."""
+        from lars_keras.training.jax.prefetch import Prefetcher
+
+        log = []
+
+        class Program:
+            """What a program gives, as an array of JAX."""
+
+            def __init__(self, number):
+                self.number = number
+
+            def block_until_ready(self):
+                log.append(f"program {self.number} is done")
+
+        numbers = itertools.count()
+        prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number)
+        for number in range(4):
+            prefetcher._next.exception()  # waits until the batch is made
+            self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
+        self.assertEqual(log, ["batch 0", "batch 1", "program 0 is done", "batch 2", "program 1 is done", "batch 3"])
 
 
 if __name__ == "__main__":

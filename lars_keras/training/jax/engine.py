@@ -96,17 +96,18 @@ class JaxEngine:
 
         def batch() -> Any:
             for arrays in batches:
-                return self.on_devices(arrays)
+                return arrays
             raise ValueError(inputs.ENDED)
 
-        return Prefetcher(batch)
+        return Prefetcher(batch, self.on_devices)
 
     def train(self, iterator: Prefetcher, updates: int) -> StepResult:
         """Take `updates` updates; the host waits for the last of them only."""
         state, outcomes, before = self.read_state(), [], iterator.idle
+        outcome: Any = ()  # that of the last call was fetched
         try:
             for _ in range(updates):
-                state, outcome = self.step.update(state, iterator)
+                state, outcome = self.step.update(state, iterator, outcome)
                 outcomes.append(outcome)
         finally:
             self._write_state(state)

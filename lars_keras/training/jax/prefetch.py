@@ -1,4 +1,4 @@
-"""Batches made one ahead of the devices."""
+"""Batches made one ahead, and given to the devices one ahead."""
 
 import concurrent.futures
 import threading
@@ -12,22 +12,26 @@ import jax
 class Prefetcher:
     """Makes batches in a thread, always one ahead: the next batch is made while an update runs.
 
+    The devices hold the batch that they work on and the next one. A host that is faster waits for them.
+
     Args:
-        make: makes the next batch.
+        make: makes the next batch on the host.
+        put: gives a batch to the devices.
 
     Attributes:
         idle: seconds, since the start, for which the devices had nothing to do because a batch was missing.
     """
 
-    def __init__(self, make: Callable[[], Any]):
-        self._make, self.idle = make, 0.0
+    def __init__(self, make: Callable[[], Any], put: Callable[[Any], Any]):
+        self._make, self._put, self.idle = make, put, 0.0
+        self._before: Any = ()
         self._next = self._begin()
 
     def __call__(self, at_work_on: Any) -> Any:
-        """Return the next batch.
+        """Return the next batch, on the devices.
 
         Args:
-            at_work_on: arrays that the devices compute; from then on they are idle.
+            at_work_on: arrays that the last program gives; the devices are idle from then on. They must not be donated.
         """
         if not self._next.done():
             jax.block_until_ready(at_work_on)  # nothing can be given to them before the batch is there anyway
@@ -36,7 +40,9 @@ class Prefetcher:
             self.idle += time.perf_counter() - since
         batch = self._next.result()
         self._next = self._begin()
-        return batch
+        jax.block_until_ready(self._before)  # so that one program waits behind the one that runs, and no more
+        self._before = at_work_on
+        return self._put(batch)
 
     def _begin(self) -> concurrent.futures.Future[Any]:
         """Start to make a batch.

@@ -102,15 +102,17 @@ class JaxStep:
         new = (self.state_shardings, everywhere)
         self.single_update = jax.jit(self._single_update, donate_argnums=0, out_shardings=new)
         self.begin = jax.jit(self._begin, out_shardings=(everywhere, everywhere, self.sums_sharding))
-        self.accumulate = jax.jit(self._accumulate, donate_argnums=0, out_shardings=(self.sums_sharding, everywhere))
+        sums = (self.sums_sharding, everywhere, everywhere)
+        self.accumulate = jax.jit(self._accumulate, donate_argnums=0, out_shardings=sums)
         self.finish = jax.jit(self._finish, donate_argnums=0, out_shardings=new)
 
-    def update(self, state: State, next_batch: Callable[[Any], Any]) -> tuple[State, dict[str, Tensor]]:
+    def update(self, state: State, next_batch: Callable[[Any], Any], last: Any) -> tuple[State, dict[str, Tensor]]:
         """Take an update on the next k batches; the state is donated.
 
         Args:
             state: values of all variables.
             next_batch: returns a batch, given arrays that the devices are still at work on.
+            last: the outcome of the update before, if the devices may still be at work on it.
 
         Returns:
             The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(rows, variables)`.
@@ -119,11 +121,11 @@ class JaxStep:
             `trust_ratios` those of `MEASURES`. All but the weights are 0 for variables that are overwritten.
         """
         if self.accumulation_steps == 1:
-            return self.single_update(state, next_batch(state["trainable"]))
+            return self.single_update(state, next_batch(last))
         weights, scale, sums = self.begin(state)
         for i in range(self.accumulation_steps):
-            batch = next_batch(sums)
-            sums, rng_state = self.accumulate(
+            batch = next_batch(last)
+            sums, rng_state, last = self.accumulate(
                 sums, weights or state["trainable"], state["batch_stats"], state["rng_state"], scale, batch, np.int32(i)
             )
         return self.finish(state, sums, rng_state)
@@ -203,8 +205,13 @@ class JaxStep:
         scale: Tensor,
         data: Any,
         i: Tensor,
-    ) -> tuple[Any, list[Tensor]]:
-        """Add micro-batch `i` to each device's sums, without traffic between devices; return the new rng_state, too."""
+    ) -> tuple[Any, list[Tensor], Tensor]:
+        """Add micro-batch `i` to each device's sums, without traffic between devices.
+
+        Returns:
+            The sums, which the next call overwrites; the new `rng_state`; and the number of micro-batches so
+            far, which tells when the devices are done.
+        """
 
         def on_device(sums: Any, weights: list[Tensor], *arguments: Any) -> tuple[Any, list[Tensor]]:
             batch_stats, rng_state, scale, data, i = arguments
@@ -219,7 +226,7 @@ class JaxStep:
 
         specs = (self._batch_spec, *[_REPLICATED] * 4, self._batch_spec, _REPLICATED)
         on_devices = self._on_devices(on_device, specs, (self._batch_spec, _REPLICATED))
-        return on_devices(sums, weights, batch_stats, rng_state, scale, data, i)
+        return *on_devices(sums, weights, batch_stats, rng_state, scale, data, i), i + 1
 
     def _finish(self, state: State, sums: Any, rng_state: list[Tensor]) -> tuple[State, dict[str, Tensor]]:
         """Reduce the sums after the last micro-batch, and apply the update."""
