@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -73,10 +74,54 @@ class Indexed:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Part:
+    """A host's part of a stream of examples: of every block the same places.
+
+    Attributes:
+        block: examples in a block.
+        start: place of the host's first one in a block.
+        own: how many it takes of a block.
+    """
+
+    block: int
+    start: int
+    own: int
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the host takes all examples."""
+        return self.own == self.block
+
+    def of_batches(
+        self, indices: Iterable[int], sizes: Iterable[int], start: int, first: int, last: int
+    ) -> Iterator[tuple[int, list[tuple[int, int | None]]]]:
+        """Yield the number of each batch that has examples of this host, and where these begin and end in it.
+
+        Args:
+            indices: the numbers of batches in their order.
+            sizes: how many examples they have. The host that takes the last of them takes what there is beyond.
+            start: the place of the first batch in the stream.
+            first: the place to begin with.
+            last: the place to end before.
+        """
+        for index, size in zip(indices, sizes, strict=False):
+            begin, end = max(first, start), min(last, start + size)
+            blocks = range(begin // self.block * self.block + self.start, end, self.block)
+            own = [(max(begin, place) - start, min(end, place + self.own) - start) for place in blocks]
+            slices = [(a, None if b == size else b) for a, b in own if a < b]
+            if slices:
+                yield index, slices
+            start += size
+            if start >= last:
+                return
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexedFeed:
     """Batches by index as a function that returns a host's batches for training, from any update on.
 
-    All batches but the last are taken to have as many examples as the first.
+    All batches but the last are taken to have as many examples as the first. Of several hosts, each reads the batches
+    that hold examples of its own.
 
     Attributes:
         source: the batches.
@@ -120,39 +165,67 @@ class IndexedFeed:
     def __call__(self, context: Any, first_update: int) -> Iterator[Batch]:
         block = self.microbatch_size * context.num_replicas_in_sync
         own = block // context.num_input_pipelines
-        start = context.input_pipeline_id * own
-        for batch in rebatch(self._stream(first_update * self.batch_size), block, drop_remainder=True):
-            yield sliced(batch, start, start + own)
+        part = _Part(block, context.input_pipeline_id * own, own)
+        return rebatch(self._stream(first_update * self.batch_size, part), own, drop_remainder=True)
 
-    def _stream(self, first: int) -> Iterator[Batch]:
-        """Yield batches from an example on, without an end."""
+    def _stream(self, first: int, part: _Part) -> Iterator[Batch]:
+        """Yield a host's examples from a place of the stream on, without an end."""
         if self.source.count is None:
             index, skipped = divmod(first, self.source.size)
-            yield from _skipping(self._read(itertools.count(index)), skipped)
+            sizes = itertools.repeat(self.source.size)
+            yield from self._examples(itertools.count(index), sizes, first - skipped, skipped, sys.maxsize, part)
         assert self.examples is not None
         per_epoch = self.per_epoch or self.examples
         epoch, place = divmod(first, per_epoch)
         while True:
             self.before_epoch()
-            yield from self._epoch(epoch, place, per_epoch - place)
+            yield from self._epoch(epoch, place, per_epoch, part)
             self.after_epoch()
             epoch, place = epoch + 1, 0
 
-    def _epoch(self, epoch: int, place: int, left: int) -> Iterator[Batch]:
-        """Yield the next `left` examples of an epoch."""
+    def _epoch(self, epoch: int, place: int, per_epoch: int, part: _Part) -> Iterator[Batch]:
+        """Yield a host's examples of an epoch from its example `place` on."""
         assert self.source.count is not None
         order = np.arange(self.source.count, dtype=np.uint64)
         if self.seed is not None:
             order = permute(order, keys(self.seed, np.full_like(order, epoch)), len(order))
         order = order.astype(np.int64)
-        ends = np.cumsum(self.source.sizes(order))
+        sizes = self.source.sizes(order)
+        ends = np.cumsum(sizes)
         index = int(np.searchsorted(ends, place, side="right"))
-        skipped = place - (int(ends[index - 1]) if index else 0)
-        for batch in _skipping(self._read(order[index:]), skipped):
-            yield sliced(batch, 0, left)
-            left -= count_in(batch)
-            if left <= 0:
-                return
+        begin = int(ends[index - 1]) if index else 0
+        start = epoch * per_epoch + begin
+        return self._examples(order[index:], sizes[index:], start, place - begin, per_epoch - place, part)
+
+    def _examples(
+        self, indices: Iterable[int], sizes: Iterable[int], start: int, skipped: int, left: int, part: _Part
+    ) -> Iterator[Batch]:
+        """Yield a host's examples of some batches.
+
+        A host among others reads no batch without examples of its own, so it goes by the sizes that batches should
+        have. A single host reads all of them, and goes by those that they have.
+
+        Args:
+            indices: the numbers of the batches.
+            sizes: how many examples each should have.
+            start: the place of the first batch in the stream.
+            skipped: examples to leave out before the first.
+            left: examples, of all hosts, that follow them.
+            part: the host's part of the stream.
+        """
+        if part.is_whole:
+            for batch in _skipping(self._read(indices), skipped):
+                yield sliced(batch, 0, left)
+                left -= count_in(batch)
+                if left <= 0:
+                    return
+            return
+        first = start + skipped
+        wanted, ahead = itertools.tee(part.of_batches(indices, sizes, start, first, first + left))
+        batches = self._read(index for index, _ in ahead)
+        for (_, slices), batch in zip(wanted, batches, strict=True):
+            for begin, end in slices:
+                yield sliced(batch, begin, end)
 
     def _read(self, indices: Iterable[int]) -> Iterator[Batch]:
         """Yield batches in the order of `indices`, read ahead by threads if there are several."""

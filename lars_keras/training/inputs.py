@@ -310,8 +310,8 @@ def count_in(batch: Batch) -> int:
     return next(len(a) for a in keras.tree.flatten(batch) if a is not None)
 
 
-def sliced(batch: Batch, start: int, stop: int) -> Batch:
-    """Return some of the examples of a batch."""
+def sliced(batch: Batch, start: int, stop: int | None) -> Batch:
+    """Return some of the examples of a batch, for `stop=None` all from `start` on."""
     return keras.tree.map_structure(lambda a: None if a is None else a[start:stop], batch)
 
 

@@ -4,6 +4,7 @@ Keras's own adapters are not used. They begin with the first example and shuffle
 run must find the examples of any update by its number.
 """
 
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -67,7 +68,8 @@ def training_data(
         return x
     if is_grain(x) and hasattr(x, "__getitem__"):
         count = len(x) if len(x) < _ENDLESS else None
-        return IndexedFeed(Indexed(x, count, "Grain"), None, batch_size, microbatch_size)
+        threads = min(16, os.cpu_count() or 1)  # Grain has 16 to read what it is given by index
+        return IndexedFeed(Indexed(x, count, "Grain"), None, batch_size, microbatch_size, workers=threads)
     if isinstance(x, types.GeneratorType):
         _refuse_hosts(x, hosts)
         return GeneratorFeed(x, batch_size)

@@ -1,6 +1,8 @@
 """Batches of any size become the micro-batches of hosts and replicas, from NumPy as from `tf.data`."""
 
 import itertools
+import os
+import threading
 import unittest.mock
 
 import keras
@@ -9,7 +11,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.data import load
-from lars_keras.training import Trainer, inputs
+from lars_keras.training import Trainer, batch_data, inputs, sources
 from lars_keras.training.inputs import InputContext, TensorSpec
 from lars_keras.training.tensorflow import inputs as tensorflow_inputs
 from tests import prepared
@@ -30,6 +32,28 @@ def dataset(batches):
 def listed(batches):
     """Return the arrays of batches as lists."""
     return [[part.tolist() for part in batch] for batch in batches]
+
+
+class Numbers:
+    """The numbers below `n` in batches by index; remembers which were read, and whether threads did it."""
+
+    def __init__(self, n, size):
+        self.batches, self.read, self.threads = numbers(n, size), [], set()
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        self.threads.add(threading.current_thread().name.split("_")[0])
+        return self.batches[index]
+
+
+class MapDataset(Numbers):
+    """Batches of Grain by index."""
+
+
+MapDataset.__module__ = "grain._src.python.dataset.dataset"
 
 
 class HostsTest(parameterized.TestCase, tf.test.TestCase):
@@ -112,6 +136,70 @@ class MemoryTest(tf.test.TestCase):
             self.assertFalse(np.shares_memory(array, y))
         for array in (batch[0] for size in (16, 4, 5) for batch in inputs.rebatch([(y,)], size, drop_remainder=False)):
             self.assertFalse(np.shares_memory(array, y))
+
+
+class ByIndexTest(parameterized.TestCase, tf.test.TestCase):
+    """Each host reads those batches by index that hold its own examples."""
+
+    def feed(self, data, seed=None, workers=1, endless=False):
+        source = batch_data.Indexed(data, None if endless else len(data), "PyDataset")
+        data.read.clear()
+        return batch_data.IndexedFeed(source, seed, batch_size=64, microbatch_size=4, workers=workers)
+
+    def first(self, feed, context, update, count):
+        rows = itertools.chain.from_iterable(x[:, 0].tolist() for x, _ in feed(context, update))
+        return list(itertools.islice(rows, count))
+
+    @parameterized.parameters(1, 3)
+    def test_nothing_else_is_read(self, workers):
+        data = Numbers(256, 4)
+        self.assertLen(data, 64)
+        rows = self.first(self.feed(data, workers=workers), InputContext(16, 3, 16), 0, 16)
+        self.assertEqual(rows, [64 * block + i for block in range(4) for i in range(12, 16)])
+        self.assertEqual(sorted(data.read), [3, 19, 35, 51])
+
+    @parameterized.parameters(
+        (256, 4, None), (256, 4, 7), (250, 6, 7), (250, 6, None), (300, 100, 1), (40, 9, 3), (21, 8, 3), (256, 64, 1)
+    )
+    def test_same_examples_as_if_all_were_read(self, n, size, seed):
+        """In the order of one host, from any update on, across the ends of epochs, shortened ones too."""
+        data = Numbers(n, size)
+        for feed in (self.feed(data, seed), self.feed(data, seed).first(n - 1), self.feed(data, seed, workers=2)):
+            whole = np.array(self.first(feed, InputContext(1, 0, 16), 0, 64 * 8)).reshape(8, 16, 4)
+            for hosts, host, update in ((16, 3, 0), (16, 15, 5), (2, 1, 1), (4, 0, 3)):
+                expected = whole[update:, host * 16 // hosts : (host + 1) * 16 // hosts].flatten().tolist()
+                self.assertEqual(self.first(feed, InputContext(hosts, host, 16), update, len(expected)), expected)
+
+    def test_without_an_end(self):
+        data = Numbers(64 * 12, 6)
+        feed = self.feed(data, endless=True)
+        expected = [64 * update + i for update in range(5, 11) for i in range(20, 24)]
+        self.assertEqual(self.first(feed, InputContext(16, 5, 16), 5, 24), expected)
+        self.assertLess(len(data.read), 13)
+
+    def test_batches_of_other_sizes(self):
+        """Hosts still divide the examples of an epoch among them."""
+        data = Numbers(256, 4)
+        data.batches[7], data.batches[20] = numbers(2, 4)[0], numbers(9, 9)[0]
+        expected = np.concatenate([x[:, 0] for x, _ in data.batches])
+        seen = []
+        with unittest.mock.patch.object(batch_data.logging, "log_first_n") as warned:
+            for host in range(16):
+                count = 16 - 2 * (host == 7) + 5 * (host == 4)
+                seen += self.first(self.feed(data), InputContext(16, host, 16), 0, count)
+        self.assertCountEqual(seen, expected.tolist())
+        self.assertEqual({call.args[3] for call in warned.call_args_list}, {7, 20})
+
+    def test_threads_read_grain(self):
+        with unittest.mock.patch.object(os, "cpu_count", return_value=8):
+            data = MapDataset(256, 4)
+            feed = sources.training_data(data, batch_size=64, microbatch_size=4)
+        data.threads.clear()
+        self.assertEqual(self.first(feed, InputContext(1, 0, 16), 0, 600), [*range(256), *range(256), *range(88)])
+        self.assertEqual(data.threads, {"read"})
+        data.batches[9] = None  # a batch that cannot be read
+        with self.assertRaisesRegex(ValueError, "A batch must be"):
+            self.first(feed, InputContext(1, 0, 16), 0, 600)
 
 
 class EndTest(tf.test.TestCase):
