@@ -30,6 +30,12 @@ class Cluster(Protocol):
     def scope(self) -> AbstractContextManager[Any]:
         """Return the context in which models and variables are made."""
 
+    def input_context(self) -> Any:
+        """Return the place of this process among those that read the input, which functions of data are told.
+
+        It is an `InputContext`, on TensorFlow a `tf.distribute.InputContext`: for a TPU slice that of the first host.
+        """
+
     def any_across_hosts(self, *flags: bool) -> list[bool]:
         """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""
 

@@ -1,10 +1,9 @@
 """The engine of a model as it is compiled now."""
 
-from typing import Any
-
 import keras
 
 from lars_keras.training.backend import engine_class
+from lars_keras.training.cluster import Cluster
 from lars_keras.training.compiled_state import CompiledState, check_optimizer
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, element_spec
@@ -27,10 +26,10 @@ class CurrentEngine:
         ValueError: if the engine of this backend cannot train the model as Keras does.
     """
 
-    def __init__(self, model: keras.Model, cluster: Any, options: EngineOptions):
+    def __init__(self, model: keras.Model, cluster: Cluster, options: EngineOptions):
         self.engine: Engine | None = None
         self._arguments = (model, cluster, options)
-        self._model, self._class = model, engine_class()
+        self._model, self._cluster, self._class = model, cluster, engine_class()
         self._built_for: CompiledState | None = None
         self._tried_for: int | None = None  # ghost batches for which the loss was tried on this engine
         self._check_model()
@@ -57,7 +56,7 @@ class CurrentEngine:
         """
         if self.engine is None or not self.is_current():
             self._check_model()
-            spec = element_spec(data, *first_update)
+            spec = element_spec(data, self._cluster.input_context(), *first_update)
             self.engine = self._tried_for = None  # before another is made, for its memory
             self.engine = self._class(*self._arguments, spec)
             self._built_for = CompiledState(self._model)

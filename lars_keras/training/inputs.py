@@ -63,7 +63,7 @@ class TensorSpec:
     dtype: str
 
 
-def element_spec(data: Data, *first_update: int) -> Any:
+def element_spec(data: Data, context: Any, *first_update: int) -> Any:
     """Return a `TensorSpec` for each array of a batch, None for None.
 
     Sizes that a `tf.data.Dataset` does not know are those of its first batch. NumPy batches are opened and the first of
@@ -71,12 +71,13 @@ def element_spec(data: Data, *first_update: int) -> Any:
 
     Args:
         data: for training or evaluation.
+        context: what a function of data is told; see `lars_keras.training.cluster.Cluster.input_context`.
         *first_update: 0 where `data` is for training.
 
     Raises:
         ValueError: if `data` is empty or can be read only once.
     """
-    batches = data(InputContext(), *first_update) if callable(data) and not hasattr(data, "element_spec") else data
+    batches = data(context, *first_update) if callable(data) and not hasattr(data, "element_spec") else data
     if hasattr(batches, "element_spec"):
         spec = spec_of(batches.element_spec)
         if not is_dataset(batches) or is_known(spec):

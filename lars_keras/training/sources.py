@@ -68,7 +68,7 @@ def training_data(
         return x
     if is_grain(x) and hasattr(x, "__getitem__"):
         count = len(x) if len(x) < _ENDLESS else None
-        threads = min(16, os.cpu_count() or 1)  # Grain has 16 to read what it is given by index
+        threads = min(8, os.cpu_count() or 1)  # each reads batches ahead
         return IndexedFeed(Indexed(x, count, "Grain"), None, batch_size, microbatch_size, workers=threads)
     if isinstance(x, types.GeneratorType):
         _refuse_hosts(x, hosts)

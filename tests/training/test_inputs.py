@@ -217,12 +217,12 @@ class SpecTest(tf.test.TestCase):
     def test_shapes_and_dtypes(self):
         expected = (TensorSpec((None, 1), "float32"), TensorSpec((None,), "float32"))
         for data in (numbers(5, 2), dataset(numbers(5, 2)), lambda *_: iter(numbers(5, 2))):
-            self.assertEqual(inputs.element_spec(data, 0), expected)
+            self.assertEqual(inputs.element_spec(data, InputContext(), 0), expected)
 
     def test_what_is_refused(self):
         for data, message in (([], "at least one batch"), (iter(numbers(5, 2)), "again and again"), (5, "int")):
             with self.assertRaisesRegex(ValueError, message):
-                inputs.element_spec(data)
+                inputs.element_spec(data, InputContext())
         for data, message in (([], "at least one batch"), (iter(()), "at least one batch"), (5, "int")):
             with self.assertRaisesRegex(ValueError, message):
                 tensorflow_inputs.as_dataset(data)

@@ -12,6 +12,7 @@ from absl.testing import parameterized
 
 from lars_keras.training import Trainer
 from tests.training.test_data_forms import BATCH, RNG, X, Y, dataset, trainer_of, weights
+from tests.training.test_meaning import replicas
 
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
@@ -39,6 +40,31 @@ class WithoutConfigTest(tf.test.TestCase):
         history = trainer.fit(X, Y, validation_data=(X, Y), verbose=0).history
         self.assertAllClose([history["loss"][0], history["mae"][0]], [expected["loss"], expected["mae"]], rtol=1e-5)
         self.assertAllClose(history["val_loss"][0], trainer.evaluate(X, Y)["loss"], rtol=1e-6)
+
+
+class ContextTest(tf.test.TestCase):
+    def test_functions_are_told_where_they_run(self):
+        """Also for the shapes: by itself, each of many hosts would make a whole global batch for them."""
+        told = []
+
+        def place(context):
+            told.append((context.num_input_pipelines, context.input_pipeline_id, context.num_replicas_in_sync))
+
+        def train(context, first_update):
+            place(context)
+            return dataset().repeat()
+
+        def test(context):
+            place(context)
+            return dataset()
+
+        for method, data in (("fit", train), ("evaluate", test)):
+            with replicas(2):
+                trainer = trainer_of()
+            options = {"epochs": 1, "steps_per_epoch": 2, "verbose": 0} if method == "fit" else {}
+            getattr(trainer, method)(data, **options)
+        self.assertGreaterEqual(len(told), 4)
+        self.assertEqual(set(told), {(1, 0, 2)})
 
 
 def tokens_model():

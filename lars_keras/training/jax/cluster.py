@@ -14,6 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from lars_keras.training import tf_config
+from lars_keras.training.inputs import InputContext
 from lars_keras.training.jax.mesh import mesh_of, torus_order
 from lars_keras.training.jax.sharding import shard_sharding
 
@@ -73,6 +74,11 @@ class JaxCluster:
     def scope(self) -> AbstractContextManager[Any]:
         """Return the context in which models and variables are made."""
         return self.distribution.scope() if self.distribution else contextlib.nullcontext()
+
+    def input_context(self) -> InputContext:
+        """Return the place of this process among those that read the input."""
+        processes = sorted({device.process_index for device in self.mesh.devices.flat})
+        return InputContext(len(processes), processes.index(jax.process_index()), self.replicas)
 
     def any_across_hosts(self, *flags: bool) -> list[bool]:
         """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""

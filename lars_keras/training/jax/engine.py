@@ -15,7 +15,7 @@ from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
 from lars_keras.training.engine import EngineOptions, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
-from lars_keras.training.inputs import Batch, Data, InputContext
+from lars_keras.training.inputs import Batch, Data
 from lars_keras.training.jax.cluster import JaxCluster
 from lars_keras.training.jax.prefetch import Prefetcher
 from lars_keras.training.jax.step import JaxStep, State
@@ -43,7 +43,7 @@ class JaxEngine:
 
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer, self.cluster, self.options = model, model.optimizer, cluster, options
-        self._context = _input_context(cluster)
+        self._context = cluster.input_context()
         trust_ratios = options.trust_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
         self._measures = ["gradient", "weight"] * options.variable_norms + ["ghost_gradient"] * options.noise_scale
         self._measures += [*MEASURES] * trust_ratios
@@ -313,8 +313,3 @@ def _set_to_own(variable: keras.Variable, value: np.ndarray) -> None:
     """Set a variable to a value that every host has; `assign` would send it from the first to all, one by one."""
     sharding = backend_value(variable).sharding
     set_backend_value(variable, jax.make_array_from_callback(value.shape, sharding, lambda index: value[index]))
-
-
-def _input_context(cluster: JaxCluster) -> InputContext:
-    processes = sorted({device.process_index for device in cluster.mesh.devices.flat})
-    return InputContext(len(processes), processes.index(jax.process_index()), cluster.replicas)

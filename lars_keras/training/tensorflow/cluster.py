@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from lars_keras.training import tf_config
+from lars_keras.training.tensorflow.inputs import input_context
 
 
 class TensorFlowCluster:
@@ -37,6 +38,10 @@ class TensorFlowCluster:
     def scope(self) -> AbstractContextManager[Any]:
         """Return the context in which models and variables are made."""
         return self.strategy.scope()
+
+    def input_context(self) -> tf.distribute.InputContext:
+        """Return the place of this process among those that read the input."""
+        return input_context(self.strategy)
 
     def any_across_hosts(self, *flags: bool) -> list[bool]:
         """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""

@@ -53,6 +53,18 @@ def scoring_batches(data: Data, strategy: tf.distribute.Strategy, batch_size: in
     return strategy.distribute_datasets_from_function(per_replica, _FETCH)
 
 
+def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
+    """Return the first context that the strategy gives to a function of data, which it gives to nothing else."""
+    contexts = []
+
+    def nothing(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        contexts.append(context)
+        return tf.data.Dataset.range(0)
+
+    strategy.distribute_datasets_from_function(nothing, _FETCH)
+    return contexts[0]
+
+
 def pads(strategy: tf.distribute.Strategy) -> bool:
     """Return True if the last batches of an evaluation are filled up, because hosts or TPU cores must keep step."""
     return isinstance(strategy, tf.distribute.TPUStrategy | tf.distribute.MultiWorkerMirroredStrategy)
