@@ -1,4 +1,4 @@
-"""Checks of numbers among arguments."""
+"""Checks of numbers and switches among arguments."""
 
 import math
 import numbers
@@ -58,6 +58,17 @@ def check_count(argument: str, value: Any, at_least: int = 0) -> int:
     return number
 
 
-def as_flag(argument: str, value: Any) -> bool:
-    """Return `value` as a bool; `argument` is its name, as in the checks."""
-    return bool(value)
+def check_flag(argument: str, value: Any) -> bool:
+    """Return `value` as a bool.
+
+    Args:
+        argument: its name, for the message.
+        value: a bool of Python, NumPy or a backend.
+
+    Raises:
+        ValueError: if it is no bool.
+    """
+    flag = as_number(value)
+    if not isinstance(flag, bool):
+        raise ValueError(f"`{argument}` must be True or False. Received: {argument}={value!r}")
+    return flag

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lars_keras.checks import as_flag, check_number
+from lars_keras.checks import check_flag, check_number
 from lars_keras.compiled import recomputed, rounded
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.layerwise import LayerwiseOptimizer
@@ -58,8 +58,8 @@ class LAMB(LayerwiseOptimizer):
         "beta_1": functools.partial(check_number, below=1.0),
         "beta_2": functools.partial(check_number, below=1.0),
         "epsilon": check_number,
-        "bias_correction": as_flag,
-        "trust_clip": as_flag,
+        "bias_correction": check_flag,
+        "trust_clip": check_flag,
     }
 
     def __init__(

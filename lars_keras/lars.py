@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lars_keras.checks import as_flag, check_number
+from lars_keras.checks import check_flag, check_number
 from lars_keras.compiled import rounded
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.layerwise import LayerwiseOptimizer
@@ -70,11 +70,11 @@ class LARS(LayerwiseOptimizer):
     slots = ("momentum",)
     hyperparameters = {
         "momentum": functools.partial(check_number, below=1.0),
-        "nesterov": as_flag,
+        "nesterov": check_flag,
         "trust_coefficient": functools.partial(check_number, above=0.0),
         "epsilon": check_number,
         "variant": _check_variant,
-        "trust_clip": as_flag,
+        "trust_clip": check_flag,
     }
 
     def __init__(

@@ -81,6 +81,9 @@ class HyperparametersTest(parameterized.TestCase):
         (LARS, {"variant": "norm-of-sum"}),
         (LARS, {"weight_decay": None}),
         (LARS, {"excluded_lr_scale": -1.0}),
+        (LARS, {"nesterov": "False"}),
+        (LARS, {"trust_clip": None}),
+        (LAMB, {"bias_correction": 1}),
         (LAMB, {"beta_2": 1.5}),
     )
     def test_set_to_what_the_constructor_refuses(self, optimizer_class, argument):
@@ -180,8 +183,8 @@ class NumbersTest(parameterized.TestCase):
     def test_optimizers(self, kind):
         lars = LARS(kind(1.0), momentum=kind(0.5), weight_decay=kind(0.25), excluded_lr_scale=kind(0.5))
         self.assertEqual([lars.momentum, lars.weight_decay, lars.excluded_lr_scale], [0.5, 0.25, 0.5])
-        lamb = LAMB(kind(1.0), beta_1=kind(0.5), epsilon=kind(0.25))
-        self.assertEqual([lamb.beta_1, lamb.epsilon], [0.5, 0.25])
+        lamb = LAMB(kind(1.0), beta_1=kind(0.5), epsilon=kind(0.25), trust_clip=kind(1.0) > 0)
+        self.assertEqual([lamb.beta_1, lamb.epsilon, lamb.trust_clip], [0.5, 0.25, True])
 
     @parameterized.parameters(np.float32(5), [np.array([5])], True, np.bool_(True), "5", None)
     def test_no_counts(self, value):
