@@ -86,6 +86,7 @@ class CompiledUpdate:
     def __init__(self, step: Step):
         self._step = step
         self._programs: dict[Any, Callable[..., list[Tensor]]] = {}
+        self._constants: tuple[Any, ...] = ()
 
     def __call__(
         self,
@@ -106,7 +107,7 @@ class CompiledUpdate:
             roles: the role of each variable.
             scalars: tensors that change from update to update.
             measure: as `step` takes it.
-            constants: values that are compiled in: others make another program.
+            constants: values that are compiled in: others make another program, which takes the place of this one.
 
         Returns:
             The tensors that `step` returns, in the order of the variables.
@@ -125,7 +126,10 @@ class CompiledUpdate:
         local, local_slots = [_local(v) for v in variables], [[_local(s) for s in of_one] for of_one in slots]
         if not _can_compile(gradients, local):
             return loop(gradients, variables, slots, scalars)
-        key = (measure, constants, *map(id, local))
+        if constants != self._constants:  # a schedule of the decay would otherwise keep a program for each update
+            self._programs.clear()
+            self._constants = constants
+        key = (measure, *map(id, local))
         if key not in self._programs:
 
             def program(gradients: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:

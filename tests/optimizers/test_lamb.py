@@ -1,5 +1,6 @@
 """LAMB against the float64 oracle and against optax, on TensorFlow; JAX and torch are in test_backends.py."""
 
+import gc
 import itertools
 import os
 import tempfile
@@ -178,6 +179,30 @@ class CompiledUpdateTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEmpty(b._program._programs)
         for x, y in zip(fast + a.variables[2:], plain + b.variables[2:], strict=True):
             self.assertLess(cases.relative_error(x, np.asarray(y)), 8 * 2.0**-23, x.path)
+
+    @parameterized.parameters(LARS, LAMB)
+    def test_set_hyperparameter_takes_the_place_of_the_program(self, optimizer_class):
+        """Its value counts from then on. A function that was traced before keeps its own program."""
+        fast, plain = (keras.Variable([[3.0, 4.0]], name="kernel") for _ in range(2))
+        a, b, g = optimizer_class(0.5), optimizer_class(0.5), tf.constant([[0.3, -0.2]])
+        a.build([fast])
+        for decay in (0.5, 0.25, 0.125):
+            a.weight_decay = b.weight_decay = decay
+            a.apply([g])
+            cases.step_plainly(b, [g], [plain])
+            self.assertLen(a._program._programs, 1)
+        self.assertLess(cases.relative_error(fast, plain), 1e-6)
+        traced = tf.function(lambda g: a.apply([g]))
+        traced(g)
+        with self.assertWarnsRegex(UserWarning, "`weight_decay`=0.125"):
+            a.weight_decay = 0.5
+        a.apply([g])
+        gc.collect()
+        traced(g)
+        for decay in (0.125, 0.5, 0.125):
+            b.weight_decay = decay
+            cases.step_plainly(b, [g], [plain])
+        self.assertLess(cases.relative_error(fast, plain), 1e-6)
 
     def test_default_fit_compiles_the_update_and_nothing_else(self):
         model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
