@@ -191,14 +191,16 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         return 1.0 if role.adapt else role.lr_scale * self.excluded_lr_scale
 
     def prepared(self, gradient: Tensor, variable: Any) -> Tensor:
-        """Make a sparse gradient dense, TensorFlow's of an Embedding or JAX's BCOO.
+        """Return a dense gradient of known shape.
 
+        TensorFlow's gradient of an Embedding and JAX's BCOO are sparse, that of a `tf.numpy_function` has no shape.
         Momentum and decay move every row anyway. The sum adds up repeated rows, which Keras's clipping would take for
         rows of their own. It is one of float32 (or float64): in bfloat16 a sum of ones stays at 256.
         """
         of_jax = hasattr(gradient, "todense")
         if not of_jax and not hasattr(gradient, "dense_shape"):
-            return gradient
+            is_known = getattr(getattr(gradient, "shape", None), "is_fully_defined", None)  # of TensorFlow's shapes
+            return gradient if is_known is None or is_known() else ops.reshape(gradient, variable.shape)
         dtype = keras.backend.standardize_dtype(gradient.dtype)
         wide = "float64" if dtype == "float64" else "float32"
         if of_jax:

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras import LARS
+from lars_keras import LAMB, LARS
 from tests import cases
 from tests.reference import ReferenceLARS, round_to
 
@@ -235,6 +235,17 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
         gradient = tf.IndexedSlices(tf.ones((4096, 4), dtype), tf.ones(4096, "int32"), tf.constant([3, 4]))
         Recorder(1.0, **arguments).apply([gradient], [table])
         self.assertAllClose(seen, [[[0.0] * 4, [expected] * 4, [0.0] * 4]], rtol=1e-5)
+
+    @parameterized.product(optimizer_class=(LARS, LAMB), shape=(None, [None, 2]))
+    def test_gradient_of_unknown_shape(self, optimizer_class, shape):
+        """As `tf.numpy_function` leaves it, in a graph."""
+        known, unknown = (keras.Variable([[3.0, 4.0]], name="kernel") for _ in range(2))
+        a, b, g = optimizer_class(0.5), optimizer_class(0.5), tf.constant([[0.3, -0.2]])
+        a.build([known])
+        b.build([unknown])
+        a.apply([g])
+        tf.function(lambda g: b.apply([g]), input_signature=[tf.TensorSpec(shape, "float32")])(g)
+        self.assertAllEqual(unknown, known)
 
     def test_variables_of_tensorflow(self):
         """They take the same update, as one program, too."""
