@@ -45,6 +45,13 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
             return [], list(optimizer_variables)
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
 
+    # The base class would call a schedule with its count of micro-batches.
+    def _get_current_learning_rate(self) -> Any:
+        schedule = self._learning_rate
+        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            return schedule(self.iterations)
+        return super()._get_current_learning_rate()
+
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
         self.update_variables(grads, trainable_variables, learning_rate)
 

@@ -1,7 +1,7 @@
 """Warm-up, decay and scaling of the learning rate, counted in optimizer updates.
 
-Update `t` is the `t`-th call of the optimizer, from 0. With micro-batches an update is still one step of
-the optimizer, so the schedules never see micro-batches.
+Update `t` is the `t`-th update of the weights, from 0. LARS, LAMB and `Trainer` count no micro-batches. Keras's own
+optimizers do with `gradient_accumulation_steps`, and go through a schedule that many times too fast.
 """
 
 import abc

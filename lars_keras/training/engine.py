@@ -139,6 +139,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     if steps:
         raise ValueError(
             "Accumulate with `Trainer(microbatch_size=...)`, which updates once per global batch: "
-            "`gradient_accumulation_steps` fails under tf.distribute and lets schedules count micro-batches. "
+            "`gradient_accumulation_steps` fails under tf.distribute, and Keras's own optimizers call schedules with "
+            "the count of micro-batches then. "
             f"Received: gradient_accumulation_steps={steps}"
         )

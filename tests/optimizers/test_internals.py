@@ -24,6 +24,7 @@ METHODS = {
     "apply": ("self", "grads", "trainable_variables"),
     "_backend_apply_gradients": ("self", "grads", "trainable_variables"),
     "_backend_update_step": ("self", "grads", "trainable_variables", "learning_rate"),
+    "_get_current_learning_rate": ("self",),
     "_apply_weight_decay": ("self", "variables"),
     "_use_weight_decay": ("self", "variable"),
     "_clip_gradients": ("self", "grads"),
@@ -97,6 +98,15 @@ class KerasTest(parameterized.TestCase):
         optimizer = keras.optimizers.SGD(schedule)
         self.name(optimizer, "_learning_rate")
         self.assertIs(_keras_internals.learning_rate_of(optimizer), schedule)
+
+    def test_schedule_counts_updates(self):
+        """Keras's own optimizers call it with their count of micro-batches."""
+        variable = keras.Variable([1.0], name="bias")
+        optimizer = LARS(keras.optimizers.schedules.PolynomialDecay(1.0, 4, 0.0), gradient_accumulation_steps=4)
+        message = f"Keras {keras.__version__} gets the rate by another method than _get_current_learning_rate"
+        for i in range(8):
+            self.assertEqual(float(optimizer.learning_rate), 1.0 if i < 4 else 0.75, message)
+            optimizer.apply([keras.ops.ones(1)], [variable])
 
     def test_layers(self):
         model, _ = built(LARS())

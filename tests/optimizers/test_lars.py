@@ -297,9 +297,9 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_gradient_accumulation_of_the_base_class(self):
         weights, gradients = cases.problem()
-        oracle = cases.make_case("paper", "constant_rate").reference(weights)
+        oracle = cases.make_case("paper").reference(weights)
         variables = cases.make_variables(weights)
-        optimizer = cases.make_case("paper", "constant_rate", gradient_accumulation_steps=2).lars()
+        optimizer = cases.make_case("paper", gradient_accumulation_steps=2).lars()
         for a, b in zip(gradients[::2], gradients[1::2], strict=True):
             oracle.step([(x + y) / 2 for x, y in zip(a, b, strict=True)])
             optimizer.apply([tf.constant(x, "float32") for x in a], variables)
