@@ -80,11 +80,11 @@ def check_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, 
 
 def resolve_roles(
     variables: Sequence[Any],
+    matches: dict[str, list[int]],
     *,
     exclude: tuple[str, ...],
     exclude_from_layer_adaptation: tuple[str, ...] | None,
     exclude_from_weight_decay: tuple[str, ...] | None,
-    saved: Matches | None = None,
 ) -> list[VariableRole]:
     """Return one role per variable, in the order of `variables`.
 
@@ -93,17 +93,13 @@ def resolve_roles(
 
     Args:
         variables: trainable variables of the model.
+        matches: "patterns" of `match_patterns`, for the patterns of all three arguments.
         exclude: patterns, as the other two are: see `LARS`.
         exclude_from_layer_adaptation: None where `exclude` holds.
         exclude_from_weight_decay: None where `exclude` holds.
-        saved: see `match_patterns`.
-
-    Raises:
-        ValueError: if a pattern that is not one of `DEFAULT_EXCLUDE` matches no variable.
     """
     no_adapt = exclude if exclude_from_layer_adaptation is None else exclude_from_layer_adaptation
     no_decay = exclude if exclude_from_weight_decay is None else exclude_from_weight_decay
-    matches = match_patterns(variables, no_adapt + no_decay, saved)["patterns"]
     roles = []
     for i, variable in enumerate(variables):
         adapt = not any(i in matches[p] for p in no_adapt)

@@ -109,13 +109,15 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         if self.built or not variables:  # Keras builds with none when it loads a legacy .h5 file
             return
         _check_dtypes(variables)
-        roles = resolve_roles(variables, **self._patterns, saved=self._matches)
+        patterns = [p for of_argument in self._patterns.values() for p in of_argument or ()]
+        found = match_patterns(variables, patterns, saved=self._matches)
+        roles = resolve_roles(variables, found["patterns"], **self._patterns)
         self._roles = [
             dataclasses.replace(role, adapt=False, decay=False, lr_scale=0.0) if is_overwritten(v) else role
             for role, v in zip(roles, variables, strict=True)
         ]
-        given = [p for patterns in self._patterns.values() for p in patterns or () if p not in DEFAULT_EXCLUDE]
-        self._matches = match_patterns(variables, given, saved=self._matches) if given else None
+        given = {p: indices for p, indices in found["patterns"].items() if p not in DEFAULT_EXCLUDE}
+        self._matches = found | {"patterns": given} if given else None
         super().build(variables)
         by_name = self.add_optimizer_variables(variables, self.slots)
         self._slots = [list(of_variable) for of_variable in zip(*by_name, strict=True)]

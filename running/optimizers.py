@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from lars_keras.exclude import DEFAULT_EXCLUDE, check_patterns, resolve_roles
+from lars_keras.exclude import DEFAULT_EXCLUDE, check_patterns, match_patterns
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
 from lars_keras.schedules import WarmupCosine, WarmupExponential, WarmupPolynomial, WarmupStep
@@ -117,12 +117,7 @@ def _exclude_from_weight_decay(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable], exclude: Sequence[str]
 ) -> None:
     """Exclude from Keras's decay the variables that LARS would not decay."""
-    roles = resolve_roles(
-        variables,
-        exclude=check_patterns("exclude", exclude) or (),
-        exclude_from_layer_adaptation=None,
-        exclude_from_weight_decay=None,
-    )
-    kept = [v for v, role in zip(variables, roles, strict=True) if not role.decay]
+    matches = match_patterns(variables, check_patterns("exclude", exclude) or ())["patterns"]
+    kept = [v for i, v in enumerate(variables) if any(i in indices for indices in matches.values())]
     if kept:
         optimizer.exclude_from_weight_decay(var_list=kept)
