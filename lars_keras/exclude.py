@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -123,7 +124,8 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
         For JSON: under "variables" the name and shape of each, under "patterns" the positions that each matches.
 
     Raises:
-        ValueError: if a pattern that is not one of `DEFAULT_EXCLUDE` matches no variable.
+        ValueError: if a pattern that is neither saved nor one of `DEFAULT_EXCLUDE` matches no variable. If it is saved,
+            its layers may be frozen by now, and this only warns.
     """
     paths = [_path(v) for v in variables]
     layout = [[path.rpartition("/")[2], list(v.shape)] for path, v in zip(paths, variables, strict=True)]
@@ -133,10 +135,13 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
         found = [i for i, v in enumerate(variables) if _matches(pattern, paths[i], v)]
         matches[pattern] = known.get(pattern, found)
         if not matches[pattern] and pattern not in DEFAULT_EXCLUDE + _FORMER_DEFAULTS:
-            raise ValueError(
+            message = (
                 f"The exclusion pattern {pattern!r} matches none of the {len(paths)} trainable variables: "
                 f"{', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}"
             )
+            if saved is None or pattern not in saved["patterns"]:
+                raise ValueError(message)
+            warnings.warn(f"{message}. It did when the optimizer was first built", stacklevel=3)
     return {"variables": layout, "patterns": matches}
 
 

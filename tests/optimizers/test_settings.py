@@ -256,6 +256,18 @@ class ExclusionTest(parameterized.TestCase):
         other.build(net(keras.layers.Dense(4, name="dense_1"), keras.layers.Dense(3, name="last")).trainable_variables)
         self.assertEqual([r.adapt for r in other.layer_plan()], [False, False, True, True])
 
+    def test_layers_frozen_since_the_first_update(self):
+        """As with Keras's optimizers the file loads; the pattern, which matched once, is no mistake in typing."""
+        model = two_layers()
+        train(model, LARS(0.1, exclude=("rank<=1", "^net/stem/")))
+        model.get_layer("stem").trainable = False
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.keras")
+            model.save(path)
+            with self.assertWarnsRegex(UserWarning, "'\\^net/stem/' matches none of the 2 trainable variables"):
+                loaded = keras.saving.load_model(path)
+        self.assertEqual([r.adapt for r in loaded.optimizer.layer_plan()], [True, False])
+
     def test_pattern_changed_in_a_config(self):
         optimizer = LARS(exclude=("stem/",))
         optimizer.build(two_layers().trainable_variables)
