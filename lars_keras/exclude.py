@@ -117,19 +117,26 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
         variables: trainable variables of a model.
         patterns: regular expressions, and `"rank<=1"`.
         saved: what was returned for the model before it was saved. A loaded model may have other paths: Keras leaves
-            out the name of a `Sequential`, and numbers layers anew. A pattern then matches the variables that it
-            matched before, provided that all names and shapes are the same.
+            out the name of a `Sequential`, and numbers layers anew. A pattern matches the variables that it matched
+            before: by path if all are known, else by position if all names and shapes are the same.
 
     Returns:
-        For JSON: under "variables" the name and shape of each, under "patterns" the positions that each matches.
+        For JSON: under "variables" the path and shape of each, under "patterns" the positions that each matches.
 
     Raises:
         ValueError: if a pattern that is neither saved nor one of `DEFAULT_EXCLUDE` matches no variable. If it is saved,
             its layers may be frozen by now, and this only warns.
     """
     paths = [_path(v) for v in variables]
-    layout = [[path.rpartition("/")[2], list(v.shape)] for path, v in zip(paths, variables, strict=True)]
-    known = saved["patterns"] if saved and saved["variables"] == layout else {}
+    layout = [[path, list(v.shape)] for path, v in zip(paths, variables, strict=True)]
+    known = {}
+    if saved:
+        before = {path: i for i, (path, _) in enumerate(saved["variables"])}
+        if set(paths) <= before.keys() and len(before) == len(saved["variables"]):
+            places = [before[path] for path in paths]
+            known = {p: [i for i, place in enumerate(places) if place in old] for p, old in saved["patterns"].items()}
+        elif _names(saved["variables"]) == _names(layout):
+            known, layout = saved["patterns"], saved["variables"]
     matches = {}
     for pattern in dict.fromkeys(patterns):
         found = [i for i, v in enumerate(variables) if _matches(pattern, paths[i], v)]
@@ -147,6 +154,10 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
 
 def _path(variable: Any) -> str:
     return getattr(variable, "path", variable.name)
+
+
+def _names(layout: list[list[Any]]) -> list[list[Any]]:
+    return [[path.rpartition("/")[2], shape] for path, shape in layout]
 
 
 def _matches(pattern: str, path: str, variable: Any) -> bool:

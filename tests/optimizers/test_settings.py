@@ -3,6 +3,7 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import json
 import os
 import tempfile
 import warnings
@@ -255,6 +256,22 @@ class ExclusionTest(parameterized.TestCase):
         other = LARS.from_config(first.get_config())  # of another shape: the patterns are searched again
         other.build(net(keras.layers.Dense(4, name="dense_1"), keras.layers.Dense(3, name="last")).trainable_variables)
         self.assertEqual([r.adapt for r in other.layer_plan()], [False, False, True, True])
+
+    def test_layers_in_another_order(self):
+        """Of the same shapes, but with the paths of before: the paths count. An earlier version saved none."""
+        a, b = keras.layers.Dense(4, name="a"), keras.layers.Dense(4, name="b")
+        optimizer = LARS(exclude=("a/",))
+        optimizer.build(net(a, b).trainable_variables)
+        config = optimizer.get_config()
+        matches = config["matches"]
+        without_paths = matches | {"variables": [[path.split("/")[-1], s] for path, s in matches["variables"]]}
+        for saved, expected in ((matches, [True, True, False, False]), (without_paths, [False, False, True, True])):
+            again = LARS.from_config(json.loads(json.dumps(config | {"matches": saved})))
+            again.build(net(b, a).trainable_variables)
+            self.assertEqual([r.adapt for r in again.layer_plan()], expected)
+            second = LARS.from_config(again.get_config())
+            second.build(net(b, a).trainable_variables)
+            self.assertEqual(second.layer_plan(), again.layer_plan())
 
     def test_layers_frozen_since_the_first_update(self):
         """As with Keras's optimizers the file loads; the pattern, which matched once, is no mistake in typing."""
