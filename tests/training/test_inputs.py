@@ -117,6 +117,18 @@ class HostsTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(y.tolist(), [0, 1, 2, 3, 4, 0, 0, 0])
             self.assertEqual(weight.tolist(), [1.0] * 5 + [0.0] * 3)
 
+    def test_replicas_score_every_example_once(self):
+        """Also where the number of examples is static, and none is left for some replicas in the last step."""
+        strategy, x = cases.strategy("mirrored2"), np.arange(12.0, dtype="float32")[:, None]
+        for parts in ((x,), (x, x), (x, None), (x, x, None), ({"a": x, "b": x}, x)):
+            static = tf.data.Dataset.from_tensor_slices(parts).batch(4, drop_remainder=True)
+            for data in (static, lambda context, static=static: static):
+                seen = []
+                for batch in tensorflow_inputs.scoring_batches(data, strategy, 4):
+                    for part in strategy.experimental_local_results(keras.tree.flatten(batch)[0]):
+                        seen += part[:, 0].numpy().tolist()
+                self.assertEqual(seen, [*range(12)])
+
     def test_a_single_host_pads_nothing(self):
         for batches in (inputs.scoring_batches, tensorflow_inputs.numpy_scoring_batches):
             data = numbers(5, 5) if batches is inputs.scoring_batches else dataset(numbers(5, 5))

@@ -42,15 +42,26 @@ def training_iterator(
     return iter(strategy.distribute_datasets_from_function(per_replica, _FETCH))
 
 
-def scoring_batches(data: Data, strategy: tf.distribute.Strategy, batch_size: int) -> Iterable[Any]:
-    """Return an iterable that gives each replica of the strategy its batches of `scoring_examples`."""
+def scoring_batches(data: Data, strategy: tf.distribute.Strategy, batch_size: int) -> Iterator[Any]:
+    """Yield the batches of `scoring_examples` for each replica of the strategy."""
+    spec: Any = None
+
+    def of_any_size(t: tf.Tensor) -> tf.Tensor:
+        # Where the number of examples is static, `tf.distribute` drops a last step that has none for some replicas.
+        return t if pads(strategy) else tf.compat.v1.placeholder_with_default(t, [None, *t.shape[1:]])
 
     def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        nonlocal spec
         if pads(strategy):
-            return scoring_examples(data, context, batch_size).rebatch(batch_size, drop_remainder=True)
-        return _finite(data(context) if callable(data) else data).rebatch(batch_size)
+            dataset = scoring_examples(data, context, batch_size).rebatch(batch_size, drop_remainder=True)
+        else:
+            dataset = _finite(data(context) if callable(data) else data).rebatch(batch_size)
+        spec = spec_of(dataset.element_spec)
+        # `tf.distribute` makes no None for a replica without examples.
+        return dataset.map(lambda *batch: tuple(of_any_size(t) for t in keras.tree.flatten(batch) if t is not None))
 
-    return strategy.distribute_datasets_from_function(per_replica, _FETCH)
+    for arrays in strategy.distribute_datasets_from_function(per_replica, _FETCH):
+        yield _structured(spec, arrays)
 
 
 def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
@@ -172,16 +183,17 @@ def as_dataset(batches: Any) -> tf.data.Dataset:
                     )
             yield arrays
 
-    def structured(*arrays: tf.Tensor) -> Any:
-        leaves: list[Any] = [None] * len(keras.tree.flatten(spec))
-        for i, array in zip(places, arrays, strict=True):
-            leaves[i] = array
-        return keras.tree.pack_sequence_as(spec, leaves)
-
     arrays = tf.data.Dataset.from_generator(lambda: _keeping_errors(read()), output_signature=signature)
     options = tf.data.Options()
     options.autotune.enabled = False  # as in lars_keras.data: the end of an epoch would wait
-    return arrays.with_options(options).map(structured)
+    return arrays.with_options(options).map(lambda *flat: _structured(spec, flat))
+
+
+def _structured(spec: Any, arrays: Iterable[Any]) -> Any:
+    """Return arrays in the structure of a spec, and None where it has None."""
+    given = iter(arrays)
+    leaves = [None if s is None else next(given) for s in keras.tree.flatten(spec)]
+    return keras.tree.pack_sequence_as(spec, leaves)
 
 
 def _common_spec(batches: list[Batch]) -> Any:
