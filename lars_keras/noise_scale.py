@@ -28,8 +28,8 @@ class NoiseScale:
     """An estimate of the noise scale, in examples.
 
     Attributes:
-        value: the estimate; infinite where no gradient stands out of the noise.
-        low: lower end of the confidence interval.
+        value: the estimate; infinite where no gradient stands out of the noise, 0 where there is no noise.
+        low: lower end of the confidence interval; may be infinite.
         high: upper end of the confidence interval; may be infinite.
         gradient: mean of `|G|^2` over the updates.
         noise: mean of `S` over the updates.
@@ -68,18 +68,22 @@ class NoiseScale:
             batch_size: batch size of the run.
             epoch: when it was measured.
         """
+        if not math.isfinite(self.low):
+            return f"The noise scale has no bound at epoch {epoch:.3g}: no gradient stands out of the noise."
         if not math.isfinite(self.value):
             return (
                 f"Noise scale above {_count(self.low)} at epoch {epoch:.3g}: no gradient stands out of the noise yet. "
                 "Measure more updates."
             )
         high = _count(self.high) if math.isfinite(self.high) else "no bound"
-        text = (
-            f"Noise scale {_count(self.value)} ({_count(self.low)} to {high}) at epoch {epoch:.3g}: at batch "
-            f"{batch_size:,} an example teaches {_percent(self.efficiency(batch_size))} of what it does in a small "
-            "batch"
+        text = f"Noise scale {_count(self.value)} ({_count(self.low)} to {high}) at epoch {epoch:.3g}: "
+        if self.value < 1:
+            return f"{text}a batch of any size teaches less than twice what one example does."
+        text += (
+            f"at batch {batch_size:,} an example teaches {_percent(self.efficiency(batch_size))} of what it does in a "
+            "small batch"
         )
-        other = 2 ** round(math.log2(max(self.value, 1.0)) - 0.5)
+        other = 2 ** round(math.log2(self.value) - 0.5)
         if other < batch_size / 1.5:
             return f"{text}; {other:,} would keep {_percent(self.efficiency(other))}."
         if self.efficiency(4 * batch_size) > 0.5:
@@ -183,13 +187,18 @@ def ratio_with_interval(gradient: np.ndarray, noise: np.ndarray, confidence: flo
     if len(gradient) < 2:
         raise ValueError(f"The noise scale needs at least 2 updates. Received: {len(gradient)}")
     blocks = np.array_split(np.arange(len(gradient)), min(BLOCKS, len(gradient)))
-    without = np.array([np.delete(gradient, b).mean() / _positive(np.delete(noise, b).mean()) for b in blocks])
-    inverse = gradient.mean() / _positive(noise.mean())
+    rest = np.array([[np.delete(v, b).mean() for v in (gradient, noise)] for b in blocks])
+    g, s = float(gradient.mean()), float(noise.mean())
+    if s <= 0 < g:  # the ghost batches have the same gradient, but for rounding
+        return NoiseScale(0.0, 0.0, 0.0, g, s, len(gradient))
+    if min(s, *rest[:, 1]) <= 0:  # noise in too few updates for an interval
+        return NoiseScale(s / g if g > 0 else math.inf, 0.0, math.inf, g, s, len(gradient))
+    without, inverse = rest[:, 0] / rest[:, 1], g / s
     m = len(blocks)
     error = math.sqrt((m - 1) / m * float(np.square(without - without.mean()).sum()))
     reach = error * _student_quantile((1 + confidence) / 2, m - 1)
     value, low, high = (1.0 / x if x > 0 else math.inf for x in (inverse, inverse + reach, inverse - reach))
-    return NoiseScale(value, low, high, float(gradient.mean()), float(noise.mean()), len(gradient))
+    return NoiseScale(value, low, high, g, s, len(gradient))
 
 
 def check_ghost_batches(ghost_batch: int, batch_size: int) -> None:
@@ -209,10 +218,6 @@ def _count(value: float) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.0f} %"
-
-
-def _positive(x: float) -> float:
-    return float(max(x, np.finfo(np.float64).tiny))
 
 
 def _student_quantile(p: float, degrees: int) -> float:

@@ -1,6 +1,7 @@
 """The estimator of the gradient noise scale, against closed forms."""
 
 import math
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -90,6 +91,22 @@ class EstimatorTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(found.high, math.inf)
         self.assertGreater(found.low, 0)
 
+    @parameterized.parameters(
+        ([1.0, 1.0], [1.0, 1.0], 0.0, 0.0, 0.0),
+        ([1.0, 1.0], [1.0, 1.0 - 1e-9], 5e-10 * 64 / 7, 0.0, math.inf),
+        ([0.0, 0.0], [0.0, 0.0], math.inf, 0.0, math.inf),
+        ([1.0, 1.1], [0.01, 0.01], math.inf, math.inf, math.inf),
+    )
+    def test_no_noise_or_no_gradient(self, ghost, mean, value, low, high):
+        """Identical ghost batches; the same but for rounding; zeros; a mean smaller than by chance."""
+        estimator = NoiseScaleEstimator(8, 64)
+        for g, m in zip(ghost, mean, strict=True):
+            estimator.add([g], [m])
+        with warnings.catch_warnings(action="error"):
+            found = estimator.total()
+            self.assertNotIn("nan", found.describe(64, 1.0))
+        self.assertAllClose((found.value, found.low, found.high), (value, low, high))
+
 
 class MeaningTest(tf.test.TestCase, parameterized.TestCase):
     found = NoiseScale(2900.0, 2400.0, 3500.0, 1.0, 2900.0, 100)
@@ -103,6 +120,14 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("1,024 would still keep 74 %", self.found.describe(256, 3))
         nothing = NoiseScale(math.inf, 500.0, math.inf, -1.0, 1.0, 10)
         self.assertIn("above 500", nothing.describe(256, 3))
+        nothing = NoiseScale(math.inf, math.inf, math.inf, -1.0, 1.0, 10)
+        self.assertEqual(
+            nothing.describe(256, 3), "The noise scale has no bound at epoch 3: no gradient stands out of the noise."
+        )
+        self.assertEqual(
+            NoiseScale(0.0, 0.0, 0.0, 1.0, 0.0, 10).describe(256, 3),
+            "Noise scale 0 (0 to 0) at epoch 3: a batch of any size teaches less than twice what one example does.",
+        )
 
     def test_gain_is_adascale_s(self):
         """Gain = (sigma^2 + mu^2) / (sigma^2 / k + mu^2), of gradients at the small batch; k = large / small."""

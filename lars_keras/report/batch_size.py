@@ -121,7 +121,7 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
     lines += ["", found.describe(size, last["epoch"]), "", CAVEATS]
     if not batch_sizes:
-        middle = round(math.log2(found.value)) if math.isfinite(found.value) else round(math.log2(size))
+        middle = round(math.log2(max(found.value, 4.0) if math.isfinite(found.value) else size))
         batch_sizes = [2**n for n in range(middle - 2, middle + 3)]
     per_epoch = last["update"] / last["epoch"]
     return lines, propose(

@@ -160,7 +160,7 @@ def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
             marked = line.colour == VALIDATION or line.points == 1
             drawn += axes.plot(
                 line.x,
-                line.y,
+                np.maximum(line.y, 1.0) if log else line.y,  # a logarithmic axis has no 0
                 color=line.colour,
                 label=line.label,
                 marker="o" if marked else None,

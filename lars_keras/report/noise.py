@@ -112,12 +112,14 @@ def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) 
     if not events:
         return []
     last = events[-1]
-    value, low, high = (last[name] or math.inf for name in ("noise_scale", "low", "high"))  # null is infinite
+    # null is infinite
+    value, low, high = (math.inf if last[name] is None else last[name] for name in ("noise_scale", "low", "high"))
     found = NoiseScale(value, low, high, math.nan, math.nan, last["updates"])
     lines = [found.describe(last["batch_size"], last["epoch"])]
-    if len(events) < 2:
+    same = [e for e in events[-2:] if all(e[size] == last[size] for size in ("ghost_batch", "batch_size"))]
+    if len(same) < 2:
         return lines
-    estimator = combine(events[-2:])
+    estimator = combine(same)
     adapted = [
         (scale.value, layer["path"])
         for scale, layer in zip(estimator.by_variable(), layers, strict=True)

@@ -7,9 +7,11 @@ import math
 import pathlib
 import tempfile
 import types
+import warnings
 
 import numpy as np
 import tensorflow as tf
+from absl.testing import parameterized
 
 from lars_keras.noise_scale import NoiseScale
 from lars_keras.report import batch_size, noise
@@ -22,7 +24,7 @@ LAYERS = [
 ]
 
 
-class NoiseScaleLogTest(tf.test.TestCase):
+class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
     def setUp(self):
         super().setUp()
         self.run_dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -110,6 +112,33 @@ class NoiseScaleLogTest(tf.test.TestCase):
         self.assertIn("<h2>Noise scale</h2>", page)
         self.assertIn("at batch 256 an example teaches", page)
         self.assertIn('aria-label="Noise scale over optimizer updates.', page)
+
+    @parameterized.parameters(
+        (None, None, None, "The noise scale has no bound at epoch 3"),
+        (0.0, 0.0, 0.0, "Noise scale 0 (0 to 0)"),
+        (0.0, 0.0, None, "Noise scale 0 (0 to no bound)"),
+    )
+    def test_report_of_a_converged_run(self, value, low, high, sentence):
+        """Null is infinite, and 0 is 0, in the text, in the chart and where another ghost batch came before."""
+        events = self.log(60, 20)
+        events[1]["ghost_batch"] = 64
+        events[2] |= {"noise_scale": value, "low": low, "high": high, "epoch": 3.0}
+        (self.run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events[1:]))
+        with warnings.catch_warnings(action="error"):
+            page = write_report(self.run_dir).read_text()
+        self.assertIn(sentence, page)
+
+    @parameterized.parameters((101.0, 101.0, "batch of any size"), (1.0, 0.01, "has no bound"))
+    def test_proposals_from_a_converged_run(self, ghost, mean, sentence):
+        self.log(40, 20)
+        lines = read_metrics(self.run_dir / "metrics.jsonl")
+        for e in lines:
+            if e["event"] == "noise_scale":
+                e |= {"noise_scale": None, "low": None, "ghost_square": [ghost] * 3, "mean_square": [mean] * 3}
+        (self.run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(batch_size.main([str(self.run_dir)]), 0)
+        self.assertIn(sentence, out.getvalue())
 
     def test_proposals_from_a_run(self):
         self.log(200, 50)
