@@ -114,10 +114,13 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
             "The run needs at least 2 `noise_scale` lines in its metrics.jsonl: train with `noise_scale_every`. "
             f"Received: {len(events)} in {run_dir}"
         )
-    rates = [e["learning_rate"] for e in log if e["event"] == "update"]
+    rates = {e["update"]: e["learning_rate"] for e in log if e["event"] == "update" and e["learning_rate"] is not None}
+    if not rates:
+        raise ValueError(f"The run needs the learning rates of its updates in its metrics.jsonl. Received: {run_dir}")
     # The noise scale grows, so the last third of the run speaks.
     found, last, size = combine(events[-max(2, len(events) // 3) :]).total(), events[-1], config["batch_size"]
-    updates, peak = log_length(log), rates.index(max(rates)) + 1
+    peak = max(rates.values())
+    reached = next(update for update, rate in rates.items() if rate >= (1 - 1e-6) * peak)  # but for rounding
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
     lines += ["", found.describe(size, last["epoch"]), "", CAVEATS]
     if not batch_sizes:
@@ -128,9 +131,9 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
         found,
         batch_sizes,
         batch_size=size,
-        learning_rate=max(rates),
-        updates=updates,
-        warmup_updates=peak - 1,
+        learning_rate=peak,
+        updates=log_length(log),
+        warmup_updates=0 if reached == next(iter(rates)) else reached,
         num_train=round(per_epoch * size),
         layerwise=config["optimizer"] in ("lars", "lamb"),
     )

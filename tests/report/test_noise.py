@@ -146,8 +146,20 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         with contextlib.redirect_stdout(out):
             self.assertEqual(batch_size.main([str(self.run_dir), "256", "1024"]), 0)
         rows = [line.split() for line in out.getvalue().splitlines()[-2:]]
-        self.assertEqual((rows[0][0], rows[0][3], rows[0][5]), ("256", "5", "200"))  # the run itself
+        self.assertEqual([rows[0][i] for i in (0, 3, 5, 6)], ["256", "5", "200", "0"])  # the run itself
         self.assertEqual(rows[1][0], "1,024")
+
+    @parameterized.parameters(1, 4)
+    def test_the_warm_up_of_a_run(self, per_call):
+        """It is counted in updates, not lines; schedules reach the peak in its last update."""
+        self.log(400, 50, per_call)
+        log = read_metrics(self.run_dir / "metrics.jsonl")
+        for e in log:
+            if e["event"] == "update":
+                e["learning_rate"] = min(e["update"] / 80, (480 - e["update"]) / 400) if e["update"] != 40 else None
+        (self.run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+        _, (itself,) = batch_size.propose_from_run(self.run_dir, [256])
+        self.assertEqual((itself.learning_rate, itself.updates, itself.warmup_updates), (1.0, 400, 80))
 
     def test_refusals(self):
         for run in (self.run_dir, self.run_dir / "absent"):  # no line of the noise scale; no run
