@@ -119,20 +119,20 @@ def curves(updates: Events, evals: Events) -> list[Chart]:
     """Draw loss, top-1, top-5 and learning rate over updates.
 
     Args:
-        updates: `update` events of a log.
+        updates: `update` events of a log: the last update of each call of the training function.
         evals: `eval` events of a log.
     """
     window = len(updates) // 50
-    loss = [_Curve.of("training, each update", TRAIN, updates, "step_loss", faint=window > 1)]
+    loss = [_Curve.of("training, each logged update", TRAIN, updates, "step_loss", faint=window > 1)]
     if window > 1:
         x, y = (np.convolve(v, np.full(window, 1 / window), "valid") for v in (loss[0].x, loss[0].y))
-        loss.append(_Curve(f"training, mean of {window} updates", TRAIN, x, y))
+        loss.append(_Curve(f"training, mean of {window} logged updates", TRAIN, x, y))
     charts = [_chart("Loss", [*loss, _Curve.of("validation", VALIDATION, evals, "loss")])]
     for title, name in (("Top-1", "top1"), ("Top-5", "top5")):
         training = _Curve.of("training, since the epoch began", TRAIN, updates, name)
         validation = _Curve.of("validation", VALIDATION, evals, name)
         charts.append(_chart(title, [training, validation], percent=True))
-    return [*charts, _chart("Learning rate", [_Curve.of("of each update", TRAIN, updates, "learning_rate")])]
+    return [*charts, _chart("Learning rate", [_Curve.of("of each logged update", TRAIN, updates, "learning_rate")])]
 
 
 def noise_scale_chart(events: Events) -> Chart:
@@ -189,7 +189,9 @@ def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
         if len(lines) > 1:
-            named = {"95 % interval" if c.faint else c.label: handle for c, handle in zip(lines, drawn, strict=True)}
+            named = {
+                "95 % interval" if log and c.faint else c.label: handle for c, handle in zip(lines, drawn, strict=True)
+            }
             figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False, handlelength=1.4)
     last = (f"{c.label} {number(c.y[np.isfinite(c.y)][-1], '.2%' if percent else '.4g')}" for c in lines)
     return inline_svg(figure, title, f"{title} over optimizer updates. Last values: {'; '.join(last)}.")
