@@ -67,8 +67,14 @@ def refuse_finished(run_dir: Path, config: RunConfig | None = None) -> None:
     if config is None or before is None or (config.epochs, config.steps) == (before.epochs, before.steps):
         raise UsageError(
             f"--run_dir={run_dir} holds a finished run, and nothing is written over. Name another folder, give "
-            "--eval_only to score its model, or more --epochs to go on with it."
+            f"--eval_only to score its model, or {_more(before)}, to go on with it."
         )
+
+
+def _more(config: RunConfig | None) -> str:
+    """Return the flags that extend a run, of which --epochs has no effect beside --steps."""
+    length = "epochs" if config is None or config.steps is None else "steps"
+    return f"more --{length}, with --allow_inexact_resume where the schedule depends on the length"
 
 
 def set_results_aside(run_dir: Path, update: int) -> None:
@@ -137,15 +143,16 @@ def resume(
     changes = _changes(config, trainer, checkpoint, data.num_train)
     if changes and not config.allow_inexact_resume:
         raise UsageError(
-            f"--run_dir={config.run_dir} was started with different flags: {'; '.join(changes)}. Give it the same "
-            "flags, or none, to go on exactly, another --run_dir to start anew, or --allow_inexact_resume."
+            f"--run_dir={config.run_dir} was started with different flags: {'; '.join(changes)}. Give it "
+            + ("the same flags, or none, to go on exactly, " if finished is None else "")
+            + "another --run_dir to start anew, or --allow_inexact_resume."
         )
     total = config.total_updates(data.num_train)
     if checkpoint.update > total or checkpoint.update == total == finished:
         relation = "all of" if checkpoint.update == total else "more than"
         raise UsageError(
             f"--run_dir={config.run_dir} holds a run that has taken {checkpoint.update} updates, {relation} the "
-            f"{total} that the flags now ask for. Give more --epochs, or another --run_dir."
+            f"{total} that the flags now ask for. Give another --run_dir, or {_more(config)}."
         )
     trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
     notes = [f"went on after update {checkpoint.update}, from {checkpoint.path.name}"]

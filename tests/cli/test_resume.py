@@ -249,11 +249,23 @@ class RefusalTest(parameterized.TestCase, tf.test.TestCase):
     def test_a_finished_run_of_another_length(self):
         (self.dir / "results.json").write_text('{"updates": 5}')
         (self.dir / "flags.txt").write_text("--epochs=2.0\n")
-        with self.assertRaisesRegex(UsageError, "or more --epochs to go on with it"):
+        with self.assertRaisesRegex(UsageError, "or more --epochs, .* to go on with it"):
             refuse_finished(self.dir, RunConfig(epochs=2.0))
         refuse_finished(self.dir, RunConfig(epochs=3.0))
         self.save()
         self.refuse("has taken 5 updates, all of the 5 that the flags", steps=5, allow_inexact_resume=True)
+        self.refuse("--steps=9 was None. Give it another --run_dir to start anew, or --allow_inexact", steps=9)
+
+    def test_a_finished_run_of_so_many_steps(self):
+        """More --epochs would not extend it."""
+        (self.dir / "results.json").write_text('{"updates": 5}')
+        (self.dir / "flags.txt").write_text("--epochs=2.0\n--steps=5\n")
+        more = "or more --steps, with --allow_inexact_resume where the schedule depends on the length"
+        with self.assertRaisesRegex(UsageError, more):
+            refuse_finished(self.dir, RunConfig(epochs=2.0, steps=5))
+        self.config = RunConfig(run_dir=str(self.dir), batch_size=64, steps=5)
+        self.save()
+        self.refuse(more, epochs=99.0)
 
     def test_other_replicas_and_backend(self):
         self.save(replicas=2)
