@@ -4,6 +4,7 @@ Recipes are flagfiles: `train.py --flagfile=flags/recipes/alexnet_bn_8k.flags`. 
 `compare.py`.
 """
 
-from flags.config import RunConfig, define, parse, read
+from flags.config import RunConfig
+from flags.parsing import define, parse, read
 
 __all__ = ["RunConfig", "define", "parse", "read"]

@@ -4,16 +4,13 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
 
 import models
 from lars_keras import data, schedules
 from lars_keras.exclude import DEFAULT_EXCLUDE
 from lars_keras.lars import VARIANTS
-from running import renamed
 from running.optimizers import OPTIMIZER_FLAGS, OPTIMIZERS, SCHEDULE_FLAGS, SCHEDULES, applies
 
 NOT_REPEATED = ("run_dir", "eval_only", "dry_run", "allow_inexact_resume")  # belong to a command, not to a run
@@ -194,7 +191,9 @@ class RunConfig:
         0,
         affects_result=False,
     )
-    checkpoint_minutes: float = _real(10.0, "Save a checkpoint every X minutes.", affects_result=False)
+    checkpoint_minutes: float = _real(
+        10.0, "Save a checkpoint every X minutes; 1e9: only the first and the last state.", affects_result=False
+    )
     checkpoint_updates: int | None = _whole(None, "Save a checkpoint every N updates, too.", affects_result=False)
     keep_checkpoints: int = _whole(3, "Keep this many of the newest checkpoints.", affects_result=False)
     keep_checkpoint_hours: float | None = _real(
@@ -212,6 +211,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check flags against each other."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):  # absl takes nan, whatever the bounds
+                raise ValueError(f"--{field.name} must be finite. Received: --{field.name}={value}")
         if self.microbatch_size and self.batch_size % self.microbatch_size:
             raise ValueError(
                 "--microbatch_size must divide --batch_size. "
@@ -371,77 +374,3 @@ def _as_csv(values: Sequence[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(values)
     return line.getvalue()
-
-
-def define() -> flags.FlagValues:
-    """Define all flags, with their defaults, apart from absl's global ones."""
-    values = flags.FlagValues()
-    for field in dataclasses.fields(RunConfig):
-        make = getattr(flags, f"DEFINE_{field.metadata['kind']}")
-        text, options = field.metadata["help"], field.metadata["options"]
-        make(field.name, field.default, help=text, flag_values=values, **options)
-    flags.DEFINE_bool("help", False, "Show all flags.", short_name="h", flag_values=values)
-    return values
-
-
-def parse(
-    argv: Sequence[str], flags_of_run: Callable[[str], Sequence[str]] | None = None
-) -> tuple[flags.FlagValues, list[str]]:
-    """Parse the flags in `argv`, on top of those of the run that they resume.
-
-    Args:
-        argv: the program's name, then its arguments.
-        flags_of_run: returns lines of flags for the value of `--run_dir`. They are never refused for the optimizer or
-            schedule, because the user did not give them.
-
-    Returns:
-        The flags, and the arguments that are no flags.
-
-    Raises:
-        absl.flags.Error: if a flag is unknown, out of range, or without a meaning for the optimizer or schedule.
-    """
-    given = values = define()
-    try:
-        arguments = given(argv)
-        if flags_of_run and given["run_dir"].value and (before := flags_of_run(given["run_dir"].value)):
-            values = define()
-            arguments = values([argv[0], *before, *argv[1:]])
-    except (UnicodeDecodeError, OSError) as e:
-        raise flags.Error(f"--flagfile is not a readable text file: {e}") from e
-    except flags.UnrecognizedFlagError as e:
-        name = e.flagname.removeprefix("no") if e.flagname.removeprefix("no") in renamed.FLAGS else e.flagname
-        if name not in renamed.FLAGS:
-            raise
-        raise flags.Error(f"--{name} was renamed to --{renamed.FLAGS[name]}.") from e
-    _refuse_meaningless(given, values)
-    return values, arguments[1:]
-
-
-def _refuse_meaningless(given: flags.FlagValues, values: flags.FlagValues) -> None:
-    """Refuse flags of another optimizer or schedule, also with their default as value."""
-    for owner, table in (("optimizer", OPTIMIZER_FLAGS), ("schedule", SCHEDULE_FLAGS)):
-        chosen = values[owner].value
-        for name, owners in table.items():
-            if given[name].present and chosen not in owners:
-                raise flags.IllegalFlagValueError(
-                    f"--{name} goes with --{owner}={' or '.join(owners)}. Received: --{name}={given[name].value} "
-                    f"--{owner}={chosen}"
-                )
-    optimizer = values["optimizer"].value
-    if given["exclude"].present and optimizer not in ("lars", "lamb") and values["weight_decay"].value == 0.0:
-        raise flags.IllegalFlagValueError(
-            f"--exclude needs --weight_decay above 0 with --optimizer={optimizer}, which adapts no layer. Received: "
-            "--weight_decay=0"
-        )
-
-
-def read(values: flags.FlagValues) -> RunConfig:
-    """Return the parsed flags as a `RunConfig`.
-
-    Raises:
-        ValueError: if flags contradict each other.
-    """
-    settings: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(RunConfig)}
-    if settings["exclude"] is not None:
-        settings["exclude"] = tuple(settings["exclude"])
-    return RunConfig(**settings)
