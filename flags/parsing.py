@@ -11,6 +11,13 @@ from running import renamed
 from running.optimizers import OPTIMIZER_FLAGS, SCHEDULE_FLAGS
 
 
+class _TypedFlags(flags.FlagValues):
+    """The flags of the command line itself: flagfiles are not read."""
+
+    def read_flags_from_files(self, argv: Sequence[str], force_gnu: bool = True) -> list[str]:
+        return list(argv)
+
+
 def define() -> flags.FlagValues:
     """Define all flags, with their defaults, apart from absl's global ones."""
     values = flags.FlagValues()
@@ -26,6 +33,9 @@ def parse(
     argv: Sequence[str], flags_of_run: Callable[[str], Sequence[str]] | None = None
 ) -> tuple[flags.FlagValues, list[str]]:
     """Parse the flags in `argv`, on top of those of the run that they resume.
+
+    Where the command line replaces the optimizer or schedule of a flagfile, the flagfile's flags of another one are not
+    refused, and have no effect.
 
     Args:
         argv: the program's name, then its arguments.
@@ -51,22 +61,28 @@ def parse(
         if name not in renamed.FLAGS:
             raise
         raise flags.Error(f"--{name} was renamed to --{renamed.FLAGS[name]}.") from e
-    _refuse_meaningless(given, values)
+    typed = _TypedFlags()
+    typed.append_flag_values(define())
+    flags.DEFINE_string("flagfile", None, "Not read.", flag_values=typed)
+    typed(argv)
+    _refuse_meaningless(typed, given, values)
     return values, arguments[1:]
 
 
-def _refuse_meaningless(given: flags.FlagValues, values: flags.FlagValues) -> None:
+def _refuse_meaningless(typed: flags.FlagValues, given: flags.FlagValues, values: flags.FlagValues) -> None:
     """Refuse flags of another optimizer or schedule, also with their default as value."""
     for owner, table in (("optimizer", OPTIMIZER_FLAGS), ("schedule", SCHEDULE_FLAGS)):
         chosen = values[owner].value
+        meant = typed if typed[owner].present else given
         for name, owners in table.items():
-            if given[name].present and chosen not in owners:
+            if meant[name].present and chosen not in owners:
                 raise flags.IllegalFlagValueError(
-                    f"--{name} goes with --{owner}={' or '.join(owners)}. Received: --{name}={given[name].value} "
+                    f"--{name} goes with --{owner}={' or '.join(owners)}. Received: --{name}={meant[name].value} "
                     f"--{owner}={chosen}"
                 )
     optimizer = values["optimizer"].value
-    if given["exclude"].present and optimizer not in ("lars", "lamb") and values["weight_decay"].value == 0.0:
+    meant = typed if typed["optimizer"].present or typed["weight_decay"].present else given
+    if meant["exclude"].present and optimizer not in ("lars", "lamb") and values["weight_decay"].value == 0.0:
         raise flags.IllegalFlagValueError(
             f"--exclude needs --weight_decay above 0 with --optimizer={optimizer}, which adapts no layer. Received: "
             "--weight_decay=0"

@@ -30,6 +30,10 @@ _GROUPS = {
     "checkpoint_minutes": "Checkpoints and recovery",
 }
 _KINDS = {"string": "TEXT", "integer": "N", "float": "X", "list": "A,B,..."}
+_FLAGFILE = (
+    "Read flags from this recipe; later flags replace its own. If they replace its optimizer or schedule, its flags of "
+    "another one are dropped."
+)
 _FIRST = ("data_dir", "run_dir", "strategy", "dry_run")
 
 
@@ -85,7 +89,7 @@ def leave(code: int) -> NoReturn:
 def _help() -> str:
     """Return the help: the flags that most people need first, then all of them by group."""
     fields = {field.name: field for field in dataclasses.fields(flags.RunConfig)}
-    lines = ["Needed first", *_entry("--flagfile=FILE", "Read flags from this recipe; later flags replace its own.")]
+    lines = ["Needed first", *_entry("--flagfile=FILE", _FLAGFILE)]
     for name in _FIRST:
         lines += _flag_entry(fields[name])
     for name, field in fields.items():

@@ -119,6 +119,23 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
             self.assertIn("--exclude needs --weight_decay above 0", err)
         self.assertEqual(config_of("--weight_decay=0", "--exclude=bias").exclude, ("bias",))
 
+    def test_another_optimizer_drops_flags_of_a_flagfile(self):
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "f.flags")
+        path.write_text("--momentum=0.8\n--power=1\n--weight_decay=0\n--exclude=bias\n")
+        for flagfile in ([f"--flagfile={path}"], ["--flagfile", str(path)]):
+            config = config_of(*flagfile, "--optimizer=sgd", "--schedule=step")
+            self.assertNotRegex(config.as_flags(), "--(momentum|power)=")
+            made(config)
+            code, _, _, err = parse_only(*flagfile, "--optimizer=sgd", "--momentum=0.7")
+            self.assertEqual(code, 2)
+            self.assertIn("Received: --momentum=0.7 --optimizer=sgd", err)
+            code, _, _, err = parse_only(*flagfile, "--schedule=step", "--power=1")
+            self.assertIn("--power goes with", err)
+        path.write_text("--momentum=0.8\n--optimizer=sgd\n")
+        code, _, _, err = parse_only(f"--flagfile={path}", "--seed=1")
+        self.assertEqual(code, 2)
+        self.assertIn("--momentum goes with", err)
+
     def test_zero_is_a_value(self):
         variables = [keras.Variable([1.0], name="kernel")]
         for name in OPTIMIZERS:
