@@ -16,7 +16,7 @@ from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.versions import versions
 from running.plan import Plan
-from running.resume import refuse_finished
+from running.resume import refuse_finished, refuse_other_model
 
 _PACKAGES = (
     "lars-keras",
@@ -35,7 +35,8 @@ def open_run_dir(config: RunConfig) -> Path:
 
     Raises:
         ValueError: if it is not on a local disk.
-        UsageError: if its name is not UTF-8, if the run in it is finished, or, for `eval_only`, if it holds none.
+        UsageError: if its name is not UTF-8, if the run in it is finished, or, for `eval_only`, if it holds none or
+            one of another model.
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
@@ -46,6 +47,7 @@ def open_run_dir(config: RunConfig) -> Path:
     if config.eval_only:
         if not ((path / "model.keras").is_file() or any(path.glob("checkpoints/update-*.npz"))):
             raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={path}")
+        refuse_other_model(path, config)
         return path
     refuse_finished(path, config)
     if path.exists() and not path.is_dir():

@@ -71,6 +71,17 @@ def refuse_finished(run_dir: Path, config: RunConfig | None = None) -> None:
         )
 
 
+def refuse_other_model(run_dir: Path, config: RunConfig) -> None:
+    """Refuse to score a run's model under the name of another one.
+
+    Raises:
+        UsageError: if the flags name another model than that of the run in the folder.
+    """
+    lines = flags_of_run(str(run_dir))
+    if lines and config.model != (model := config_of_flags(lines).model):
+        raise UsageError(f"--eval_only scores --model={model} of --run_dir={run_dir}. Received: --model={config.model}")
+
+
 def _more(config: RunConfig | None) -> str:
     """Return the flags that extend a run, of which --epochs has no effect beside --steps."""
     length = "epochs" if config is None or config.steps is None else "steps"

@@ -57,6 +57,10 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(code, 0, err)
             self.assertIn(f"top-1 {100 * results['top1']:.2f} %  top-5 100.00 %  loss {results['loss']:.4f}  n=37", out)
 
+            code, out, err = run(f"--run_dir={first}", "--eval_only", "--model=lenet1989")
+            self.assertEqual((code, out), (2, ""))
+            self.assertIn(f"--model=alexnet_small of --run_dir={first}. Received: --model=lenet1989", err)
+
         with self.subTest("nothing is written over"):
             before = (first / "results.json").read_bytes()
             code, _, err = run(*SMALL, f"--run_dir={first}")
