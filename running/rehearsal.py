@@ -54,9 +54,10 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:
     """Return the learning rate at the points that a reader asks for."""
     total = len(rate)
-    points = {0: "first", int(rate.argmax()): "peak", total - 1: "last"}
-    points |= {round(part * (total - 1)): f"{part:.0%}" for part in (0.25, 0.5, 0.75)}
-    return [(f"rate, {name}", f"{rate[i]:.4g} at update {i + 1:,}") for i, name in sorted(points.items())]
+    points = {f"{part:.0%}": round(part * (total - 1)) for part in (0.25, 0.5, 0.75)}
+    points = {"first": 0, "peak": int(rate.argmax()), **points, "last": total - 1}
+    in_order = sorted(points.items(), key=lambda point: point[1])
+    return [(f"rate, {name}", f"{rate[i]:.4g} at update {i + 1:,}") for name, i in in_order]
 
 
 def _bytes(variables: list[Any]) -> int:

@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import models
-from running import callbacks
+from running import callbacks, rehearsal
 from tests.cli.runs import SMALL, few_digits, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -176,6 +176,12 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             r"dry run passed; nothing was written",
         ):
             self.assertRegex(out, line)
+
+        with self.subTest("a rate at every point, also of a short run"):
+            rows = rehearsal._rates(np.array([0.5, 1.0]))
+            names = [name.removeprefix("rate, ") for name, _ in rows]
+            self.assertEqual(names, ["first", "25%", "50%", "peak", "75%", "last"])
+            self.assertEqual({at for _, at in rows}, {"0.5 at update 1", "1 at update 2"})
 
         with self.subTest("a disk that is too small"):
             full = shutil.disk_usage(self.dir)._replace(free=10**6)
