@@ -6,8 +6,8 @@
     KERAS_BACKEND=jax python train.py --flagfile=flags/recipes/demo.flags
 
 The same --run_dir resumes a run that was interrupted. Exit codes: 0 done; 2 a bad flag, or a missing device or file;
-3 diverged; 4 another host is gone; 5 too many unreadable images; 6 the disk took no checkpoint or result; 75 stopped by
-a signal and saved.
+3 diverged; 4 another host is gone; 5 too many unreadable images; 6 a file could not be written or read; 75 stopped by a
+signal and saved.
 """
 
 import running.start  # noqa: F401, I001  (before the first import of TensorFlow)

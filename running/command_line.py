@@ -71,7 +71,7 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
     except Preempted as e:
         return end(exit_codes.PREEMPTED, f"{e}, saved; start it again with the same --run_dir to go on")
     except OSError as e:
-        return end(exit_codes.NOT_SAVED, f"cannot write: {e}. Checkpoints that were written before are whole.")
+        return end(exit_codes.NOT_SAVED, f"cannot write or read: {e}. Checkpoints that were written before are whole.")
     except (tf.errors.OpError, RuntimeError, ValueError) as e:
         if not is_host_lost(e):
             raise

@@ -149,6 +149,7 @@ class CheckpointManager:
                 os.close(descriptor)
             self._prune(update)
         except OSError as e:
+            e.filename = e.filename or os.fspath(self.directory)  # writing to an open file names none
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             logging.error(

@@ -17,6 +17,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import models
+import train
 from running import callbacks, rehearsal
 from tests.cli.runs import SMALL, few_digits, run
 
@@ -197,8 +198,14 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         with unittest.mock.patch.object(np, "savez", full):
             code, _, err = run(*SMALL, f"--run_dir={self.dir}/r")
         self.assertEqual(code, 6, err)
-        self.assertIn("No space left on device", err)
+        self.assertIn(f"No space left on device: '{self.dir}/r/checkpoints'", err)
         self.assertNotIn("Traceback", err)
+
+    def test_a_file_that_cannot_be_read_is_not_said_to_be_written(self):
+        with unittest.mock.patch.object(train, "main", side_effect=OSError(5, "Input/output error", "a.npz")):
+            code, _, err = run()
+        self.assertEqual(code, 6)
+        self.assertStartsWith(err, "train.py: cannot write or read: [Errno 5] Input/output error: 'a.npz'. ")
 
     def test_two_signals_end_a_process_at_once(self):
         """Even while Python waits for a long call: the first is noted, the second does not wait."""
