@@ -146,4 +146,4 @@ def run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.leave(run(sys.argv))
+    command_line.leave(lambda: run(sys.argv))

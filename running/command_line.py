@@ -1,20 +1,21 @@
 """From the command line to the exit code."""
 
+import contextlib
 import dataclasses
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-import keras
 import tensorflow as tf
 from absl import flags as absl_flags
 from absl import logging
 
 import flags
 from lars_keras.runtime.errors import Diverged, Preempted, TooManyUnreadableImages, UsageError
-from lars_keras.training.cluster import is_host_lost
+from lars_keras.training.cluster import has_peers, is_host_lost
 from running import exit_codes
 from running.errors import in_flags, usage_errors
 from running.resume import flags_of_run
@@ -34,6 +35,7 @@ _FLAGFILE = (
     "Read flags from this recipe; later flags replace its own. If they replace its optimizer or schedule, its flags of "
     "another one are dropped."
 )
+_AGREED = (0, exit_codes.DIVERGED, exit_codes.PREEMPTED)  # on all hosts, after the same update
 _FIRST = ("data_dir", "run_dir", "strategy", "dry_run")
 
 
@@ -79,10 +81,24 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
     return 0
 
 
-def leave(code: int) -> NoReturn:
-    """End the process with an exit code."""
-    if code == exit_codes.HOST_LOST and keras.backend.backend() == "jax":
-        os._exit(code)  # at an ordinary exit JAX waits for the host that is gone, and then aborts
+def leave(program: Callable[[], int]) -> NoReturn:
+    """Run a program, and end the process with the exit code that it returns.
+
+    A process that fails beside others on JAX leaves at once. At an ordinary exit JAX would wait for the others, while
+    they wait in a collective for this one. Where all end in the same way, they wait for each other.
+    """
+    try:
+        code = program()
+    except (Exception, KeyboardInterrupt):
+        if not has_peers():
+            raise
+        traceback.print_exc()
+        code = exit_codes.FAILED
+    if code not in _AGREED and has_peers():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

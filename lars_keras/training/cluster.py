@@ -120,5 +120,18 @@ def is_host_lost(error: Exception) -> bool:
     return TensorFlowCluster.is_host_lost(error)
 
 
+def has_peers() -> bool:
+    """Return True if this process has joined others on JAX, which wait for it at an ordinary exit."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    # A process that has not joined asks for no devices. One that has joined has them, unless asking for them failed.
+    try:
+        return jax.distributed.is_initialized() and jax.process_count() > 1
+    except RuntimeError:
+        return True
+
+
 def _unknown(backend: str) -> ValueError:
     return ValueError(f"Training runs with KERAS_BACKEND=tensorflow or jax. Received: KERAS_BACKEND={backend}")

@@ -227,6 +227,26 @@ with StopOnSignal() as stop:
         self.assertEqual(started.returncode, 128 + signal.SIGTERM, started.stderr.decode())
 
     @parameterized.parameters(
+        ("lambda: 6", True, 6), ("lambda: {}[0]", True, 1), ("lambda: 2", False, 2), ("lambda: 75", True, 75)
+    )
+    def test_a_process_that_fails_beside_others_leaves_at_once(self, failing, peers, code):
+        """With all that it has printed, and without what is called at an ordinary exit, unless all leave."""
+        program = f"""
+import atexit
+import running.start
+from running import command_line
+command_line.has_peers = lambda: {peers}
+atexit.register(print, "waits for the others")
+print("printed")
+command_line.leave({failing})
+"""
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        self.assertEqual(ended.returncode, code, ended.stderr)
+        waits = not peers or code == 75  # a signal to one stops all
+        self.assertEqual(ended.stdout, "printed\nwaits for the others\n" if waits else "printed\n")
+        self.assertEqual("KeyError: 0" in ended.stderr, code == 1)
+
+    @parameterized.parameters(
         (["--warmup=9"], "--warmup must be shorter than the run of 1 updates. Received: --warmup=9"),
         (["--exclude=no_such_layer"], "no_such_layer"),
         (["--exclude=("], "regular expression"),

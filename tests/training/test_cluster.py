@@ -20,7 +20,7 @@ import models
 from lars_keras import LARS
 from lars_keras.training import Trainer
 from lars_keras.training.backend import make_engine
-from lars_keras.training.cluster import cluster_of, make_cluster
+from lars_keras.training.cluster import cluster_of, has_peers, make_cluster
 from lars_keras.training.engine import EngineOptions
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 from running import exit_codes
@@ -61,6 +61,9 @@ class ClusterTest(parameterized.TestCase, tf.test.TestCase):
         ):
             with unittest.mock.patch.dict(os.environ, {"TF_CONFIG": value}):
                 self.assertEqual(TensorFlowCluster.is_host_lost(error), expected)
+
+    def test_no_peers_wait_for_the_exit(self):
+        self.assertFalse(has_peers())
 
     def test_an_unknown_name_is_refused(self):
         with self.assertRaisesRegex(ValueError, "`strategy` must be one of auto, single.*Received: strategy='one'"):
