@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lars_keras.training.trainer import Trainer
 
 HARMLESS_LOSS = 10.0  # that of a uniform guess over 22,000 classes
+HARMLESS_WEIGHT = 0.01  # of the global weight norm; a bias that starts at 0 may grow by any factor
 
 
 class DivergenceGuard(keras.callbacks.Callback):
@@ -23,7 +24,8 @@ class DivergenceGuard(keras.callbacks.Callback):
 
     - A loss explodes when it exceeds `explosion_factor` times its median over the last `window` updates, and 10.
     - The global gradient norm explodes when it exceeds the same multiple of its own median, and the global weight norm.
-    - A weight explodes when one update multiplies its norm by more than `explosion_factor`.
+    - A weight explodes when one update multiplies its norm by more than `explosion_factor`, to more than a hundredth of
+      the global weight norm.
 
     The guard works in any `fit`: `model.fit(..., callbacks=[DivergenceGuard()])` watches the loss. Keras reports the
     mean over the epoch so far. The guard computes from it the loss since the previous call.
@@ -82,16 +84,17 @@ class DivergenceGuard(keras.callbacks.Callback):
                 others = f", and of {bad.sum() - 1} variables after it," if bad.sum() > 1 else ""
                 path = self._path(int(bad.argmax()))
                 raise Diverged(f"The {kind} of {path}{others} is not finite in update {update}.", update)
+        global_norm = float(np.linalg.norm(weights.astype(np.float64)))  # a square may be above float32
         if self._weights is not None:
             grown = (weights > self._factor * self._weights) & (self._weights > 0)
+            grown &= weights > HARMLESS_WEIGHT * global_norm
             if grown.any():
                 i = int(grown.argmax())
                 factor = weights[i] / self._weights[i]
                 raise Diverged(f"Update {update} multiplied the norm of {self._path(i)} by {factor:.3g}.", update)
         self._weights = weights
         if gradients.size:
-            harmless = float(np.linalg.norm(weights))
-            self._check_value(update, "gradient norm", float(np.linalg.norm(gradients)), harmless)
+            self._check_value(update, "gradient norm", float(np.linalg.norm(gradients)), harmless=global_norm)
 
     def _check_value(self, update: int, name: str, value: float, harmless: float) -> None:
         if not math.isfinite(value):

@@ -366,6 +366,9 @@ class GuardTest(tf.test.TestCase):
             [[1e-4] * 4] * 21 + [[0.9] * 4] + [bad], [fine] * 23, "not finite in update 23"
         )  # shorter than the weights
         check([fine, fine, fine], [fine, long, fine], "Update 2 multiplied the norm of .*a/bias by 101")
+        check([fine, fine], np.float32([fine, [1.0, 1e20, 1.0, 1.0]]), "multiplied the norm of .*a/bias by 1e.20")
+        small = [[30.0, norm, 1.0, 1.0] for norm in (0.0, 1e-6, 2e-4, 0.025, 3.0)]  # a bias that starts to learn
+        check([fine] * 5, small, "Update 5 multiplied the norm of .*a/bias by 120")
 
 
 class KerasFitTest(tf.test.TestCase):
