@@ -134,11 +134,11 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     """Return the section of the fast network: its finished runs, one a row."""
     text = (
         "## The fast network on CIFAR-10\n\n"
-        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, `cifar10_fast_4k.flags` and "
-        "`cifar10_fast_4k_momentum.flags`, "
+        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, `cifar10_fast_4k.flags`, "
+        "`cifar10_fast_4k_momentum.flags` and `cifar10_fast_8k.flags`, "
         "with the settings of results/cifar10_fast.jsonl. The rows of a batch size are seeds 0, 1 and on. "
         "No times: the machine did other work. "
-        "8,192 and 16,384: not run.\n"
+        "16,384: not run.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
