@@ -148,7 +148,7 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
             )
             if saved is None or pattern not in saved["patterns"]:
                 raise ValueError(message)
-            warnings.warn(f"{message}. It did when the optimizer was first built", stacklevel=3)
+            warnings.warn(f"{message}. It matched some when the optimizer was first built", stacklevel=3)
     return {"variables": layout, "patterns": matches}
 
 

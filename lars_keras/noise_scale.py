@@ -69,7 +69,7 @@ class NoiseScale:
             epoch: when it was measured.
         """
         if not math.isfinite(self.low):
-            return f"The noise scale has no bound at epoch {epoch:.3g}: no gradient stands out of the noise."
+            return f"At epoch {epoch:.3g} the noise scale could not be bounded: no gradient stands out of the noise."
         if not math.isfinite(self.value):
             return (
                 f"Noise scale above {_count(self.low)} at epoch {epoch:.3g}: no gradient stands out of the noise yet. "

@@ -35,7 +35,7 @@ _FLAGFILE = (
     "Read flags from this recipe; later flags replace its own. If they replace its optimizer or schedule, its flags of "
     "another one are dropped."
 )
-_AGREED = (0, exit_codes.DIVERGED, exit_codes.PREEMPTED)  # on all hosts, after the same update
+_AGREED = (0, exit_codes.DIVERGED, exit_codes.BAD_DATA, exit_codes.PREEMPTED)  # on all hosts, after the same update
 _FIRST = ("data_dir", "run_dir", "strategy", "dry_run")
 
 

@@ -122,7 +122,8 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("above 500", nothing.describe(256, 3))
         nothing = NoiseScale(math.inf, math.inf, math.inf, -1.0, 1.0, 10)
         self.assertEqual(
-            nothing.describe(256, 3), "The noise scale has no bound at epoch 3: no gradient stands out of the noise."
+            nothing.describe(256, 3),
+            "At epoch 3 the noise scale could not be bounded: no gradient stands out of the noise.",
         )
         self.assertEqual(
             NoiseScale(0.0, 0.0, 0.0, 1.0, 0.0, 10).describe(256, 3),

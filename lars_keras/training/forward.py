@@ -130,9 +130,9 @@ class StatelessForward:
         lost = [variable.path for key, variable in scope.assigned.items() if key not in kept]
         if lost:
             raise ValueError(
-                "Layers assign weights, or variables that are not the model's, and `Trainer` would lose the new "
-                "values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an attribute, "
-                f"and train the others with `model.fit`. Received: {', '.join(lost)}"
+                "Layers assign weights, trained or frozen, or variables that are not the model's, and `Trainer` would "
+                "lose the new values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an "
+                f"attribute, and train the others with `model.fit`. Received: {', '.join(lost)}"
             )
 
 

@@ -110,7 +110,7 @@ class Trainer:
         self.microbatch_size, self.accumulation_steps = split_batch(batch_size, self.replicas, microbatch_size)
         if microbatch_size and microbatch_size > self.microbatch_size:
             logging.warning(
-                "The micro-batch is %d, what a replica has of an update, and not microbatch_size=%d.",
+                "A replica has %d examples of an update, so the micro-batch is as large, not microbatch_size=%d.",
                 self.microbatch_size,
                 microbatch_size,
             )
@@ -263,6 +263,7 @@ class Trainer:
                 stop = hold_vote(self.cluster, self.callbacks, position.update, logs, self.model.stop_training)
                 callback_list.on_train_batch_end(position.update - 1, logs)
                 stop = self.model.stop_training if self.cluster.hosts == 1 else stop
+            [stop] = self.cluster.any_across_hosts(stop or self.model.stop_training)
             last = position.update == ends[-1] or stop
             for callback in self.callbacks:
                 if hasattr(callback, "on_updates_end"):

@@ -27,7 +27,7 @@ def hold_vote(
     callbacks: Iterable[keras.callbacks.Callback | Voter],
     update: int,
     logs: Mapping[str, float],
-    stop: bool = False,
+    stop: bool | None = None,
 ) -> bool:
     """Set `agreed` of each `Voter` among the callbacks, by one message for all of them.
 
@@ -38,14 +38,16 @@ def hold_vote(
         callbacks: callbacks of the run; those that are no voters are left alone.
         update: the number of finished updates.
         logs: logs of the last training batch; empty in an evaluation.
-        stop: True if this host wants the training to stop.
+        stop: True if this host wants the training to stop; None if that is not asked.
 
     Returns:
         True if a host wants it to stop.
     """
     voters = [callback for callback in callbacks if isinstance(callback, Voter)]
     votes = [voter.vote(update, logs) for voter in voters]
-    stop, *agreements = cluster.any_across_hosts(stop, *votes)
+    if stop is None and not voters:
+        return False
+    stop, *agreements = cluster.any_across_hosts(bool(stop), *votes)
     for voter, agreed in zip(voters, agreements, strict=True):
         voter.agreed = agreed
     return stop

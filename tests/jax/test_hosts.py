@@ -30,10 +30,11 @@ from lars_keras.training.cluster import has_peers
 
 # A micro-batch that two hosts cannot share evenly, and examples that two devices cannot.
 scores = Trainer(model, batch_size=66, microbatch_size=33).evaluate(images[:51], labels[:51])
+many = Trainer(model, batch_size=16, microbatch_size=8).evaluate(images, labels)  # a batch must wait for those before
 for _ in range(2):
     trainer.save_model("saved.keras", write=jax.process_index() == 0)
 trainer.restore(*trainer.snapshot(), (images, labels))
-np.savez(sys.argv[1], *model.get_weights(), scores["loss"], scores["n"])
+np.savez(sys.argv[1], *model.get_weights(), *scores.values(), *many.values())
 
 
 few = images[:51], labels[:51]
@@ -42,12 +43,21 @@ assert os.path.exists("best.keras") or jax.process_index() > 0
 
 
 class StopLast(keras.callbacks.Callback):
+    def __init__(self, update):
+        super().__init__()
+        self.update = update
+
     def on_train_batch_end(self, batch, logs=None):
-        self.model.stop_training = jax.process_index() == jax.process_count() - 1
+        self.model.stop_training = batch + 1 >= self.update and jax.process_index() == jax.process_count() - 1
+
+    def on_updates_end(self, last):
+        self.last = last
 
 
-trainer.fit(images, labels, callbacks=StopLast(), verbose=0)
-assert trainer.position.update == jax.process_count(), trainer.position
+for update, stopped in ((1, jax.process_count()), (7, 7)):  # within an epoch, and in its last call
+    callback = StopLast(update)
+    trainer.fit(images, labels, epochs=3, callbacks=callback, verbose=0)
+    assert (trainer.position.update, callback.last) == (stopped, True), trainer.position
 
 
 def check_refused(call, *texts):

@@ -114,7 +114,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         self.assertIn('aria-label="Noise scale over optimizer updates.', page)
 
     @parameterized.parameters(
-        (None, None, None, "The noise scale has no bound at epoch 3"),
+        (None, None, None, "At epoch 3 the noise scale could not be bounded"),
         (0.0, 0.0, 0.0, "Noise scale 0 (0 to 0)"),
         (0.0, 0.0, None, "Noise scale 0 (0 to no bound)"),
     )
@@ -128,7 +128,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
             page = write_report(self.run_dir).read_text()
         self.assertIn(sentence, page)
 
-    @parameterized.parameters((101.0, 101.0, "batch of any size"), (1.0, 0.01, "has no bound"))
+    @parameterized.parameters((101.0, 101.0, "batch of any size"), (1.0, 0.01, "could not be bounded"))
     def test_proposals_from_a_converged_run(self, ghost, mean, sentence):
         self.log(40, 20)
         lines = read_metrics(self.run_dir / "metrics.jsonl")

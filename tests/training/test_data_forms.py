@@ -434,9 +434,13 @@ class ThreadTest(parameterized.TestCase):
         numbers = itertools.count()
         prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number)
         for number in range(4):
-            prefetcher._next.exception()  # waits until the batch is made
+            prefetcher._next[1].exception()  # waits until the batch is there
             self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
-        self.assertEqual(log, ["batch 0", "batch 1", "program 0 is done", "batch 2", "program 1 is done", "batch 3"])
+        prefetcher._next[1].exception()
+        self.assertEqual(
+            log,
+            ["batch 0", "batch 1"] + [text for i in range(3) for text in (f"program {i} is done", f"batch {i + 2}")],
+        )
 
 
 if __name__ == "__main__":

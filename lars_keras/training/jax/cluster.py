@@ -33,7 +33,7 @@ class JaxCluster:
         distribution: a `keras.distribution.DataParallel`, or None for the first device of this process.
 
     Raises:
-        ValueError: for another kind of distribution, and for one that leaves out a process of the run.
+        ValueError: for another kind of distribution.
 
     Attributes:
         distribution: the same.
@@ -50,20 +50,6 @@ class JaxCluster:
         self.mesh = mesh_of(
             distribution.device_mesh.backend_mesh.devices.flat if distribution else jax.local_devices()[:1]
         )
-        processes = sorted({device.process_index for device in self.mesh.devices.flat})
-        if processes != list(range(jax.process_count())):
-            raise ValueError(
-                "The distribution must have devices of every process, or each would train a model of its own: call "
-                "`keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))` "
-                f"before the model is made. Received: {jax.process_count()} processes, and "
-                + (f"a distribution over those with number {processes}" if distribution else "no distribution")
-            )
-        if not distribution and jax.local_device_count() > 1:
-            logging.warning(
-                "`Trainer` uses one of %d devices. Call `keras.distribution.set_distribution("
-                "keras.distribution.DataParallel())` before the model is made to use all.",
-                jax.local_device_count(),
-            )
         self.shard_optimizer_state = isinstance(distribution, ShardedDataParallel)
         self.replicas = self.mesh.devices.size
         self.hosts = jax.process_count()
@@ -74,6 +60,29 @@ class JaxCluster:
     def scope(self) -> AbstractContextManager[Any]:
         """Return the context in which models and variables are made."""
         return self.distribution.scope() if self.distribution else contextlib.nullcontext()
+
+    def check(self) -> None:
+        """Warn if a training would leave out devices of this process.
+
+        Raises:
+            ValueError: if it would leave out a process of the run.
+        """
+        processes = sorted({device.process_index for device in self.mesh.devices.flat})
+        if processes != list(range(jax.process_count())):
+            raise ValueError(
+                "The distribution must have devices of every process, or each would train a model of its own: call "
+                "`keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))` "
+                f"before the model is made. Received: {jax.process_count()} processes, and "
+                + (f"a distribution over those with number {processes}" if self.distribution else "no distribution")
+            )
+        if not self.distribution and jax.local_device_count() > 1:
+            logging.log_first_n(
+                logging.WARNING,
+                "`Trainer` uses one of %d devices. Call `keras.distribution.set_distribution("
+                "keras.distribution.DataParallel())` before the model is made to use all.",
+                1,
+                jax.local_device_count(),
+            )
 
     def input_context(self) -> InputContext:
         """Return the place of this process among those that read the input."""

@@ -72,6 +72,7 @@ class JaxEngine:
     @classmethod
     def check(cls, model: keras.Model, cluster: JaxCluster, options: EngineOptions) -> None:
         """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
+        cluster.check()
         check_optimizer(model.optimizer)
         if not options.jit_compile:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
@@ -191,12 +192,12 @@ class JaxEngine:
         """Write a `.keras` file, if `write`. Collective: call it on every host."""
         spread = [v for v in variables_by_name(self.model).values() if not v.value.is_fully_addressable]
         values = [v.value for v in spread]
-        for variable in spread:
-            set_backend_value(variable, self._numpy(variable))
         distribution = keras.distribution.distribution()
         # Or Keras, which makes a variable while it saves, would wait for all processes to agree on its value.
         keras.distribution.set_distribution(None)
         try:
+            for variable in spread:
+                set_backend_value(variable, self._numpy(variable))
             if write:
                 with atomic_path(path) as temporary:
                     self.model.save(temporary)
@@ -236,11 +237,12 @@ class JaxEngine:
         state = self._model_state()
         weights = [jax.device_put(v.value, s) for v, s in state]
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
-        scores = []
+        scores: list[Tensor] = []
         for i, batch in enumerate(self._shareable(batches)):
             check_scored_terms(self.model, self.loss_terms, i + 1)
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
+            jax.block_until_ready(scores[-2:-1])  # or all batches would wait on the devices
             metrics, changed, score = self._score_fn(weights, metrics, self._for_scoring(batch))
             for place, value in zip(self._scoring_assigns, changed, strict=True):
                 weights[place] = jax.device_put(value, state[place][1])

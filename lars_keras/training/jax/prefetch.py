@@ -4,9 +4,11 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+
+_Future: TypeAlias = concurrent.futures.Future[Any]
 
 
 class Prefetcher:
@@ -24,8 +26,7 @@ class Prefetcher:
 
     def __init__(self, make: Callable[[], Any], put: Callable[[Any], Any]):
         self._make, self._put, self.idle = make, put, 0.0
-        self._before: Any = ()
-        self._next = self._begin()
+        self._next = self._begin(())
 
     def __call__(self, at_work_on: Any) -> Any:
         """Return the next batch, on the devices.
@@ -33,30 +34,37 @@ class Prefetcher:
         Args:
             at_work_on: arrays that the last program gives; the devices are idle from then on. They must not be donated.
         """
-        if not self._next.done():
+        made, batch = self._next
+        if not made.done():
             jax.block_until_ready(at_work_on)  # nothing can be given to them before the batch is there anyway
             since = time.perf_counter()
-            self._next.exception()  # waits
+            made.exception()  # waits
             self.idle += time.perf_counter() - since
-        batch = self._next.result()
-        self._next = self._begin()
-        jax.block_until_ready(self._before)  # so that one program waits behind the one that runs, and no more
-        self._before = at_work_on
-        return self._put(batch)
+        arrays = batch.result()
+        self._next = self._begin(at_work_on)
+        return arrays
 
-    def _begin(self) -> concurrent.futures.Future[Any]:
-        """Start to make a batch.
+    def _begin(self, at_work_on: Any) -> tuple[_Future, _Future]:
+        """Start to make a batch, and give it to the devices once they have computed `at_work_on`.
 
         Loaders fork their workers here. A process that is forked in a thread of `ThreadPoolExecutor` fails at its end,
         because it waits for that thread, so each batch has a thread of its own.
+
+        Returns:
+            What is done when the batch is made, and the batch on the devices.
         """
-        batch: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        made, batch = _Future(), _Future()
 
         def make() -> None:
             try:
-                batch.set_result(self._make())
+                arrays = self._make()
+                made.set_result(None)
+                jax.block_until_ready(at_work_on)
+                batch.set_result(self._put(arrays))
             except BaseException as e:
-                batch.set_exception(e)
+                for future in (made, batch):
+                    if not future.done():
+                        future.set_exception(e)
 
         threading.Thread(target=make, name="batches").start()
-        return batch
+        return made, batch
