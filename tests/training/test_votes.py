@@ -29,7 +29,9 @@ class VotesTest(tf.test.TestCase):
 
         def any_across_hosts(self, *flags):
             messages.append(flags)
-            return [trainer.position.update == 4, False, False] if len(flags) == 3 else [*flags]  # another host's wish
+            return (
+                [False, trainer.position.update == 4, False, False] if len(flags) == 4 else [*flags]
+            )  # another's wish
 
         callbacks = [
             CheckpointCallback(trainer, manager, SavePolicy(minutes=60)),
@@ -45,8 +47,8 @@ class VotesTest(tf.test.TestCase):
                 verbose=0,
             )
         manager.wait()
-        self.assertLen([m for m in messages if len(m) == 3], 3 + 2)  # updates 2, 4 and 5; two batches of 64
-        self.assertLen(messages, 3 + 2 + 2)  # one before the first update, and one after an epoch's evaluation
+        self.assertLen([m for m in messages if len(m) == 4], 3 + 2)  # updates 2, 4 and 5; two batches of 64
+        self.assertLen(messages, 3 + 2 + 2 + 3)  # before the first update, after an evaluation; stop?
         saved = sorted(path.name[:15] for path in pathlib.Path(folder).iterdir())
         self.assertEqual(saved, ["update-00000000", "update-00000004", "update-00000005"])
 
