@@ -159,7 +159,7 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
             trainer.restore(trainer.snapshot()[0], {k: v for k, v in snapshot.items() if k != "sizes"}, dataset(X, Y))
         with self.assertLogs("absl", "WARNING") as logs:
             Trainer(sequential(keras.layers.Dense(1)), batch_size=16, microbatch_size=64)
-        self.assertRegex(logs.output[-1], "The micro-batch is 16, .* not microbatch_size=64")
+        self.assertRegex(logs.output[-1], "A replica has 16 examples .* not microbatch_size=64")
 
     def test_metric_of_several_values(self):
         """Compare logs and history, and restore a snapshot from JSON."""
