@@ -230,7 +230,7 @@ with StopOnSignal() as stop:
         ("lambda: 6", True, 6), ("lambda: {}[0]", True, 1), ("lambda: 2", False, 2), ("lambda: 75", True, 75)
     )
     def test_a_process_that_fails_beside_others_leaves_at_once(self, failing, peers, code):
-        """With all that it has printed, and without what is called at an ordinary exit, unless all leave."""
+        """Print all that was printed before, and skip what runs at an ordinary exit, unless all leave."""
         program = f"""
 import atexit
 import running.start

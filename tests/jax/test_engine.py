@@ -246,7 +246,7 @@ class EngineTest(parameterized.TestCase):
         self.assertBetween(difference(rounded[0], exact[0]), 1e-4, 2**-8)
 
     def test_devices_share_an_evaluation(self):
-        """Of a last batch they share what divides; a model that must be scored in one batch keeps it whole."""
+        """Share what divides of a last batch; a model that must be scored in one batch keeps it whole."""
 
         def shards(examples, **metrics):
             with distribution(8):

@@ -238,7 +238,7 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.product(optimizer_class=(LARS, LAMB), shape=(None, [None, 2]))
     def test_gradient_of_unknown_shape(self, optimizer_class, shape):
-        """As `tf.numpy_function` leaves it, in a graph."""
+        """Take a gradient of a `tf.numpy_function` in a graph, whose shape is unknown."""
         known, unknown = (keras.Variable([[3.0, 4.0]], name="kernel") for _ in range(2))
         a, b, g = optimizer_class(0.5), optimizer_class(0.5), tf.constant([[0.3, -0.2]])
         a.build([known])

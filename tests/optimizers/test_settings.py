@@ -258,7 +258,7 @@ class ExclusionTest(parameterized.TestCase):
         self.assertEqual([r.adapt for r in other.layer_plan()], [False, False, True, True])
 
     def test_layers_in_another_order(self):
-        """Of the same shapes, but with the paths of before: the paths count. An earlier version saved none."""
+        """Match by path where the layers have the same shapes and paths. An earlier version saved no paths."""
         a, b = keras.layers.Dense(4, name="a"), keras.layers.Dense(4, name="b")
         optimizer = LARS(exclude=("a/",))
         optimizer.build(net(a, b).trainable_variables)
@@ -274,7 +274,7 @@ class ExclusionTest(parameterized.TestCase):
             self.assertEqual(second.layer_plan(), again.layer_plan())
 
     def test_layers_frozen_since_the_first_update(self):
-        """As with Keras's optimizers the file loads; the pattern, which matched once, is no mistake in typing."""
+        """Load the file, as with Keras's optimizers; the pattern matched once, so it is no mistake in typing."""
         model = two_layers()
         train(model, LARS(0.1, exclude=("rank<=1", "^net/stem/")))
         model.get_layer("stem").trainable = False

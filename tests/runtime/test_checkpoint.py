@@ -59,7 +59,7 @@ class CheckpointTest(tf.test.TestCase):
             self.assertAllEqual(checkpoint.arrays[name], array)
 
     def test_hosts_must_have_the_same_file(self):
-        """Not only the same update: a rollback saves it again, with other data to come."""
+        """Compare more than the update: a rollback saves it again, with other data to come."""
         one = self.saved([12]).latest()
         manager = CheckpointManager(self.path)
         manager.save(12, arrays(12), {"position": {"update": 12, "batches_consumed": 15}})

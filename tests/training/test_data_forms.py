@@ -423,7 +423,7 @@ class ThreadTest(parameterized.TestCase):
         log = []
 
         class Program:
-            """What a program gives, as an array of JAX."""
+            """Stands for the arrays that a program gives."""
 
             def __init__(self, number):
                 self.number = number

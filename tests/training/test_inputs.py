@@ -151,7 +151,7 @@ class MemoryTest(tf.test.TestCase):
 
 
 class ByIndexTest(parameterized.TestCase, tf.test.TestCase):
-    """Each host reads those batches by index that hold its own examples."""
+    """Read on each host those batches by index that hold its own examples."""
 
     def feed(self, data, seed=None, workers=1, endless=False):
         source = batch_data.Indexed(data, None if endless else len(data), "PyDataset")
@@ -174,7 +174,7 @@ class ByIndexTest(parameterized.TestCase, tf.test.TestCase):
         (256, 4, None), (256, 4, 7), (250, 6, 7), (250, 6, None), (300, 100, 1), (40, 9, 3), (21, 8, 3), (256, 64, 1)
     )
     def test_same_examples_as_if_all_were_read(self, n, size, seed):
-        """In the order of one host, from any update on, across the ends of epochs, shortened ones too."""
+        """Keep the order of one host, from any update on, across the ends of epochs, shortened ones too."""
         data = Numbers(n, size)
         for feed in (self.feed(data, seed), self.feed(data, seed).first(n - 1), self.feed(data, seed, workers=2)):
             whole = np.array(self.first(feed, InputContext(1, 0, 16), 0, 64 * 8)).reshape(8, 16, 4)
