@@ -373,10 +373,16 @@ class EngineTest(parameterized.TestCase):
         scaled = keras.optimizers.LossScaleOptimizer(LARS())
         with self.assertRaisesRegex(ValueError, "trust_ratios.*mixed_float16"):
             Trainer(compiled(cases.linear(), scaled), batch_size=64, trust_ratios=True).fit(data)
+
+        class Forgetful(keras.layers.Layer):
+            def build(self, shape):
+                self.kernel = self.add_weight(shape=(3,), name="kernel")
+
+            def call(self, x):
+                return x
+
         x = keras.Input((cases.FEATURES,))
-        model = keras.Model(x, keras.layers.Dense(cases.CLASSES)(x))
-        model.extra = keras.layers.Dense(3, name="forgotten")
-        model.extra.build((None, 3))
+        model = keras.Model(x, Forgetful(name="forgotten")(keras.layers.Dense(cases.CLASSES)(x)))
         with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
             Trainer(compiled(model, LARS()), batch_size=64).fit(data)
 
