@@ -270,8 +270,6 @@ class EngineTest(parameterized.TestCase):
             return seen
 
         class Largest(keras.metrics.Metric):
-            """The difference of the largest sums of two batches: it has to see one."""
-
             def __init__(self):
                 super().__init__(name="largest")
                 self.sum = self.add_weight(shape=(), initializer="zeros")
@@ -374,16 +372,14 @@ class EngineTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "trust_ratios.*mixed_float16"):
             Trainer(compiled(cases.linear(), scaled), batch_size=64, trust_ratios=True).fit(data)
 
-        class Forgetful(keras.layers.Layer):
+        class Forgetful(keras.layers.Dense):
             def build(self, shape):
-                self.kernel = self.add_weight(shape=(3,), name="kernel")
-
-            def call(self, x):
-                return x
+                super().build(shape)
+                self.more = self.add_weight(shape=(3,), name="more")
 
         x = keras.Input((cases.FEATURES,))
-        model = keras.Model(x, Forgetful(name="forgotten")(keras.layers.Dense(cases.CLASSES)(x)))
-        with self.assertRaisesRegex(ValueError, "forgotten/kernel"):
+        model = keras.Model(x, Forgetful(cases.CLASSES, name="forgotten")(x))
+        with self.assertRaisesRegex(ValueError, "forgotten/more"):
             Trainer(compiled(model, LARS()), batch_size=64).fit(data)
 
     def test_resume_to_the_last_bit(self):
