@@ -50,6 +50,7 @@ class JaxCluster:
         self.mesh = mesh_of(
             distribution.device_mesh.backend_mesh.devices.flat if distribution else jax.local_devices()[:1]
         )
+        self._processes = sorted({device.process_index for device in self.mesh.devices.flat})
         self.shard_optimizer_state = isinstance(distribution, ShardedDataParallel)
         self.replicas = self.mesh.devices.size
         self.hosts = jax.process_count()
@@ -67,13 +68,12 @@ class JaxCluster:
         Raises:
             ValueError: if it would leave out a process of the run.
         """
-        processes = sorted({device.process_index for device in self.mesh.devices.flat})
-        if processes != list(range(jax.process_count())):
+        if self._processes != list(range(jax.process_count())):
             raise ValueError(
                 "The distribution must have devices of every process, or each would train a model of its own: call "
                 "`keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))` "
                 f"before the model is made. Received: {jax.process_count()} processes, and "
-                + (f"a distribution over those with number {processes}" if self.distribution else "no distribution")
+                + (f"a distribution over numbers {self._processes}" if self.distribution else "no distribution")
             )
         if not self.distribution and jax.local_device_count() > 1:
             logging.log_first_n(
@@ -86,8 +86,7 @@ class JaxCluster:
 
     def input_context(self) -> InputContext:
         """Return the place of this process among those that read the input."""
-        processes = sorted({device.process_index for device in self.mesh.devices.flat})
-        return InputContext(len(processes), processes.index(jax.process_index()), self.replicas)
+        return InputContext(len(self._processes), self._processes.index(jax.process_index()), self.replicas)
 
     def any_across_hosts(self, *flags: bool) -> list[bool]:
         """Return the logical OR of each flag over the hosts, by one message. Collective: call it on every host."""
