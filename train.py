@@ -54,7 +54,7 @@ def _main(
         run_dir = open_run_dir(config)
         unfinished = config.eval_only and is_unfinished(run_dir)
 
-        # ---- Cluster: first of all, because a TPU must be initialised before any tensor exists.
+        # ---- Cluster: first of all, because a TPU must be initialized before any tensor exists.
         cluster = make_cluster(
             config.strategy,
             replicas=config.replicas,

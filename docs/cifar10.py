@@ -31,7 +31,7 @@ test = test_images[: IMAGES // 5], test_labels[: IMAGES // 5, 0].astype("int32")
 # %% [markdown]
 # ## One network, any batch
 #
-# `Trainer` takes each batch in ghost batches of 64 images. So batch normalisation sees 64 images at a time, whatever
+# `Trainer` takes each batch in ghost batches of 64 images. So batch normalization sees 64 images at a time, whatever
 # the batch size, and only the size of the update differs between runs.
 #
 # At batch 2,048 an epoch has an eighth of the updates. Each has to go further, so the rates are larger. They rise

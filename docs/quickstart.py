@@ -22,7 +22,7 @@ train, test = (images[:1347], labels[:1347]), (images[1347:], labels[1347:])
 # ## The optimizer in your own `compile`
 #
 # The rates of LARS are large, because each layer's step is multiplied by its trust ratio of about 1/1000. Biases are
-# not adapted, and would take the whole rate. Where no batch normalisation follows them, they need a factor of 0.05.
+# not adapted, and would take the whole rate. Where no batch normalization follows them, they need a factor of 0.05.
 
 
 # %%

@@ -135,7 +135,7 @@ class RunConfig:
     exclude: tuple[str, ...] | None = _flag(
         None,
         "list",
-        "Neither adapt nor decay variables that match these regular expressions. Default: bias and normalisation "
+        "Neither adapt nor decay variables that match these regular expressions. Default: bias and normalization "
         "variables. Empty: exclude nothing.",
     )
     excluded_lr_scale: float = _real(0.05, "Multiply the rate of lars by this for variables that are not adapted.")

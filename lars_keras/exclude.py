@@ -14,7 +14,7 @@ DEFAULT_EXCLUDE: tuple[str, ...] = (
     RANK_LE_1,  # biases and scales, whatever they are called
     r"(^|/)(bias|beta|gamma|alpha|scale|offset)$",  # the same, where they have more axes
 )
-"""Biases, the scales and offsets of normalisation layers, and the slopes of PReLU.
+"""Biases, the scales and offsets of normalization layers, and the slopes of PReLU.
 
 Each entry is a regular expression searched in `keras.Variable.path`. The entry `"rank<=1"` is not a regular
 expression: it matches every variable with at most one axis, so that `my_norm/weight` is found as well. The name of a
@@ -24,8 +24,8 @@ layer decides nothing: the kernel of a `Dense` layer called `prenorm` is adapted
 # Defaults of optimizers that were saved before; they may match nothing, too.
 _FORMER_DEFAULTS = (r"(^|/)(bias|beta|gamma|alpha)$", r"norm(alization)?(_\d+)?/[^/]+$")
 
-# A variable of a normalisation layer, by its own name or that of its layer.
-_NORMALISATION = re.compile(r"(^|/)(beta|gamma|scale)$|norm[^/]*/[^/]+$", re.IGNORECASE)
+# A variable of a normalization layer, by its own name or that of its layer.
+_NORMALIZATION = re.compile(r"(^|/)(beta|gamma|scale)$|norm[^/]*/[^/]+$", re.IGNORECASE)
 
 Matches = dict[str, Any]
 
@@ -51,9 +51,9 @@ class VariableRole:
     lr_scale: float = 1.0
 
     @property
-    def normalises(self) -> bool:
-        """Return whether the variable is a scale or an offset of a normalisation layer, as far as its path tells."""
-        return not self.adapt and _NORMALISATION.search(self.path) is not None
+    def normalizes(self) -> bool:
+        """Return whether the variable is a scale or an offset of a normalization layer, as far as its path tells."""
+        return not self.adapt and _NORMALIZATION.search(self.path) is not None
 
 
 def check_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:

@@ -42,7 +42,7 @@ class LAMB(LayerwiseOptimizer):
         trust_clip: take at most 1 as the ratio, so that the learning rate is a ceiling.
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
             decayed: they take Adam's step. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and
-            normalisation variables and everything of rank 0 or 1. `()` excludes nothing, as `optax.lamb`.
+            normalization variables and everything of rank 0 or 1. `()` excludes nothing, as `optax.lamb`.
         exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
         exclude_from_weight_decay: takes the place of `exclude` for the decay.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.

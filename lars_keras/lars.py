@@ -53,13 +53,13 @@ class LARS(LayerwiseOptimizer):
         trust_clip: apply `min(ratio, lr)` in place of `lr * ratio` (the clip of LARC), so that the
             learning rate is a ceiling. Choose a larger `trust_coefficient` with it (LARC: 0.02).
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
-            decayed. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and normalisation variables and
+            decayed. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and normalization variables and
             everything of rank 0 or 1. `()` excludes nothing, as the paper does.
         exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
         exclude_from_weight_decay: takes the place of `exclude` for the decay.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted. Without it they take the raw
-            global rate: 1 is what the published recipes for ResNet-50 do, whose convolutions have batch normalisation.
-            Biases of networks without normalisation need 0.05 or lower; `build` warns of a high rate there.
+            global rate: 1 is what the published recipes for ResNet-50 do, whose convolutions have batch normalization.
+            Biases of networks without normalization need 0.05 or lower; `build` warns of a high rate there.
         name: name of the optimizer, `lars`, `lars_1`, ... by default.
         **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).
 

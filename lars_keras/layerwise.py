@@ -20,7 +20,7 @@ from lars_keras.trust_ratio import Tensor, l2_norm
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
 
 MAX_RAW_RATE = 5.0
-"""The highest rate of biases without normalisation of which `build` does not warn. See `warn_of_raw_rate`."""
+"""The highest rate of biases without normalization of which `build` does not warn. See `warn_of_raw_rate`."""
 
 _measured: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("measured", default=None)
 
@@ -263,18 +263,18 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
 
 def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> None:
-    """Warn if biases of a network without normalisation take a rate that no trust ratio makes smaller.
+    """Warn if biases of a network without normalization take a rate that no trust ratio makes smaller.
 
     Variables that are not adapted move by the global rate, which is meant for trust ratios of about 1e-3. Beside
-    normalisation layers that trains well: the published recipes for ResNet-50 do so at rates of 10 to 25. Without
+    normalization layers that trains well: the published recipes for ResNet-50 do so at rates of 10 to 25. Without
     them, a small convolutional network on digits stays at chance at peak rates of 8 and 14. It reaches 92 % at 4, and
     at 14 with a factor of 0.05.
     """
     raw_rate = peak_rate * excluded_lr_scale
     excluded = [role.path for role in roles if not role.adapt and role.lr_scale]
-    if raw_rate > MAX_RAW_RATE and excluded and not any(role.normalises for role in roles):
+    if raw_rate > MAX_RAW_RATE and excluded and not any(role.normalizes for role in roles):
         warnings.warn(
-            f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and no normalisation layer "
+            f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and no normalization layer "
             f"bounds what they do: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Such a network "
             f"rarely trains at a rate above {MAX_RAW_RATE:g} there. Set `excluded_lr_scale=0.05`, for a rate of up to "
             f"{0.05 * peak_rate:g}, or adapt them by `exclude=()`. Received: excluded_lr_scale={excluded_lr_scale:g}",

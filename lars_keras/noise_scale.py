@@ -9,7 +9,7 @@ squared norm of the true gradient and of the trace of the covariance of an examp
 The noise scale is `S / |G|^2`. Both estimates are noisy, and a ratio of noisy numbers is biased, so each is
 averaged over updates first. Source: McCandlish, Kaplan, Amodei et al. 2018, arXiv 1812.06162, appendix A.1.
 
-It is a proxy derived for SGD: it starts small and grows while a network trains. With batch normalisation the
+It is a proxy derived for SGD: it starts small and grows while a network trains. With batch normalization the
 gradient of an example depends on its ghost batch, so the estimate holds for ghost batches of the same size.
 """
 

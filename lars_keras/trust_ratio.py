@@ -27,7 +27,7 @@ def _sum_of_squares(x: Tensor, rows: int, lanes: int = 8) -> Tensor:
 
     XLA may not reassociate a sum of floats. On a CPU, TensorFlow's XLA then either stores all the squares or adds them
     one by one, at a fifth of the speed of memory. But it unrolls short sums, and runs along the last axis in vector
-    registers. So this adds `rows` neighbouring vectors of `lanes` first. It then adds those sums, which are `rows`
+    registers. So this adds `rows` neighboring vectors of `lanes` first. It then adds those sums, which are `rows`
     times fewer. That order is also more exact. XLA fuses at most 32 rows and unrolls a longer expression less. Other
     compilers do as much by themselves.
     """
@@ -52,7 +52,7 @@ def trust_ratio(
 ) -> Tensor:
     """Compute `trust_coefficient * ||w|| / (rule_norm + decay_norm + epsilon)`, or 1 where a norm is 0.
 
-    The ratio is 1 where `||w||` is 0, so that a variable initialised to zero can learn, and where
+    The ratio is 1 where `||w||` is 0, so that a variable initialized to zero can learn, and where
     `rule_norm` is 0, whatever the decay.
 
     Args:

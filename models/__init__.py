@@ -72,7 +72,7 @@ def get(
     The model takes decoded images, uint8 `(batch, height, width, channels)`. Its first layer, `normalize`, subtracts
     `mean` and divides by `std` in float32, on the device. Do not scale images beforehand: Keras casts inputs to uint8,
     which would truncate them. The output is float32 logits `(batch, num_classes)` under every dtype policy. No layer
-    has a weight regulariser, because the optimizer decays the weights.
+    has a weight regularizer, because the optimizer decays the weights.
 
     Args:
         name: one of `names()`.
@@ -82,7 +82,7 @@ def get(
         std: standard deviation of the pixels, on the same scale. Default 127.5, but 1 for `"alexnet"`, whose published
             initial values expect unscaled pixels: with another `std` it starts very slowly.
         sync_batch_norm: whether the batch statistics are those of all replicas; see `models.batch_norm`. Models without
-            batch normalisation ignore it.
+            batch normalization ignore it.
         seed: int that determines every layer's initial values and dropout masks, independent of the global random
             state. None uses the global state (`keras.utils.set_random_seed`).
 

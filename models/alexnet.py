@@ -1,4 +1,4 @@
-"""AlexNet with local response normalisation or batch normalisation, full size and small."""
+"""AlexNet with local response normalization or batch normalization, full size and small."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -61,18 +61,18 @@ def alexnet(
     AlexNet (Krizhevsky, Sutskever, Hinton 2012):
 
     - Five convolutions; the second, fourth and fifth have two groups.
-    - Local response normalisation (n=5, k=2, alpha=1e-4, beta=0.75) after the first two convolutions.
+    - Local response normalization (n=5, k=2, alpha=1e-4, beta=0.75) after the first two convolutions.
     - Overlapping 3x3 / 2 max pooling after the first, second and fifth.
     - Two hidden dense layers of 4096 units with dropout 0.5.
     - Initial kernels N(0, 0.01), for fc6 and fc7 N(0, 0.005). The biases of conv2, conv4, conv5, fc6 and fc7 start at
       0.1, all others at 0. These are the initial values of Caffe's bvlc_alexnet, which the LARS experiments used. Its
       authors report a flat loss with the 2012 paper's biases of 1. Pixels are expected minus their mean, unscaled.
 
-    AlexNet-BN (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the paper replaces the response normalisation by batch
-    normalisation, and gives no details. The authors' published network definition (NVCaffe,
-    models/alexnet_bn/train_val.prototxt) has batch normalisation with scale and shift after each convolution and before
+    AlexNet-BN (You, Gitman, Ginsburg 2017, arXiv 1708.03888): the paper replaces the response normalization by batch
+    normalization, and gives no details. The authors' published network definition (NVCaffe,
+    models/alexnet_bn/train_val.prototxt) has batch normalization with scale and shift after each convolution and before
     its ReLU, momentum 0.9, epsilon 1e-4, two groups, dropout 0.5, and convolutions without bias. Our choice: conv5 has
-    no bias either. There it has one, which the normalisation cancels.
+    no bias either. There it has one, which the normalization cancels.
     """
     convs = (
         _Conv(96, 11, strides=4, padding="valid"),
@@ -128,9 +128,9 @@ def alexnet_small(
     This network is ours, not a published one. The first convolution is 5x5 without padding, with stride 1. There are no
     groups, pools are padded, and dropout is 0.1. Pixels are expected in about [-1, 1].
 
-    With response normalisation, kernels are `CentredHeNormal`, with which LARS learns faster. Activations are about 10
+    With response normalization, kernels are `CentredHeNormal`, with which LARS learns faster. Activations are about 10
     times smaller than in the original, so alpha is 100 times larger for the same effect; the constant k is 1. With
-    `batch_norm`, kernels are He initialised, and batch normalisation is as in `alexnet`.
+    `batch_norm`, kernels are He initialized, and batch normalization is as in `alexnet`.
     """
     initializer = keras.initializers.HeNormal if batch_norm else CentredHeNormal
     for i, (filters, size) in enumerate(((16, 5), (32, 5), (48, 3), (48, 3), (48, 3)), start=1):

@@ -1,6 +1,6 @@
-"""Batch normalisation that can be synchronised on every backend.
+"""Batch normalization that can be synchronized on every backend.
 
-This module only says which layers are synchronised, by the attribute `synchronized`. `lars_keras.training.batch_stats`
+This module only says which layers are synchronized, by the attribute `synchronized`. `lars_keras.training.batch_stats`
 computes the statistics.
 """
 

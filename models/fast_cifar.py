@@ -24,12 +24,12 @@ def fast_cifar(
     """Build a whitening convolution, three groups of two convolutions each, and a linear head.
 
     The whitening kernel is not trained: `whiten` computes it from training images. A group is convolution, max pooling,
-    batch normalisation, rectifier, convolution, batch normalisation, rectifier. Every convolution of a group starts as
-    the identity on its first channels. Batch normalisation has a shift but no scale, and fast moving averages. Logits
+    batch normalization, rectifier, convolution, batch normalization, rectifier. Every convolution of a group starts as
+    the identity on its first channels. Batch normalization has a shift but no scale, and fast moving averages. Logits
     are divided by 9. The source uses GELU; rectifiers take half the time on a CPU.
 
     Args:
-        x: normalised images.
+        x: normalized images.
         num_classes: number of logits.
         seeds: one for each initial value.
         synchronized: whether batch statistics are those of all replicas.
@@ -86,7 +86,7 @@ def whitening_kernel(images: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
     """Return the eigenvectors of the covariance of 2x2 patches, scaled to unit variance, and their negatives.
 
     Args:
-        images: normalised, `(n, height, width, channels)`.
+        images: normalized, `(n, height, width, channels)`.
         epsilon: added to the eigenvalues, so that noise is not blown up.
 
     Returns:
@@ -115,7 +115,7 @@ def _uniform(seed: int | None) -> keras.initializers.Initializer:
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class Dirac(keras.initializers.Initializer):
-    """Initialise the first filters of a convolution as the identity, one for each input channel.
+    """Initialize the first filters of a convolution as the identity, one for each input channel.
 
     The other filters are uniform within 1 / sqrt(fan in).
 

@@ -15,13 +15,13 @@ def lenet1989(
 ) -> keras.KerasTensor:
     """Build two strided convolutions and two dense layers, for images of 8 to 64 pixels. They train in seconds.
 
-    As in the source: twice 12 maps of 5x5 with stride 2, then 30 hidden units, without pooling, normalisation or
-    dropout. Our choice, as networks are trained today: rectifiers, He initialisation, a linear last layer, and filters
+    As in the source: twice 12 maps of 5x5 with stride 2, then 30 hidden units, without pooling, normalization or
+    dropout. Our choice, as networks are trained today: rectifiers, He initialization, a linear last layer, and filters
     over all maps. Pixels are expected in about [-1, 1].
 
     Source: LeCun et al. 1989, "Backpropagation Applied to Handwritten Zip Code Recognition".
     """
-    del synchronized  # the network has no batch normalisation
+    del synchronized  # the network has no batch normalization
     for i in (1, 2):
         x = layers.Conv2D(
             12,

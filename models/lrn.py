@@ -1,4 +1,4 @@
-"""Local response normalisation across channels."""
+"""Local response normalization across channels."""
 
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class LocalResponseNormalization(keras.layers.Layer):
-    """Divides each activation by a power of the squared activations of its neighbour channels.
+    """Divides each activation by a power of the squared activations of its neighbor channels.
 
     `y[c] = x[c] / (bias + a * sum(x[c - radius : c + radius + 1] ** 2)) ** beta`. The sum skips channels that do not
     exist. `alpha` has two conventions, which differ by the size of the window:
@@ -25,7 +25,7 @@ class LocalResponseNormalization(keras.layers.Layer):
     section 3.3.
 
     Args:
-        radius: int >= 0, number of neighbours on each side of a channel.
+        radius: int >= 0, number of neighbors on each side of a channel.
         bias: float > 0, the constant k.
         alpha: float >= 0, weight of the squared activations.
         beta: float, the exponent.

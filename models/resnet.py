@@ -18,7 +18,7 @@ def resnet18(
     """Build ResNet-18 for small images, as in kuangliu/pytorch-cifar.
 
     A 3x3 stem without pooling precedes four stages of 2 basic blocks, with 64, 128, 256 and 512 channels. The last
-    three stages halve the image. Our choice: He initialisation by fan-out.
+    three stages halve the image. Our choice: He initialization by fan-out.
     """
     build = _Builder(seeds, synchronized)
     x = build.conv_bn(x, 64, 3, name="{}1")
@@ -44,7 +44,7 @@ def resnet50(
     """Build ResNet-50 v1.5 for images of about 224 x 224 pixels.
 
     v1.5 puts the stride of a stage into the 3x3 convolution of its first block, not into the 1x1 before. The scale of
-    the last batch normalisation of each block starts at 0, so that every block starts as the identity (Goyal et al.
+    the last batch normalization of each block starts at 0, so that every block starts as the identity (Goyal et al.
     2017, arXiv 1706.02677, section 5.1).
     """
     build = _Builder(seeds, synchronized)
@@ -84,7 +84,7 @@ class _Builder:
         relu: bool = True,
         gamma: str = "ones",
     ) -> keras.KerasTensor:
-        """Append a convolution, batch normalisation and ReLU. `name` is formatted with "conv", "bn" and "relu"."""
+        """Append a convolution, batch normalization and ReLU. `name` is formatted with "conv", "bn" and "relu"."""
         x = layers.Conv2D(
             filters,
             size,

@@ -20,7 +20,7 @@ def make_model(config: RunConfig, data: ImageData) -> keras.Model:
         num_classes=data.num_classes,
         input_shape=data.image_shape,
         mean=data.mean,
-        # The original AlexNet's initial values are made for pixels that are centred but not scaled.
+        # The original AlexNet's initial values are made for pixels that are centered but not scaled.
         std=None if config.model == "alexnet" else data.std,
         sync_batch_norm=config.sync_batch_norm,
         seed=config.seed,

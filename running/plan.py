@@ -68,8 +68,8 @@ def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.n
             )
         if config.weight_decay and any(getattr(v, "regularizer", None) for v in model.trainable_variables):
             found.append(
-                "The model has weight regularisers beside --weight_decay: both decay the weights, and the gradients of "
-                "the regularisers enter the trust ratio."
+                "The model has weight regularizers beside --weight_decay: both decay the weights, and the gradients of "
+                "the regularizers enter the trust ratio."
             )
     if config.optimizer in ("sgd", "momentum", "adam", "lamb") and config.learning_rate > 5:
         found.append(f"--learning_rate={config.learning_rate:g} is a rate for lars, not for {config.optimizer}.")

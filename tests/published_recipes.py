@@ -18,7 +18,7 @@ class Recipe:
         exclude_bias_and_norm: whether the source leaves these out of adaptation and decay.
         top1: accuracy on the validation split, a fraction.
         source: where it is published.
-        ghost_batch: examples that batch normalisation sees together; None where the source does not tell.
+        ghost_batch: examples that batch normalization sees together; None where the source does not tell.
     """
 
     model: str

@@ -55,13 +55,13 @@ def digits():
     return (images[:1350], data.target[:1350]), (images[1350:], data.target[1350:])
 
 
-def network(normalise):
+def network(normalize):
     """Return a small convolutional network with softmax, as in the example of README."""
     keras.utils.set_random_seed(0)
     layers = []
     for filters in (8, 16):
         layers += [keras.layers.Conv2D(filters, 3)]
-        layers += [keras.layers.BatchNormalization(momentum=0.9)] if normalise else []
+        layers += [keras.layers.BatchNormalization(momentum=0.9)] if normalize else []
         layers += [keras.layers.ReLU()]
     head = [keras.layers.Flatten(), keras.layers.Dense(10, activation="softmax")]
     return keras.Sequential([keras.Input((8, 8, 1)), *layers, *head])
@@ -89,11 +89,11 @@ def notebook_code(name):
 
 
 class ReadmeTest(parameterized.TestCase):
-    @parameterized.named_parameters(("plain", False), ("normalised", True))
-    def test_networks_train_with_the_two_lines(self, normalise):
+    @parameterized.named_parameters(("plain", False), ("normalized", True))
+    def test_networks_train_with_the_two_lines(self, normalize):
         (images, labels), test = digits()
         code = code_of("README.md").partition(TRAINER)[0]
-        names = {"model": network(normalise), "images": images, "labels": labels}
+        names = {"model": network(normalize), "images": images, "labels": labels}
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Variables that are not adapted")
             exec(code, names)

@@ -2,7 +2,7 @@
 
     python -m tools.kill_and_resume --kills=40 --folder=build/prove_resume --out=results/resume.json
 
-A run of train.py trains on small random images, with augmentation, dropout, batch normalisation, EMA weights and
+A run of train.py trains on small random images, with augmentation, dropout, batch normalization, EMA weights and
 micro-batches. It is killed by SIGKILL and started again, until it ends. Its model, optimizer, metrics and log must
 equal those of a run that was never killed. Then the next run begins, until its cell has its kills:
 

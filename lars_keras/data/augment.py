@@ -89,7 +89,7 @@ def mix_pairs(
     - cutmix: a box of `x'` covers the fraction `1 - s` of `x`, or less where the border cuts the box. Labels are mixed
       by area. `s` is uniform.
 
-    An unreadable image is not mixed into its neighbour.
+    An unreadable image is not mixed into its neighbor.
 
     Source: Zhang et al. 2017 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), section 3.
 
@@ -98,7 +98,7 @@ def mix_pairs(
         images: uint8 `(n, height, width, channels)`, `n` even.
         labels: int32 `(n,)`.
         mask: float32 `(n,)`, 0 for an unreadable image.
-        draws: float32 `(n, 3)`, uniform in [0, 1): weight; row and column of the centre of the box.
+        draws: float32 `(n, 3)`, uniform in [0, 1): weight; row and column of the center of the box.
         num_classes: number of classes.
 
     Returns:
@@ -121,8 +121,8 @@ def mix_pairs(
         _, height, width, _ = images.shape
         side = tf.sqrt(1 - weight)[:, None]
         inside = []
-        for length, centre in ((height, draws[:, 1:2]), (width, draws[:, 2:3])):
-            start, end = (centre - side / 2) * length, (centre + side / 2) * length
+        for length, center in ((height, draws[:, 1:2]), (width, draws[:, 2:3])):
+            start, end = (center - side / 2) * length, (center + side / 2) * length
             pixel = np.arange(length, dtype=np.float32) + 0.5
             inside.append((start <= pixel) & (pixel < end))
         box = inside[0][:, :, None] & inside[1][:, None, :]

@@ -23,7 +23,7 @@ _EXTRA_DRAWS = 3  # for the augmentations that follow crop and flip
 
 
 class ImageData(abc.ABC):
-    """A training split and a test split of labelled images.
+    """A training split and a test split of labeled images.
 
     The training stream is endless. It concatenates one permutation per epoch, and cuts batches across the borders of
     epochs, so that each epoch uses every example exactly once at any batch size. The content of a batch depends on

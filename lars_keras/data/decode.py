@@ -128,7 +128,7 @@ def decode_window(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor])
         top, left, height, width = tf.unstack(window_of(tf.shape(pixels)[:2]))
         return pixels[top : top + height, left : left + width]
 
-    # Another format, or a JPEG with tags, which may say that it is turned. What is not inlined is optimised when it is
+    # Another format, or a JPEG with tags, which may say that it is turned. What is not inlined is optimized when it is
     # first used: most data have none, and it takes longer than all the rest.
     @functools.partial(tf.function, autograph=False, experimental_attributes={"_noinline": True})
     def uncommon() -> tf.Tensor:
@@ -164,13 +164,13 @@ def _is_indexed_bmp(image: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_indexed_bmp(image: tf.Tensor) -> tf.Tensor:
-    """Decode a BMP of one byte a pixel, which TensorFlow takes for gray, by its table of colours."""
+    """Decode a BMP of one byte a pixel, which TensorFlow takes for gray, by its table of colors."""
     import tensorflow as tf
 
     header, compression, offset = number(image, 14, 4), number(image, 30, 4), number(image, 10, 4)
     with tf.control_dependencies([tf.debugging.Assert((header >= 40) & (compression == 0), ["a compressed BMP"])]):
         indices = tf.io.decode_bmp(tf.identity(image), channels=0)[:, :, 0]
-    colours = tf.minimum(tf.maximum(offset - 14 - header, 0) // 4, 256)
-    table = tf.io.decode_raw(tf.strings.substr(image, 14 + header, 4 * colours), tf.uint8)
-    table = tf.pad(tf.reshape(table, [-1, 4])[:, 2::-1], [[0, 256 - colours], [0, 0]])
+    colors = tf.minimum(tf.maximum(offset - 14 - header, 0) // 4, 256)
+    table = tf.io.decode_raw(tf.strings.substr(image, 14 + header, 4 * colors), tf.uint8)
+    table = tf.pad(tf.reshape(table, [-1, 4])[:, 2::-1], [[0, 256 - colors], [0, 0]])
     return tf.gather(table, tf.cast(indices, tf.int32))

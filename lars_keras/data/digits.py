@@ -52,7 +52,7 @@ def warp(digits: np.ndarray, which: np.ndarray, random: np.random.Generator | No
     from scipy import ndimage
 
     n = len(which)
-    # Coordinates of the new pixels relative to the centre, in original pixels: (2, 16 * 16).
+    # Coordinates of the new pixels relative to the center, in original pixels: (2, 16 * 16).
     axis = (np.arange(SIZE, dtype=np.float32) + 0.5) / 2 - 4
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij")).reshape(2, -1)
     if random is None:

@@ -47,7 +47,7 @@ class ImageFileData(ImageData):
     (see `central_crop`). Both are resized to `image_size` squared by bilinear interpolation, and become uint8 RGB.
     Grayscale and CMYK images are converted, and the EXIF orientation is applied.
 
-    An unreadable image is replaced by the mean colour with label 0 and mask 0, so that it enters no loss, gradient or
+    An unreadable image is replaced by the mean color with label 0 and mask 0, so that it enters no loss, gradient or
     score. `unreadable_images` records it.
 
     Args:

@@ -18,7 +18,7 @@ _SPREAD = 0.15  # standard deviation of the magnitude
 
 
 def randaugment(image: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """Apply two random layers of random strength, from colour, contrast, shear and shift.
+    """Apply two random layers of random strength, from color, contrast, shear and shift.
 
     Source: Cubuk et al. 2019 (arXiv 1909.13719), with the ten layers and the scales of KerasCV.
 

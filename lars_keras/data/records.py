@@ -24,7 +24,7 @@ _FOOTER = 4  # masked CRC-32C of the data
 
 
 class Records(Protocol):
-    """Random access to serialised examples; see `TFRecords`."""
+    """Random access to serialized examples; see `TFRecords`."""
 
     def __len__(self) -> int: ...
 

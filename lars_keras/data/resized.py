@@ -1,6 +1,6 @@
 """Images that are stored at one size, as AlexNet's authors had them, so that training decodes and resizes less.
 
-Sources: Krizhevsky, Sutskever and Hinton 2012, section 2, crop the centre; `create_imagenet.sh` of BVLC Caffe squashes.
+Sources: Krizhevsky, Sutskever and Hinton 2012, section 2, crop the center; `create_imagenet.sh` of BVLC Caffe squashes.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _window(image: tf.Tensor, start: tf.Tensor, size: int, storage: Storage) -> 
     elif storage.encoding == "png":
         pixels = tf.io.decode_png(image, channels=3)
     else:
-        # A JPEG decoder interpolates the colours at the border of a window without the pixels beyond it.
+        # A JPEG decoder interpolates the colors at the border of a window without the pixels beyond it.
         first = tf.maximum(start - _BORDER, 0)
         sides = tf.minimum(start + size + _BORDER, storage.size) - first
         pixels = tf.io.decode_and_crop_jpeg(image, tf.concat([first, sides], 0), channels=3, dct_method=DCT)

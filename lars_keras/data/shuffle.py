@@ -8,7 +8,7 @@ import numpy as np
 
 from lars_keras.data.keyed import GOLDEN, Array, keys, splitmix64
 
-_ROUNDS = 32  # two neighbours stay neighbours through all of them once in 2**32
+_ROUNDS = 32  # two neighbors stay neighbors through all of them once in 2**32
 
 
 def example_ids(positions: Array, n: int, seed: int) -> tuple[Array, Array]:
@@ -59,6 +59,6 @@ def permute(places: Array, key: Array, n: int) -> Array:
         return places
     import tensorflow as tf
 
-    # A loop in the graph: unrolled, tracing and optimising it take a second.
+    # A loop in the graph: unrolled, tracing and optimizing it take a second.
     state = places, key
     return tf.while_loop(lambda *_: True, swap_or_not, state, parallel_iterations=1, maximum_iterations=_ROUNDS)[0]

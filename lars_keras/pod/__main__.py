@@ -20,7 +20,7 @@ EXIT_REFUSED = 2
 DIFFERENCES = """Where the backends differ:
   TensorFlow's runtime puts the all-reduce between the programs, so its bytes here are computed; those of JAX are read
   from the compiled program. Both reduce once an update. Each device has its own batch statistics on both. With
-  synchronised batch normalisation TensorFlow reduces them at run time, JAX in the program. Shards of the weights
+  synchronized batch normalization TensorFlow reduces them at run time, JAX in the program. Shards of the weights
   (`shard_optimizer_state`) are for JAX only."""
 
 

@@ -11,7 +11,7 @@ class Chip:
         flops: peak in bfloat16, per second.
         hbm_bytes: capacity.
         hbm_bandwidth: bytes per second.
-        ici_bandwidth: bytes per second that the chip sends over all its links to its neighbours.
+        ici_bandwidth: bytes per second that the chip sends over all its links to its neighbors.
         pod: chips of a full pod.
         source: the publication of these figures.
     """

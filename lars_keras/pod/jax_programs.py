@@ -40,7 +40,7 @@ def jax_programs(
         reduce_dtype: as `JaxStep` takes it.
         variable_norms: as `JaxStep` takes it.
         known_accumulate: the program of a micro-batch, from a slice of another size. It has no traffic between the
-            devices (unless batch normalisation is synchronised), so it is the same on any number of them.
+            devices (unless batch normalization is synchronized), so it is the same on any number of them.
 
     Raises:
         ValueError: if the loss does not depend on a trainable variable.

@@ -29,7 +29,7 @@ from lars_keras.report.noise import combine
 
 CAVEATS = """\
 The noise scale is a proxy derived for SGD. It starts small and grows while a network trains: measure it late in a run,
-and expect a batch that is wasteful early. With batch normalisation it holds for ghost batches of the same size."""
+and expect a batch that is wasteful early. With batch normalization it holds for ghost batches of the same size."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from lars_keras.report.html import number
 from lars_keras.report.layers import as_array
 
-# Colours in the SVG stand for CSS variables of the page, which follow the system's light or dark setting.
+# Colors in the SVG stand for CSS variables of the page, which follow the system's light or dark setting.
 INK, GRID, TRAIN, VALIDATION = "#000001", "#000002", "#000003", "#000004"
 CSS_VARIABLES = {INK: "muted", GRID: "line", TRAIN: "train", VALIDATION: "validation"}
 COLUMNS = 240  # most columns of a heat map
@@ -54,7 +54,7 @@ def svg_style() -> contextlib.AbstractContextManager:
 
 
 def inline_svg(figure: Figure, title: str, label: str) -> Markup:
-    """Return a figure as an SVG element in the colours of the page.
+    """Return a figure as an SVG element in the colors of the page.
 
     Args:
         figure: drawn under `svg_style`.
@@ -99,16 +99,16 @@ class _Curve:
     """A line of a chart. `x` are updates; `y` is NaN where a value is missing."""
 
     label: str
-    colour: str
+    color: str
     x: np.ndarray
     y: np.ndarray
     faint: bool = False
 
     @classmethod
-    def of(cls, label: str, colour: str, events: Events, name: str, **kwargs: Any) -> "_Curve":
+    def of(cls, label: str, color: str, events: Events, name: str, **kwargs: Any) -> "_Curve":
         x = np.array([e["update"] for e in events], dtype=float)
         y = np.array([e.get(name) for e in events], dtype=float)  # null becomes NaN
-        return cls(label, colour, x, y, **kwargs)
+        return cls(label, color, x, y, **kwargs)
 
     @property
     def points(self) -> int:
@@ -157,11 +157,11 @@ def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
         figure = Figure(figsize=(4.3, 2.7), layout="constrained")
         axes, drawn = figure.add_subplot(), []
         for line in lines:
-            marked = line.colour == VALIDATION or line.points == 1
+            marked = line.color == VALIDATION or line.points == 1
             drawn += axes.plot(
                 line.x,
                 np.maximum(line.y, 1.0) if log else line.y,  # a logarithmic axis has no 0
-                color=line.colour,
+                color=line.color,
                 label=line.label,
                 marker="o" if marked else None,
                 markersize=3.5 if len(line.x) <= 40 else 0,

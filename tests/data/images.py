@@ -67,7 +67,7 @@ def read_with_tfds(root):
 
 
 def photographs(count):
-    """Return JPEGs like those of cameras: textures and edges; all samplings of colour, qualities, turns; some gray."""
+    """Return JPEGs like those of cameras: textures and edges; all samplings of color, qualities, turns; some gray."""
     for i in range(count):
         rng = np.random.default_rng(i)
         shape = rng.integers(180, 420, 2)
@@ -108,7 +108,7 @@ def reference_window(shape, draws):
 
 
 def reference_resize(image, size):
-    """Resize by bilinear interpolation between pixel centres, in float64."""
+    """Resize by bilinear interpolation between pixel centers, in float64."""
 
     def along(length):
         points = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)

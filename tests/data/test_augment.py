@@ -42,9 +42,9 @@ class AugmentTest(tf.test.TestCase, parameterized.TestCase):
         per_example = draws.reshape(5, 20_000, 3)
         columns = [*draws.reshape(5, -1), *per_example[:, :, 0]]
         self.assertLess(abs(np.corrcoef(draws.T)[np.triu_indices(3, 1)]).max(), 0.015)
-        neighbours = np.corrcoef([per_example[0, :-1, 0], per_example[0, 1:, 0]])
+        neighbors = np.corrcoef([per_example[0, :-1, 0], per_example[0, 1:, 0]])
         epochs = np.corrcoef(columns[5:])
-        self.assertLess(abs(neighbours[0, 1]), 0.03)
+        self.assertLess(abs(neighbors[0, 1]), 0.03)
         self.assertLess(abs(epochs[np.triu_indices(5, 1)]).max(), 0.03)
 
     def test_pad_crop_flip(self):
@@ -71,21 +71,21 @@ class AugmentTest(tf.test.TestCase, parameterized.TestCase):
         mask[6] = 0
         draws = rng.uniform(size=(n, 3)).astype(np.float32)
         mixed, soft = (x.numpy() for x in mix_pairs(kind, *map(tf.constant, (images, labels, mask, draws)), classes))
-        neighbour = np.arange(n) ^ 1
+        neighbor = np.arange(n) ^ 1
         self.assertAllClose(soft.sum(1), np.ones(n))
-        other = labels != labels[neighbour]
+        other = labels != labels[neighbor]
         share = soft[np.arange(n), labels]
         self.assertAllEqual(share[6:8], [1, 1])  # what cannot be read mixes with nothing
         self.assertAllEqual(mixed[6:8], images[6:8])
         for i in np.flatnonzero(other):
-            self.assertAllClose(soft[i, labels[neighbour[i]]], 1 - share[i], atol=1e-6)
-            a, b = images[i].astype(np.float64), images[neighbour[i]].astype(np.float64)
+            self.assertAllClose(soft[i, labels[neighbor[i]]], 1 - share[i], atol=1e-6)
+            a, b = images[i].astype(np.float64), images[neighbor[i]].astype(np.float64)
             if kind == "mixup":
                 self.assertAllClose(mixed[i], share[i] * a + (1 - share[i]) * b, atol=0.501)
             else:
                 own = (mixed[i] == images[i]).all(-1)
                 self.assertAllClose(own.mean(), share[i], atol=1e-6)
-                self.assertAllEqual(mixed[i][~own], images[neighbour[i]][~own])
+                self.assertAllEqual(mixed[i][~own], images[neighbor[i]][~own])
                 rows, columns = np.flatnonzero(~own.all(1)), np.flatnonzero(~own.all(0))
                 if len(rows):  # the covered part is one box
                     self.assertFalse(own[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].any())

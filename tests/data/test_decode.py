@@ -24,7 +24,7 @@ from tests.data.images import (
 
 class CropTest(tf.test.TestCase, parameterized.TestCase):
     def plain_jpeg(self, height, width, seed=0):
-        """Return a JPEG whose every crop decodes to the same pixels: no chroma is shared by neighbours."""
+        """Return a JPEG whose every crop decodes to the same pixels: no chroma is shared by neighbors."""
         image = tf.io.decode_jpeg(jpeg(height, width, seed=seed))
         return tf.io.encode_jpeg(image, quality=95, chroma_downsampling=False)
 
@@ -71,12 +71,12 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_every_kind_of_jpeg_becomes_rgb(self):
         red = Image.new("RGB", (40, 30), (200, 30, 30))
-        for mode, colour in (("RGB", (200, 30, 30)), ("CMYK", (200, 30, 30)), ("L", (81, 81, 81))):
+        for mode, color in (("RGB", (200, 30, 30)), ("CMYK", (200, 30, 30)), ("L", (81, 81, 81))):
             file = io.BytesIO()
             red.convert(mode).save(file, format="jpeg", quality=95)
             image = decode.central_crop(file.getvalue(), 16)
             self.assertEqual(image.shape, (16, 16, 3))
-            self.assertAllClose(tf.cast(image, tf.float32), np.full((16, 16, 3), colour), atol=3)
+            self.assertAllClose(tf.cast(image, tf.float32), np.full((16, 16, 3), color), atol=3)
 
     def test_turned_photographs_become_upright(self):
         for turn in range(1, 9):
@@ -99,8 +99,8 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.parameters("PNG", "BMP", "GIF", "WEBP")
     def test_other_formats(self, file_format):
-        colours = np.array([[200, 30, 30], [30, 60, 90], [0, 255, 0]], np.uint8)
-        pixels = np.kron(colours[np.random.default_rng(0).integers(0, 3, (4, 4))], np.ones((8, 8, 1), np.uint8))
+        colors = np.array([[200, 30, 30], [30, 60, 90], [0, 255, 0]], np.uint8)
+        pixels = np.kron(colors[np.random.default_rng(0).integers(0, 3, (4, 4))], np.ones((8, 8, 1), np.uint8))
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
         self.assertAllEqual(decode.central_crop(file.getvalue(), 28), pixels[2:30, 2:30])
@@ -145,7 +145,7 @@ class CropTest(tf.test.TestCase, parameterized.TestCase):
 class PillowTest(tf.test.TestCase):
     """Compare crops, resized and flipped, with those of Pillow's pixels in float64: equal within rounding.
 
-    The two outermost pixels of a window differ, because Pillow interpolates their colours from pixels outside of it.
+    The two outermost pixels of a window differ, because Pillow interpolates their colors from pixels outside of it.
     """
 
     def test_photographs(self):

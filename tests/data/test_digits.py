@@ -51,14 +51,14 @@ class WarpTest(tf.test.TestCase):
         which = np.arange(1797)
         plain = warp(self.digits, which).astype(np.float64)
         warped = warp(self.digits, which, np.random.default_rng(0)).astype(np.float64)
-        # Same ink, but for what a shift pushes over the edge; same centre on the average.
+        # Same ink, but for what a shift pushes over the edge; same center on the average.
         self.assertBetween(warped.mean() / plain.mean(), 0.9, 1.0)
         grid = np.arange(16.0)
         for axis in (1, 2):
             ink = [x.sum(axis=(3 - axis, 3)) for x in (plain, warped)]
-            centres = [(x @ grid) / x.sum(1) for x in ink]
-            self.assertLess(abs((centres[1] - centres[0]).mean()), 0.1)
-            self.assertBetween((centres[1] - centres[0]).std(), 0.5, 1.5)
+            centers = [(x @ grid) / x.sum(1) for x in ink]
+            self.assertLess(abs((centers[1] - centers[0]).mean()), 0.1)
+            self.assertBetween((centers[1] - centers[0]).std(), 0.5, 1.5)
 
 
 class DigitsTest(tf.test.TestCase):

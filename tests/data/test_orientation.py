@@ -133,7 +133,7 @@ class OrientationTest(tf.test.TestCase):
         self.assertEqual(pillow_pixels(file).shape, (24, 16, 3) if expected >= 5 else (16, 24, 3))
         return expected
 
-    # One test each for a table: TensorFlow optimises a function again in every test.
+    # One test each for a table: TensorFlow optimizes a function again in every test.
     def test_jpegs(self):
         for name, file in JPEGS.items():
             with self.subTest(name):

@@ -74,7 +74,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(*FORMS)
     def test_windows_are_pixels_of_the_stored_image(self, form):
-        """Images are one window of 81, or its mirror image; over an epoch they differ. Evaluation takes the centre."""
+        """Images are one window of 81, or its mirror image; over an epoch they differ. Evaluation takes the center."""
         data = self.load(form)
         stored = self.pixels(form, data, "_train")
         windows = np.lib.stride_tricks.sliding_window_view

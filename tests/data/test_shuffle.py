@@ -62,7 +62,7 @@ class ShuffleTest(tf.test.TestCase, parameterized.TestCase):
         counts = np.zeros((n, n))
         np.add.at(counts, (np.arange(n), ids), 1)
         self.assertBetween(((counts - epochs / n) ** 2 / (epochs / n)).sum(), 3481 - 4 * 83, 3481 + 4 * 83)
-        # By chance, 2 (n - 1) / n pairs of neighbours stay neighbours in a permutation. So do pairs at any distance.
+        # By chance, 2 (n - 1) / n pairs of neighbors stay neighbors in a permutation. So do pairs at any distance.
         for distance in (1, 7):
             steps = np.abs(ids[:, distance:] - ids[:, :-distance])
             expected = 2 * (n - 1) / (n * (n - 1)) * (n - distance)

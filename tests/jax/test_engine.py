@@ -174,7 +174,7 @@ class EngineTest(parameterized.TestCase):
         actual = trained(
             model, optimizer, devices, microbatch_size=microbatch_size, shard_optimizer_state=shard_optimizer_state
         )
-        # Synchronised statistics are differences of two sums, added up in another order.
+        # Synchronized statistics are differences of two sums, added up in another order.
         self.check(actual, self.expected[name], 2e-5 if model == "synchronized" else ENGINES)
 
     def test_telemetry_as_tensorflow(self):
@@ -390,7 +390,7 @@ class EngineTest(parameterized.TestCase):
         self.check_resume(0, False)
 
     def check_resume(self, devices, shard_optimizer_state):
-        """With batch normalisation, dropout, a moving average, and a break within an epoch."""
+        """With batch normalization, dropout, a moving average, and a break within an epoch."""
         x, y = cases.examples(11)
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).repeat()
 

@@ -149,8 +149,8 @@ class SizeTest(ModelTestCase):
         self.assertLen(zero, 16)
 
 
-class BehaviourTest(ModelTestCase):
-    def test_pixels_are_normalised_on_their_scale(self):
+class BehaviorTest(ModelTestCase):
+    def test_pixels_are_normalized_on_their_scale(self):
         model = models.get("alexnet_small", num_classes=2, mean=(10.0, 20.0, 30.0), std=(1.0, 2.0, 4.0))
         x = np.full((1, 1, 1, 3), 40, dtype="uint8")
         self.assertAllClose(model.get_layer("normalize")(x), [[[[30.0, 10.0, 2.5]]]], rtol=1e-6)

@@ -109,7 +109,7 @@ class LayerPlanTest(tf.test.TestCase, parameterized.TestCase):
         return optimizer.layer_plan()
 
     def test_default(self):
-        """What is left to LARS is every kernel and table, and no bias or normalisation of any name or rank."""
+        """What is left to LARS is every kernel and table, and no bias or normalization of any name or rank."""
         inputs = keras.Input((8, 8, 4))
         x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
         for layer in (
@@ -161,7 +161,7 @@ class LayerPlanTest(tf.test.TestCase, parameterized.TestCase):
         variables = small_model().trainable_variables
         with self.assertRaisesRegex(ValueError, "absent"):
             self.plan(variables, **{argument: (*DEFAULT_EXCLUDE, "first", "absent")})
-        # The default patterns may match nothing: a model need have no bias and no normalisation.
+        # The default patterns may match nothing: a model need have no bias and no normalization.
         self.plan(variables[:1], **{argument: (*DEFAULT_EXCLUDE, "first")})
 
 

@@ -200,7 +200,7 @@ class KerasTest(parameterized.TestCase):
         self.assertLen(found, 1, f"Keras {keras.__version__} no longer ends a seed's path with seed_generator_state")
         self.assertEqual(tuple(found[0].shape), (2,))
 
-    def test_moments_of_batch_normalisation(self):
+    def test_moments_of_batch_normalization(self):
         self.name(keras.layers.BatchNormalization, "_moments")
         layer = keras.layers.BatchNormalization(momentum=0.0)
         layer.build((None, 3))

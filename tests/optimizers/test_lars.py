@@ -12,7 +12,7 @@ from lars_keras import LAMB, LARS
 from tests import cases
 from tests.reference import ReferenceLARS, round_to
 
-# The problem of `tests.cases` has high rates and no normalisation.
+# The problem of `tests.cases` has high rates and no normalization.
 pytestmark = pytest.mark.filterwarnings("ignore:Variables that are not adapted take a learning rate")
 
 MODES = ("eager", "graph", "xla")
@@ -150,7 +150,7 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(*itertools.product(("float16", "bfloat16"), ("eager", "xla")))
     def test_half_precision_variables(self, dtype, mode):
-        """What is stored is what the oracle stores, but for a few neighbours where a rounding is a near tie."""
+        """What is stored is what the oracle stores, but for a few neighbors where a rounding is a near tie."""
         compared = [cases.make_case(variant, "excluded_rate") for variant in cases.VARIANTS]
         for oracle, optimizer, variables in zip(*self.check(compared, mode, dtype), strict=True):
             actual = variables + cases.slots(optimizer)

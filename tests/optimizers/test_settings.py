@@ -204,7 +204,7 @@ class ExclusionTest(parameterized.TestCase):
         model = net(keras.layers.Dense(2, name=name), name="net_norm")
         self.assertEqual(list(self.plan(model).values()), [True, False])
 
-    def test_normalisation_over_several_axes(self):
+    def test_normalization_over_several_axes(self):
         class MatrixNorm(keras.layers.Layer):
             def build(self, shape):
                 self.scale = self.add_weight(shape=shape[1:], name="scale")
@@ -324,8 +324,8 @@ class RawRateTest(parameterized.TestCase):
         keras.optimizers.schedules.CosineDecay(14.0, 9),
         keras.optimizers.schedules.PiecewiseConstantDecay([5, 9], [2.0, 14.0, 1.0]),
     )
-    def test_biases_without_normalisation(self, rate):
-        message = r"up to 14, and no normalisation.*net/stem/bias, net/head/bias.*`excluded_lr_scale=0.05`.*up to 0\.7"
+    def test_biases_without_normalization(self, rate):
+        message = r"up to 14, and no normalization.*net/stem/bias, net/head/bias.*`excluded_lr_scale=0.05`.*up to 0\.7"
         with self.assertWarnsRegex(UserWarning, message):
             self.build(*two_layers().layers, learning_rate=rate)
 
@@ -336,10 +336,10 @@ class RawRateTest(parameterized.TestCase):
         ("nothing_excluded", {"learning_rate": 14.0, "exclude": ()}, True, False),
         ("no_bias", {"learning_rate": 14.0}, False, False),
     )
-    def test_does_not_warn(self, arguments, use_bias, normalise):
-        """The highest rate that MLPerf publishes for a network with batch normalisation is among them."""
+    def test_does_not_warn(self, arguments, use_bias, normalize):
+        """The highest rate that MLPerf publishes for a network with batch normalization is among them."""
         layers = [keras.layers.Dense(3, use_bias=use_bias)]
-        layers += [keras.layers.BatchNormalization()] if normalise else []
+        layers += [keras.layers.BatchNormalization()] if normalize else []
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             self.build(*layers, keras.layers.Dense(1, use_bias=use_bias), **arguments)

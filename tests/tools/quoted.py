@@ -22,7 +22,7 @@ UNBOUND = {
         "A rate of 0.1 is better",
         "a layer by about 2 % of the layer's norm",
     ),
-    "docs/choosing.md": ("without batch normalisation: 58.2 % against 44.8 % at 8K",),
+    "docs/choosing.md": ("without batch normalization: 58.2 % against 44.8 % at 8K",),
     "docs/data.md": ("crops a random window of 8 to 100 % of the area",),
     "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release",),
     "docs/hosts.md": (),

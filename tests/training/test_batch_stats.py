@@ -1,4 +1,4 @@
-"""The moments of batch normalisation in one pass, against float64."""
+"""The moments of batch normalization in one pass, against float64."""
 
 import keras
 import numpy as np
@@ -149,7 +149,7 @@ class MomentsTest(tf.test.TestCase, parameterized.TestCase):
             raise RuntimeError("within")
         self.assertNotIn("_moments", vars(layer))
 
-    def test_without_replicas_synchronised_layers_stay_with_keras(self):
+    def test_without_replicas_synchronized_layers_stay_with_keras(self):
         model, layer = layer_at(self.near, synchronized=True)
         with one_pass_moments(model, None):
             self.assertNotIn("_moments", vars(layer))

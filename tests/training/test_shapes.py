@@ -20,7 +20,7 @@ if BACKEND == "tensorflow":
 
 
 class WithoutConfigTest(tf.test.TestCase):
-    def test_nothing_is_serialised(self):
+    def test_nothing_is_serialized(self):
         """A schedule, loss, metric and optimizer without a config train and are evaluated."""
 
         class Schedule(keras.optimizers.schedules.LearningRateSchedule):

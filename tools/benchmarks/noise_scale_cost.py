@@ -68,7 +68,7 @@ def measure(step: Step, rounds: int) -> dict[str, Any]:
     data = tf.data.Dataset.from_tensors((x, y)).repeat().with_options(options)
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for i in range(rounds + 1):
-        for name in sorted(trainers, reverse=i % 2 == 1):  # a drift of the machine's speed favours neither
+        for name in sorted(trainers, reverse=i % 2 == 1):  # a drift of the machine's speed favors neither
             started = time.perf_counter()
             trainers[name].fit(lambda context, first: data, epochs=1, steps_per_epoch=1, verbose=0)
             if i:

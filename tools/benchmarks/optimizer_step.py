@@ -373,9 +373,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         for axes, (title, result) in zip(panels, results.items(), strict=False):
             rows = sorted(result["rows"], key=lambda r: -r["milliseconds"])
             places = range(len(rows))
-            colours = ["#d55e00" if "ours" in r["name"] else "#0072b2" for r in rows]
+            colors = ["#d55e00" if "ours" in r["name"] else "#0072b2" for r in rows]
             times = [r["milliseconds"] for r in rows]
-            axes.barh(places, [time - FIRST_TICK for time in times], left=FIRST_TICK, color=colours, height=0.7)
+            axes.barh(places, [time - FIRST_TICK for time in times], left=FIRST_TICK, color=colors, height=0.7)
             for place, time in zip(places, times, strict=True):
                 axes.annotate(f"{time:,.0f}", (time, place), (3, 0), textcoords="offset points", va="center", size=8)
             axes.plot([r["floor_milliseconds"] for r in rows], places, "k|", markersize=7, label="bandwidth bound")

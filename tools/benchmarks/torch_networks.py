@@ -55,7 +55,7 @@ def resnet50(num_classes: int) -> nn.Module:
 
 
 def alexnet_bn(num_classes: int) -> nn.Module:
-    """Return `models.alexnet.alexnet` with batch normalisation, for images of 227 pixels."""
+    """Return `models.alexnet.alexnet` with batch normalization, for images of 227 pixels."""
     layers: list[nn.Module] = []
     convs = (
         (3, 96, 11, 4, 0, 1),
@@ -79,7 +79,7 @@ def alexnet_bn(num_classes: int) -> nn.Module:
 
 
 class _NoScale(nn.BatchNorm2d):
-    """Batch normalisation with a shift and no scale."""
+    """Batch normalization with a shift and no scale."""
 
     def __init__(self, filters: int):
         super().__init__(filters)

@@ -58,7 +58,7 @@ def define() -> absl_flags.FlagValues:
         "to full length. 0: keep the recipe's rate; other optimizers take the rate at which their search would begin.",
         **at_least,
     )
-    absl_flags.DEFINE_float("factor", 3.0, "Set the ratio of neighbouring rates of the search.", flag_values=own)
+    absl_flags.DEFINE_float("factor", 3.0, "Set the ratio of neighboring rates of the search.", flag_values=own)
     absl_flags.DEFINE_enum(
         "scaling", "sqrt", list(SCALINGS), "Scale the first rate with the batch size by this rule.", flag_values=own
     )

@@ -15,8 +15,8 @@ from tools.committed import save_svg
 
 Rows = Sequence[dict[str, Any]]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
-LIGHT = "#d8dde6"  # of the plot in a file of its own; the page has its own colour
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#777777")
+LIGHT = "#d8dde6"  # of the plot in a file of its own; the page has its own color
 MARKERS = "osD^vPX"
 
 
@@ -96,7 +96,7 @@ def figure(rows: Rows, grid: str) -> Figure:
             [row["mean"] for row in known],
             yerr=[row["std"] or 0.0 for row in known],
             label=candidate,
-            color=COLOURS[i % len(COLOURS)],
+            color=COLORS[i % len(COLORS)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=5,
             capsize=3,

@@ -55,7 +55,7 @@ class GridCell:
     Args:
         candidate, batch_size: place in the grid.
         tuning_runs: number of short runs that choose the rate; 0 keeps the candidate's own rate.
-        factor: ratio of neighbouring rates at first.
+        factor: ratio of neighboring rates at first.
         seeds: seeds of the runs that count.
     """
 
