@@ -56,17 +56,16 @@ class VariableRole:
         return not self.adapt and _NORMALIZATION.search(self.path) is not None
 
 
-def check_patterns(argument: str, patterns: Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return `patterns` as a tuple of valid regular expressions, or None.
+def check_patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Return `patterns` as a tuple of valid regular expressions.
 
     Raises:
-        ValueError: for a lone string, an entry that is no string, or an invalid regular expression.
+        ValueError: for None or a lone string, an entry that is no string, or an invalid regular expression.
     """
-    if patterns is None:
-        return None
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise ValueError(
-            f"`{argument}` must be a list or tuple of regular expressions. Received: {argument}={patterns!r}"
+            f"`{argument}` must be a list or tuple of regular expressions, () for none. "
+            f"Received: {argument}={patterns!r}"
         )
     patterns = tuple(patterns)
     for pattern in patterns:

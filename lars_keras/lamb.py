@@ -37,7 +37,7 @@ class LAMB(LayerwiseOptimizer):
         beta_1: decay rate of the first moment, in [0, 1).
         beta_2: decay rate of the second moment, in [0, 1).
         epsilon: added to the root of the second moment.
-        weight_decay: `b`. It acts inside the rule only; 0 does not switch adaptation off.
+        weight_decay: `b`; None is 0. It acts inside the rule only; 0 does not switch adaptation off.
         bias_correction: divide the moments by `1 - beta^t`, as published; the authors' code for BERT did not.
         trust_clip: take at most 1 as the ratio, so that the learning rate is a ceiling.
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
@@ -68,7 +68,7 @@ class LAMB(LayerwiseOptimizer):
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         epsilon: float = 1e-6,
-        weight_decay: float = 0.01,
+        weight_decay: float | None = 0.01,
         bias_correction: bool = True,
         trust_clip: bool = False,
         exclude: Sequence[str] = DEFAULT_EXCLUDE,

@@ -45,8 +45,8 @@ class LARS(LayerwiseOptimizer):
             40), because the ratio is about 1e-3.
         momentum: `m`, in [0, 1).
         nesterov: look ahead along the momentum. Not defined for `"ratio_on_momentum"`.
-        weight_decay: `b`. It acts inside the rule only, never as the base class's decoupled decay; 0 does not
-            switch adaptation off.
+        weight_decay: `b`; None is 0. It acts inside the rule only, never as the base class's decoupled decay. Without
+            it the variables are adapted all the same.
         trust_coefficient: `eta`.
         epsilon: added to the denominator of the ratio.
         variant: which of the rules above.
@@ -82,7 +82,7 @@ class LARS(LayerwiseOptimizer):
         learning_rate: Any = 1.0,
         momentum: float = 0.9,
         nesterov: bool = False,
-        weight_decay: float = 5e-4,
+        weight_decay: float | None = 5e-4,
         trust_coefficient: float = 1e-3,
         epsilon: float = 0.0,
         variant: str = "paper",

@@ -4,6 +4,7 @@ import abc
 import contextlib
 import contextvars
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
-        weight_decay: as the rule uses it; never the base class's decoupled decay.
+        weight_decay: as the rule uses it; never the base class's decoupled decay. None is 0.
         exclude: see `LARS`, as for the rest.
         exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
         exclude_from_weight_decay: takes the place of `exclude` for the decay.
@@ -59,7 +60,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     def __init__(
         self,
         learning_rate: Any,
-        weight_decay: float,
+        weight_decay: float | None,
         exclude: Sequence[str] = DEFAULT_EXCLUDE,
         exclude_from_layer_adaptation: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
@@ -73,12 +74,12 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         )
         self._peak_rate = _peak_of(learning_rate)
         self.excluded_lr_scale = excluded_lr_scale
-        self._patterns: dict[str, Any] = {
-            "exclude": check_patterns("exclude", exclude) or (),
-            "exclude_from_layer_adaptation": check_patterns(
-                "exclude_from_layer_adaptation", exclude_from_layer_adaptation
-            ),
-            "exclude_from_weight_decay": check_patterns("exclude_from_weight_decay", exclude_from_weight_decay),
+        overrides = {
+            "exclude_from_layer_adaptation": exclude_from_layer_adaptation,
+            "exclude_from_weight_decay": exclude_from_weight_decay,
+        }
+        self._patterns: dict[str, Any] = {"exclude": check_patterns("exclude", exclude)} | {
+            name: None if given is None else check_patterns(name, given) for name, given in overrides.items()
         }
         self._matches: dict[str, Any] | None = None
 
@@ -233,7 +234,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         )
 
     def _constants(self) -> dict[str, Callable[[str, Any], Any]]:
-        return {"weight_decay": check_number, "excluded_lr_scale": check_number, **self.hyperparameters}
+        return {"weight_decay": _check_weight_decay, "excluded_lr_scale": check_number, **self.hyperparameters}
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._constants().get(name)
@@ -291,11 +292,25 @@ def _check_dtypes(variables: Sequence[Any]) -> None:
             )
 
 
+def _check_weight_decay(argument: str, value: Any) -> float:
+    return 0.0 if value is None else check_number(argument, value)  # None is Keras's word for no decay
+
+
 def _check_learning_rate(value: Any) -> Any:
     """Return a number as a float, on which the base class insists; schedules, callables and saved configs pass."""
-    if callable(value) or isinstance(value, dict):
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule | dict):
         return value
-    return check_number("learning_rate", value)
+    if not callable(value):
+        return check_number("learning_rate", value)
+    with contextlib.suppress(ValueError):  # not every callable tells its parameters
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(value).parameters.values()
+        if any(p.kind in kinds and p.default is p.empty for p in parameters):
+            raise TypeError(
+                "A callable `learning_rate` takes no argument. Make a function of the update a "
+                f"`keras.optimizers.schedules.LearningRateSchedule`. Received: learning_rate={value!r}"
+            )
+    return value
 
 
 def _peak_of(learning_rate: Any) -> float:

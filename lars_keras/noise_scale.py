@@ -147,12 +147,24 @@ class NoiseScaleEstimator:
         Raises:
             ValueError: before two updates are added.
         """
-        return self._estimate(np.sum(self._ghost, axis=1), np.sum(self._mean, axis=1), confidence)
+        ghost, mean = self._added()
+        return self._estimate(ghost.sum(1), mean.sum(1), confidence)
 
     def by_variable(self, confidence: float = 0.95) -> list[NoiseScale]:
-        """Return the noise scale of each variable alone, in the order in which they were added."""
-        ghost, mean = np.array(self._ghost), np.array(self._mean)
+        """Return the noise scale of each variable alone, in the order of the vectors that were added.
+
+        Args:
+            confidence: level of the interval, in (0, 1).
+
+        Raises:
+            ValueError: before two updates are added.
+        """
+        ghost, mean = self._added()
         return [self._estimate(ghost[:, i], mean[:, i], confidence) for i in range(ghost.shape[1])]
+
+    def _added(self) -> tuple[np.ndarray, np.ndarray]:
+        _check_updates(len(self))
+        return np.array(self._ghost), np.array(self._mean)
 
     def _estimate(self, ghost: np.ndarray, mean: np.ndarray, confidence: float) -> NoiseScale:
         gradient, noise = unbiased(ghost, mean, self._b, self._B)
@@ -184,8 +196,7 @@ def ratio_with_interval(gradient: np.ndarray, noise: np.ndarray, confidence: flo
     Raises:
         ValueError: for fewer than two updates.
     """
-    if len(gradient) < 2:
-        raise ValueError(f"The noise scale needs at least 2 updates. Received: {len(gradient)}")
+    _check_updates(len(gradient))
     blocks = np.array_split(np.arange(len(gradient)), min(BLOCKS, len(gradient)))
     rest = np.array([[np.delete(v, b).mean() for v in (gradient, noise)] for b in blocks])
     g, s = float(gradient.mean()), float(noise.mean())
@@ -199,6 +210,11 @@ def ratio_with_interval(gradient: np.ndarray, noise: np.ndarray, confidence: flo
     reach = error * _student_quantile((1 + confidence) / 2, m - 1)
     value, low, high = (1.0 / x if x > 0 else math.inf for x in (inverse, inverse + reach, inverse - reach))
     return NoiseScale(value, low, high, g, s, len(gradient))
+
+
+def _check_updates(count: int) -> None:
+    if count < 2:
+        raise ValueError(f"The noise scale needs at least 2 updates. Received: {count}")
 
 
 def check_ghost_batches(ghost_batch: int, batch_size: int) -> None:

@@ -46,9 +46,8 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
         ) from e
     except OSError as e:
         raise UsageError(f"--run_dir={run_dir} cannot be written: {e.strerror or e}") from e
-    print(
-        "\ndry run passed; nothing was written" + (" but the copies of --cache=disk" if config.cache == "disk" else "")
-    )
+    copies = ", only the copies of --cache=disk" if config.cache == "disk" else ""
+    print(f"\ndry run passed; no run folder was written{copies}")
 
 
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:

@@ -78,6 +78,9 @@ class EstimatorTest(tf.test.TestCase, parameterized.TestCase):
         estimator = NoiseScaleEstimator(8, 64)
         estimator.add([1.0, 2.0], [0.5, math.nan])
         self.assertEmpty(estimator)
+        for of_none in (estimator.total, estimator.by_variable):
+            with self.assertRaisesRegex(ValueError, "at least 2 updates. Received: 0"):
+                of_none()
         with self.assertRaisesRegex(ValueError, "at least 2 updates"):
             estimator.add([1.0, 2.0], [0.5, 0.5])
             estimator.total()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 from absl import logging
 
 from lars_keras.files import atomic_write_text, local_path
@@ -33,6 +34,8 @@ class MetricsLog(keras.callbacks.Callback):
     Each evaluation adds
 
         {"event": "eval", "update": 18, "epoch": 3.0, "loss": ..., "top1": ..., "top5": ..., "n": 450}
+
+    `"top1"` and `"top5"` stand for the scalar metrics that the model was compiled with.
 
     and `note` adds
 
@@ -78,8 +81,7 @@ class MetricsLog(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._finished = batch + 1
         self._speed.record(self._finished, (logs or {}).get("data_wait", math.nan))
-        names = ("loss", "step_loss", "top1", "top5", "learning_rate")
-        values = {name: (logs or {}).get(name, math.nan) for name in names}
+        values = _scalars_of(logs or {}, "loss", "step_loss", "learning_rate")
         values["images_per_second"] = self._speed.images_per_second
         values["data_wait"] = self._speed.data_wait
         self._add("update", "train", values, {"seconds": self.seconds})
@@ -91,9 +93,8 @@ class MetricsLog(keras.callbacks.Callback):
         # A run resumed at an epoch's end may repeat the evaluation that it already logged.
         if logs and "val_loss" in logs and self._finished not in self._evaluated:
             self._evaluated.add(self._finished)
-            names = ("loss", "top1", "top5")
-            values = {name: logs.get(f"val_{name}", math.nan) for name in names}
-            self._add("eval", "validation", values, {"n": round(logs.get("val_n", 0))})
+            scores = {name.removeprefix("val_"): value for name, value in logs.items() if name.startswith("val_")}
+            self._add("eval", "validation", _scalars_of(scores, "loss"), {"n": round(scores.get("n", 0))})
         with self._or_without_tensorboard():
             for writer in self._writers.values():
                 writer.flush()
@@ -190,6 +191,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             logging.warning("%s: skipped a line that is not JSON: %.40r", path, line)
     return events
+
+
+def _scalars_of(logs: dict[str, Any], *always: str) -> dict[str, float]:
+    """Return the numbers among the logs; NaN for a name of `always` that is not there."""
+    found = {**dict.fromkeys(always, math.nan), **logs}
+    return {name: float(value) for name, value in found.items() if np.ndim(value) == 0 and name != "n"}
 
 
 def _line(event: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ class NoiseScaleLog(keras.callbacks.Callback):
         update_freq: updates between two lines.
 
     Raises:
-        ValueError: if `update_freq` is below 2.
+        ValueError: if `update_freq` is below 2; after the first update if the trainer measures no norms.
     """
 
     def __init__(self, trainer: "Trainer", log: MetricsLog | None = None, update_freq: int = 16):
@@ -52,6 +52,8 @@ class NoiseScaleLog(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         norms, finished = self._trainer.measures, batch + 1
+        if "ghost_gradient" not in norms:
+            raise ValueError("`NoiseScaleLog` needs the norms that `Trainer(noise_scale=True)` measures.")
         self._finished = finished
         for ghost, mean in zip(norms["ghost_gradient"], norms["gradient"], strict=True):
             if ghost.any():  # dynamic loss scaling measures nothing where it skips an update

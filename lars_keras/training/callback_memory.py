@@ -15,7 +15,7 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
 
 
 def check_callbacks(callbacks: Sequence[keras.callbacks.Callback], hosts: int) -> None:
-    """Refuse callbacks of Keras that save, and with which a run would go wrong.
+    """Refuse what is no callback, and callbacks of Keras that save and with which a run would go wrong.
 
     `BackupAndRestore` puts back the weights of an epoch, and leaves it to `model.fit` to skip the epochs.
     `ModelCheckpoint` on several hosts of JAX makes variables while it saves, which all hosts must do together.
@@ -27,6 +27,9 @@ def check_callbacks(callbacks: Sequence[keras.callbacks.Callback], hosts: int) -
     Raises:
         ValueError: if one of them is among the callbacks.
     """
+    for callback in callbacks:
+        if not hasattr(callback, "set_model"):
+            raise ValueError(f"`callbacks` must be Keras callbacks. Received: {callback!r}")
     if hosts > 1 and keras.backend.backend() == "jax":
         if any(isinstance(callback, keras.callbacks.ModelCheckpoint) for callback in callbacks):
             raise ValueError(

@@ -47,12 +47,12 @@ class Cluster(Protocol):
 
 
 def make_cluster(
-    name: str = "auto", *, replicas: int | None = None, tpu: str | None = None, shard_optimizer_state: bool = False
+    strategy: str = "auto", *, replicas: int | None = None, tpu: str | None = None, shard_optimizer_state: bool = False
 ) -> Cluster:
     """Make the cluster of a run. Call it before anything else touches the devices.
 
     Args:
-        name: one of `STRATEGIES`.
+        strategy: one of `STRATEGIES`.
             `"single"`: one GPU, or else the CPU; on JAX the first device.
             `"mirrored"`: all GPUs (on JAX all devices) of this machine, or the first `replicas` of them. Without an
             accelerator: `replicas` logical CPU devices, to try it anywhere.
@@ -73,9 +73,9 @@ def make_cluster(
         ValueError: if an argument has no meaning on this backend, or the devices it asks for are not there.
     """
     backend = keras.backend.backend()
-    if name not in STRATEGIES:
-        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}. Received: strategy={name!r}")
-    if name == "auto" and replicas and len(tf_config.workers()) > 1:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}. Received: strategy={strategy!r}")
+    if strategy == "auto" and replicas and len(tf_config.workers()) > 1:
         raise ValueError(
             'TF_CONFIG lists several workers, and `replicas` goes with `strategy="mirrored"` only. '
             f"Received: replicas={replicas}"
@@ -83,11 +83,11 @@ def make_cluster(
     if backend == "jax":
         from lars_keras.training.jax.cluster import make_jax_cluster
 
-        return make_jax_cluster(name, replicas, tpu, shard_optimizer_state)
+        return make_jax_cluster(strategy, replicas, tpu, shard_optimizer_state)
     if backend == "tensorflow":
         from lars_keras.training.tensorflow.cluster import make_tensorflow_cluster
 
-        return make_tensorflow_cluster(name, replicas, tpu, shard_optimizer_state)
+        return make_tensorflow_cluster(strategy, replicas, tpu, shard_optimizer_state)
     raise _unknown(backend)
 
 

@@ -49,11 +49,8 @@ class CompiledState:
             if not changed and _same(self._trainable, model.trainable_variables):
                 return
             name = changed[-1].name if changed else "variables of a layer"
-            what = f"was frozen or unfrozen in part: {name} has another `trainable`"
-        raise ValueError(
-            f"Since it was compiled, the model {what}. Call `model.compile` again, with a new optimizer, so that "
-            "training takes note of it."
-        )
+            what = f"was frozen or unfrozen in part: `trainable` of {name} has changed"
+        raise ValueError(f"Since it was compiled, the model {what}. Call `model.compile` again, with a new optimizer.")
 
 
 def check_optimizer(model: keras.Model) -> None:

@@ -8,7 +8,7 @@ from lars_keras.training.compiled_state import CompiledState, check_optimizer
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, element_spec
 from lars_keras.training.loss_terms import check_terms
-from lars_keras.training.overrides import check_loss, check_overrides
+from lars_keras.training.overrides import check_loss, check_overrides, check_targets
 
 
 class CurrentEngine:
@@ -51,12 +51,13 @@ class CurrentEngine:
             *first_update: 0 where `data` is for training.
 
         Raises:
-            ValueError: if the model was compiled again and cannot be trained; if layers were added or removed without
-                another `compile`.
+            ValueError: if the model was compiled again and cannot be trained; if the data lack targets; if layers were
+                added or removed without another `compile`.
         """
         if self.engine is None or not self.is_current():
             self._check_model()
             spec = element_spec(data, self._cluster.input_context(), *first_update)
+            check_targets(self._model, spec)
             self.engine = self._tried_for = None  # before another is made, for its memory
             self.engine = self._class(*self._arguments, spec)
             self._built_for = CompiledState(self._model)

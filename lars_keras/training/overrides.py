@@ -1,5 +1,7 @@
 """Parts of a model that `Trainer` cannot take, because it would train or score something else."""
 
+from typing import Any
+
 import keras
 
 # `Trainer` calls none of these, so what a model does in them would be lost without a word.
@@ -18,10 +20,10 @@ _NEVER_CALLED = (
 
 
 def check_overrides(model: keras.Model) -> None:
-    """Refuse a model with a training or evaluation step of its own, which `Trainer` would not call.
+    """Refuse a model with a training or evaluation step of its own, which `Trainer` would not call, or an eager one.
 
     Raises:
-        ValueError: if there is one; the message names it.
+        ValueError: if there is one; the message names it. If the model was compiled with `run_eagerly`.
     """
     own = [name for name in _NEVER_CALLED if is_overridden(model, name)]
     if own:
@@ -29,6 +31,11 @@ def check_overrides(model: keras.Model) -> None:
             "`Trainer` takes the place of Keras's training and evaluation loops, and calls none of a model's own: "
             f"{', '.join(own)}. Put the objective into `compute_loss` or `add_loss`, and metrics into `compile` or "
             f"`compute_metrics`; or train with `model.fit`. Received: model of type {type(model).__name__}"
+        )
+    if getattr(model, "run_eagerly", False):
+        raise ValueError(
+            "`Trainer` compiles its step, so it cannot run eagerly. Compile the model without `run_eagerly`, or debug "
+            "it in `model.fit`. Received: run_eagerly=True"
         )
 
 
@@ -45,6 +52,21 @@ def check_loss(model: keras.Model) -> None:
                 'The loss must be the mean over the batch, reduction="sum_over_batch_size". '
                 f"Received: {type(loss).__name__}(reduction={reduction!r})"
             )
+
+
+def check_targets(model: keras.Model, spec: Any) -> None:
+    """Refuse data without targets for a compiled loss, which needs them.
+
+    Args:
+        model: compiled.
+        spec: of a batch, a tuple.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    compares = any(loss is not None for loss in keras.tree.flatten(model.loss))
+    if compares and isinstance(spec, tuple) and len(spec) < 2 and not is_overridden(model, "compute_loss"):
+        raise ValueError("The loss needs targets: pass `y`, or batches of `(x, y)`. Received: batches of `(x,)`")
 
 
 def is_overridden(model: keras.Model, name: str) -> bool:

@@ -22,6 +22,7 @@ from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions, as_log
 from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.position import Position
+from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import EmaWeights, check_identity, finalize, identity_of, inner_optimizer
@@ -53,7 +54,8 @@ class Trainer:
         batch_size: global batch: examples in an update.
         microbatch_size: examples that one replica takes through the model at once; a divisor of
             `batch_size / replicas`, which is the default and the maximum.
-        steps_per_execution: updates that run without returning to Python. Callbacks see the last of them.
+        steps_per_execution: updates that run without returning to Python. Callbacks see the last of them. By default
+            as the model was compiled.
         jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU, and all layers of
             the model allow it. JAX always compiles.
         variable_norms: measure the norms of each variable and its gradient in every update; see `measures`.
@@ -90,7 +92,7 @@ class Trainer:
         *,
         batch_size: int,
         microbatch_size: int | None = None,
-        steps_per_execution: int = 1,
+        steps_per_execution: int | None = None,
         jit_compile: bool | str = "auto",
         variable_norms: bool = False,
         reduce_dtype: str = "float32",
@@ -99,11 +101,14 @@ class Trainer:
     ):
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
-        batch_size = check_count("batch_size", batch_size)
-        microbatch_size = (
-            microbatch_size if microbatch_size is None else check_count("microbatch_size", microbatch_size)
-        )
+        batch_size = check_count("batch_size", batch_size, at_least=1)
+        if microbatch_size is not None:
+            microbatch_size = check_count("microbatch_size", microbatch_size, at_least=1)
+        if steps_per_execution is None:
+            steps_per_execution = getattr(model, "steps_per_execution", 1)
         steps_per_execution = check_count("steps_per_execution", steps_per_execution, at_least=1)
+        if jit_compile not in (True, False, "auto"):
+            raise ValueError(f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}')
         self.model, self.batch_size, self.steps_per_execution = model, batch_size, steps_per_execution
         self.cluster = cluster_of(model)
         self.replicas = self.cluster.replicas
@@ -223,7 +228,7 @@ class Trainer:
             logging.warning("The saved run had its examples in another order; the resumed one does not go on exactly.")
         position.order = order
         callback_list = keras.callbacks.CallbackList(
-            [*callbacks, *([keras.callbacks.ProgbarLogger()] if verbose else [])],
+            [*callbacks, *([ProgressBar(ends)] if verbose else [])],
             add_history=True,
             model=self.model,
             epochs=len(ends),

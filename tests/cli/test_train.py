@@ -174,7 +174,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             r"37 images once each, 11 places of padding in 3 batches",
             r"16 images in .* s, with compiling",
             r"the same bits",
-            r"dry run passed; nothing was written",
+            r"dry run passed; no run folder was written",
         ):
             self.assertRegex(out, line)
 

@@ -80,7 +80,7 @@ class HyperparametersTest(parameterized.TestCase):
     @parameterized.parameters(
         (LARS, {"momentum": 1.0}),
         (LARS, {"variant": "norm-of-sum"}),
-        (LARS, {"weight_decay": None}),
+        (LARS, {"weight_decay": -1.0}),
         (LARS, {"excluded_lr_scale": -1.0}),
         (LARS, {"nesterov": "False"}),
         (LARS, {"trust_clip": None}),
@@ -93,6 +93,23 @@ class HyperparametersTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, f"`{name}` must be .*Received: {name}="):
             setattr(optimizer, name, value)
         self.assertEqual(optimizer.get_config()[name], optimizer_class().get_config()[name])
+
+    @parameterized.parameters(LARS, LAMB)
+    def test_none_is_no_decay(self, optimizer_class):
+        """As in Keras's optimizers."""
+        optimizer = optimizer_class(weight_decay=None)
+        self.assertEqual(optimizer.weight_decay, 0.0)
+        self.assertEqual(optimizer_class.from_config(optimizer.get_config()).weight_decay, 0.0)
+
+    @parameterized.parameters(LARS, LAMB)
+    def test_function_of_the_update_is_no_rate(self, optimizer_class):
+        with self.assertRaisesRegex(TypeError, "LearningRateSchedule"):
+            optimizer_class(lambda step: 0.1)
+        self.assertEqual(float(optimizer_class(lambda: 0.25).learning_rate), 0.25)
+
+    def test_no_exclusions_have_one_spelling(self):
+        with self.assertRaisesRegex(ValueError, r"`exclude` must be .*\(\) for none. Received: exclude=None"):
+            LARS(exclude=None)
 
     def test_nesterov_set_where_it_is_not_defined(self):
         optimizer = LARS(0.1, variant="ratio_on_momentum")

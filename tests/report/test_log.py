@@ -9,6 +9,7 @@ import tempfile
 from unittest import mock
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from lars_keras.report import log as log_module
@@ -169,6 +170,18 @@ class MetricsLogTest(tf.test.TestCase):
         self.assertIsNone(events[0]["images_per_second"])
         score = {"loss": 0.25, "top1": 0.9725, "top5": 0.999, "n": 450}
         self.assertEqual(events[3], {"event": "eval", "update": 3, "epoch": 1.0, **score})
+
+    def test_metrics_of_a_model_of_ones_own(self):
+        log = log_module.MetricsLog(self.run_dir, self.clock)
+        log.set_params({"batch_size": BATCH, "first_update": 0, "steps_per_epoch": PER_EPOCH})
+        log.on_train_begin()
+        log.on_train_batch_end(0, {"loss": 1.0, "auc": np.float32(0.5), "f1": np.ones(3), "data_wait": 0.0})
+        log.on_epoch_end(0, {"loss": 1.0, "val_loss": 2.0, "val_auc": 0.75, "val_f1": np.ones(3), "val_n": 8.0})
+        log.on_train_end()
+        update, score = self.read()
+        self.assertEqual((update["loss"], update["auc"], update["step_loss"]), (1.0, 0.5, None))
+        self.assertEqual(score, {"event": "eval", "update": 1, "epoch": 1 / 3, "loss": 2.0, "auc": 0.75, "n": 8})
+        self.assertNoCommonElements(update, ("f1", "top1", "n"))
 
     def test_resume_replaces_what_came_after(self):
         self.run_log()
