@@ -100,8 +100,8 @@ def _text(
         ("model", f"{config.model}, {model.count_params():,} parameters, {config.precision}"),
         (
             "batch",
-            f"{config.batch_size} = {_count(trainer.replicas, 'replica')} x "
-            f"{_count(trainer.accumulation_steps, 'micro-batch', 'es')} x "
+            f"{config.batch_size} = {count(trainer.replicas, 'replica')} x "
+            f"{count(trainer.accumulation_steps, 'micro-batch', 'es')} x "
             f"{trainer.microbatch_size} examples ({trainer.cluster.description})",
         ),
         ("length", f"{total:,} updates = {total / per_epoch:.4g} epochs of {per_epoch:.4g}"),
@@ -111,7 +111,7 @@ def _text(
             f"{config.schedule}, warm-up {config.warmup_updates(data.num_train)} updates: {rate[0]:.4g} at update 1, "
             f"{rate[peak]:.4g} at {peak + 1}, {rate[-1]:.4g} at {total}",
         ),
-        ("evaluation", f"every {_count(config.eval_every, 'epoch')}, all {data.num_test:,} {scored} images once each"),
+        ("evaluation", f"every {count(config.eval_every, 'epoch')}, all {data.num_test:,} {scored} images once each"),
         ("results", f"{run_dir}/"),
         *(("resumed", note) for note in notes),
     ]
@@ -119,7 +119,7 @@ def _text(
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if isinstance(optimizer, LARS):
         steps = _relative_steps(config, rate)
-        step = f"up to {steps.max():.2g} of a layer's norm an update, {steps.sum():.4g} in the run"
+        step = f"an update moves a layer by up to {steps.max():.2g} of its norm, all updates by {steps.sum():.4g}"
         lines.insert(6, f"  {'step':<11}{step}")
     if isinstance(optimizer, LayerwiseOptimizer):
         lines += ["", *_layers(optimizer)]
@@ -161,5 +161,6 @@ def _layers(optimizer: LayerwiseOptimizer) -> list[str]:
     return lines
 
 
-def _count(n: int, word: str, plural: str = "s") -> str:
+def count(n: int, word: str, plural: str = "s") -> str:
+    """Return a number with its word, such as "2 epochs"."""
     return f"{n:,} {word}{'' if n == 1 else plural}"

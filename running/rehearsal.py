@@ -18,7 +18,7 @@ from lars_keras.data import ImageData
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.training.trainer import Trainer
-from running.plan import Plan
+from running.plan import Plan, count
 
 MIB = 2**20
 
@@ -82,6 +82,7 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
     image = math.prod(data.image_shape)
     batches = math.ceil(data.num_test / (micro * trainer.replicas))
     padding = batches * micro * trainer.replicas - data.num_test
+    passes = count(batches, "batch", "es")
     checkpoint = _checkpoint_bytes(trainer)
     device = {
         "weights": _bytes(model.variables),
@@ -96,9 +97,11 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
     return [
         *rows,
         ("in all per device", f"{sum(device.values()) / MIB:,.1f} MiB"),
-        ("shuffle memory", "0 MiB: the order of examples is computed"),
         ("checkpoint", f"{checkpoint / MIB:,.1f} MiB, {config.keep_checkpoints} kept"),
-        ("evaluation", f"{data.num_test:,} images once each, {padding:,} places of padding in {batches:,} batches"),
+        (
+            "evaluation",
+            f"{data.num_test:,} images once each, in {passes} with {padding:,} padded",
+        ),
     ]
 
 

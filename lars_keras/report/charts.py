@@ -115,23 +115,23 @@ class _Curve:
         return int(np.isfinite(self.y).sum())
 
 
-def curves(updates: Events, evals: Events) -> list[Chart]:
+def curves(updates: Events, evals: Events, scored: str) -> list[Chart]:
     """Draw loss, top-1, top-5 and learning rate over updates.
 
     Args:
         updates: `update` events of a log: the last update of each call of the training function.
         evals: `eval` events of a log.
+        scored: name of the images that they score.
     """
     window = len(updates) // 50
     loss = [_Curve.of("training, each logged update", TRAIN, updates, "step_loss", faint=window > 1)]
     if window > 1:
         x, y = (np.convolve(v, np.full(window, 1 / window), "valid") for v in (loss[0].x, loss[0].y))
         loss.append(_Curve(f"training, mean of {window} logged updates", TRAIN, x, y))
-    charts = [_chart("Loss", [*loss, _Curve.of("validation", VALIDATION, evals, "loss")])]
+    charts = [_chart("Loss", [*loss, _Curve.of(scored, VALIDATION, evals, "loss")])]
     for title, name in (("Top-1", "top1"), ("Top-5", "top5")):
         training = _Curve.of("training, since the epoch began", TRAIN, updates, name)
-        validation = _Curve.of("validation", VALIDATION, evals, name)
-        charts.append(_chart(title, [training, validation], percent=True))
+        charts.append(_chart(title, [training, _Curve.of(scored, VALIDATION, evals, name)], percent=True))
     return [*charts, _chart("Learning rate", [_Curve.of("of each logged update", TRAIN, updates, "learning_rate")])]
 
 

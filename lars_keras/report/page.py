@@ -41,6 +41,7 @@ def write_report(run_dir: str | os.PathLike[str], results: dict[str, Any] | None
     )
     layers = config.get("layer_plan", [])
     score = results or (evals[-1] if evals else {})
+    scored = "validation" if config.get("validation_split") else "test"
     page = render(
         TEMPLATES / "report.html",
         title=_title(config, run_dir),
@@ -53,7 +54,8 @@ def write_report(run_dir: str | os.PathLike[str], results: dict[str, Any] | None
             *config.get("warnings", []),
             *(f"Update {e['update']}: {e['text']}" for e in notes),
         ],
-        curves=curves(updates, evals),
+        scored=scored,
+        curves=curves(updates, evals, scored),
         evaluations=_evaluations(updates, evals),
         noise=summary(noise, layers),
         noise_chart=noise_scale_chart(noise) if noise else None,

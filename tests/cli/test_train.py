@@ -171,7 +171,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             r"rate, peak +1 at update 1",
             r"rate, last .* at update 30",
             r"optimizer per device +0\.8 MiB",
-            r"37 images once each, 11 places of padding in 3 batches",
+            r"37 images once each, in 3 batches with 11 padded",
             r"16 images in .* s, with compiling",
             r"the same bits",
             r"dry run passed; no run folder was written",

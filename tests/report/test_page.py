@@ -111,7 +111,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         for text in (
             "alexnet_small on digits: lars, batch 8192",
             "Finished.",
-            "Top-1, top-5 and loss: held-out images,\n450 scored, each exactly once.",
+            "Top-1, top-5 and loss: test images,\n450 scored, each exactly once.",
             "The rate is 100 times off & so on.",
             "8192 = 16 x <i>512</i>",
             "<b>conv1</b>/kernel",
@@ -130,7 +130,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         self.assertLen(charts, 4)
         self.assertEqual(
             charts[1]["aria-label"],
-            "Top-1 over optimizer updates. Last values: training, since the epoch began 50.00 %; validation 97.25 %.",
+            "Top-1 over optimizer updates. Last values: training, since the epoch began 50.00 %; test 97.25 %.",
         )
         ids = [attrs["id"] for _, attrs in page.starts if "id" in attrs]
         self.assertLen(set(ids), len(ids))
@@ -165,7 +165,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
             page.texts,
         )
         self.assertIn(
-            "Top-1, top-5 and loss: held-out images after update 6,\n450 scored, each exactly once.",
+            "Top-1, top-5 and loss: test images after update 6,\n450 scored, each exactly once.",
             page.texts,
         )
 
@@ -176,7 +176,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         page = self.page()
         self.assertIn("No evaluation is logged yet.", page.texts)
         self.assertIn("The run folder has no flags.txt.", page.texts)
-        missing = "Nothing to draw yet for: validation."
+        missing = "Nothing to draw yet for: test."
         self.assertEqual(page.texts.count(missing), 3 if updates else 0)
         self.assertLen([tag for tag, _ in page.starts if tag == "svg"], 4 if updates else 0)
 
