@@ -275,9 +275,9 @@ def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_l
     excluded = [role.path for role in roles if not role.adapt and role.lr_scale]
     if raw_rate > MAX_RAW_RATE and excluded and not any(role.normalizes for role in roles):
         warnings.warn(
-            f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and no normalization layer "
-            f"bounds what they do: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Such a network "
-            f"rarely trains at a rate above {MAX_RAW_RATE:g} there. Set `excluded_lr_scale=0.05`, for a rate of up to "
+            f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and the model has no "
+            f"normalization layer: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Such models "
+            f"usually diverge above {MAX_RAW_RATE:g}. Set `excluded_lr_scale=0.05`, for a rate of up to "
             f"{0.05 * peak_rate:g}, or adapt them by `exclude=()`. Received: excluded_lr_scale={excluded_lr_scale:g}",
             stacklevel=3,
         )

@@ -342,7 +342,9 @@ class RawRateTest(parameterized.TestCase):
         keras.optimizers.schedules.PiecewiseConstantDecay([5, 9], [2.0, 14.0, 1.0]),
     )
     def test_biases_without_normalization(self, rate):
-        message = r"up to 14, and no normalization.*net/stem/bias, net/head/bias.*`excluded_lr_scale=0.05`.*up to 0\.7"
+        message = (
+            r"up to 14, .*has no normalization.*net/stem/bias, net/head/bias.*`excluded_lr_scale=0.05`.*up to 0\.7"
+        )
         with self.assertWarnsRegex(UserWarning, message):
             self.build(*two_layers().layers, learning_rate=rate)
 
