@@ -391,7 +391,7 @@ class SecondPhaseTest(parameterized.TestCase, tf.test.TestCase):
         trainer.fit(data, verbose=0)
         model.layers[0].trainable = True
         trainer.evaluate(data)
-        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: back has another .*`model.compile` again"):
+        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: `trainable` of back .*`model.compile` again"):
             trainer.fit(data, verbose=0)
         model.compile(model.optimizer, "mse")  # it knows two variables
         with self.assertRaisesRegex(ValueError, "optimizer was built for 2 variables.*the 4 trainable.*new optimizer"):
@@ -403,7 +403,7 @@ class SecondPhaseTest(parameterized.TestCase, tf.test.TestCase):
             def on_epoch_end(self, epoch, logs=None):
                 self.model.layers[0].trainable = False
 
-        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: back"):
+        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: `trainable` of back"):
             trainer.fit(data, epochs=2, callbacks=[Freezes()], verbose=0)
         compiles = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: model.compile("sgd", "mse"))
         model.compile("sgd", "mse")
