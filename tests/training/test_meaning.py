@@ -391,7 +391,9 @@ class SecondPhaseTest(parameterized.TestCase, tf.test.TestCase):
         trainer.fit(data, verbose=0)
         model.layers[0].trainable = True
         trainer.evaluate(data)
-        with self.assertRaisesRegex(ValueError, "frozen or unfrozen in part: `trainable` of back .*`model.compile` again"):
+        with self.assertRaisesRegex(
+            ValueError, "frozen or unfrozen in part: `trainable` of back .*`model.compile` again"
+        ):
             trainer.fit(data, verbose=0)
         model.compile(model.optimizer, "mse")  # it knows two variables
         with self.assertRaisesRegex(ValueError, "optimizer was built for 2 variables.*the 4 trainable.*new optimizer"):
