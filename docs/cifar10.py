@@ -19,11 +19,12 @@ from lars_keras.training import Trainer
 # %% [markdown]
 # ## Data
 #
-# The small form: a fifth of the training images, a fifth of the test images. `IMAGES = 50_000` takes all, and five
-# times as long.
+# The small form: about a fifth of the images. The 10,240 training images are 40 batches of 256, or 5 of 2,048, with
+# none left over: `Trainer` leaves out the last partial batch of an epoch. `IMAGES = 50_000` takes all, and five times
+# as long.
 
 # %%
-IMAGES, EPOCHS = 10_000, 8
+IMAGES, EPOCHS = 10_240, 8
 (images, labels), (test_images, test_labels) = keras.datasets.cifar10.load_data()
 train = images[:IMAGES], labels[:IMAGES, 0].astype("int32")
 test = test_images[: IMAGES // 5], test_labels[: IMAGES // 5, 0].astype("int32")
@@ -35,7 +36,7 @@ test = test_images[: IMAGES // 5], test_labels[: IMAGES // 5, 0].astype("int32")
 # the batch size, and only the size of the update differs between runs.
 #
 # At batch 2,048 an epoch has an eighth of the updates. Each has to go further, so the rates are larger. They rise
-# linearly for a fifth of the run, then fall to 0.
+# linearly for a fifth of the run, then fall to 0. `Trainer` takes `EPOCHS * (IMAGES // batch)` updates.
 
 # %%
 GHOST, SMALL, LARGE = 64, 256, 2048
@@ -52,7 +53,7 @@ def network():
 
 def trained(optimizer, batch, peak, callbacks=(), **options):
     """Return a trainer after all epochs. `optimizer` makes one from a schedule."""
-    updates = -(-EPOCHS * IMAGES // batch)
+    updates = EPOCHS * (IMAGES // batch)
     rate = schedules.WarmupPolynomial(peak, warmup_updates=updates // 5, total_updates=updates)
     model, loss = network(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer(rate), loss, weighted_metrics=["accuracy"])

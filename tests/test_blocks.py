@@ -30,7 +30,7 @@ SCALED = {
     "docs/noise_scale.md": {"batch_size=512, microbatch_size=64": "batch_size=64, microbatch_size=16"},
     "docs/quickstart.py": {"3 * 60": "3 * 30", "epochs=60": "epochs=30", "120": "60"},
     "docs/cifar10.py": {
-        "IMAGES, EPOCHS = 10_000, 8": "IMAGES, EPOCHS = 160, 3",
+        "IMAGES, EPOCHS = 10_240, 8": "IMAGES, EPOCHS = 160, 3",
         "GHOST, SMALL, LARGE = 64, 256, 2048": "GHOST, SMALL, LARGE = 16, 32, 64",
         "trained(momentum, SMALL, 0.05)\ntrained(momentum, LARGE, 0.4)\n": "",
         "trained(lars, SMALL, 10.0, ": "trainer = trained(lars, SMALL, 10.0, ",
