@@ -67,8 +67,9 @@ def trained(optimizer, batch, peak, callbacks=(), **options):
 # %% [markdown]
 # ## Momentum
 #
-# A rate of 0.05 is good at batch 256. Eight times the batch asks for eight times the rate, by the rule of linear
-# scaling. Here that is too much. A rate of 0.1 is better, and still far from what the small batch reaches.
+# A learning rate of 0.05 is good at batch 256. Eight times the batch asks for eight times the rate, by the rule of
+# linear scaling. Here that is too much. A learning rate of 0.1 is better, and still far from what the small batch
+# reaches.
 
 
 # %%
@@ -83,13 +84,13 @@ trained(momentum, LARGE, 0.1)
 # %% [markdown]
 # ## LARS, and the noise scale on the way
 #
-# LARS multiplies the rate of each layer by its trust ratio, a thousandth of the norm of its weights over the norm of
-# its gradient. So at a rate of 20 the gradient moves a layer by about 2 % of the layer's norm, however large the
-# gradient is. That is why the rates of LARS look so large.
+# LARS multiplies the learning rate of each layer by its trust ratio, a thousandth of the norm of its weights over the
+# norm of its gradient. So at a rate of 20 one gradient moves a layer by 2 % of the layer's norm, however large the
+# gradient is. With momentum 0.9, an update moves it by at most 20 %. That is why the rates of LARS look so large.
 #
-# The callback estimates the *gradient noise scale* every two epochs: at a batch of that size, an example teaches half
-# of what it does in a very small batch. The estimate compares the ghost batches of an update, which are computed
-# anyway.
+# The callback estimates the *gradient noise scale* every two epochs: at a batch of that size, each example contributes
+# half as much progress as in a very small batch. The estimate compares the ghost batches of an update, which are
+# computed anyway.
 
 
 # %%
