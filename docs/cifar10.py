@@ -117,10 +117,10 @@ for row in trainer.model.optimizer.layer_plan():
 # %% [markdown]
 # ## What to make of it
 #
-# Here, at batch 256, the two are about equal. At 2,048 both lose, because they take an eighth of the updates. LARS
-# loses less. The noise scale is a hint of that: for most of the run the
-# large batch is several times above it, so an example teaches much less. More epochs bring more updates. One seed of
-# a small network proves little.
+# At 2,048 both lose, because they take an eighth of the updates. Of three seeds that were tried, neither is ahead there
+# with all. The noise scale is a hint of the loss: for most of the run the large batch is several times above it, so
+# each example contributes much less. More epochs bring more updates. A small network at rates that were not tuned
+# proves little.
 #
 # A longer comparison took all images for 4 epochs, another network, and for each cell the best of several rates.
 # Top-1, one seed ([results](results.md#lars-and-momentum-on-cifar-10)):
@@ -136,5 +136,5 @@ for row in trainer.model.optimizer.layer_plan():
 # ## Next
 #
 # - [Which optimizer, which batch size?](choosing.md), and [the noise scale](noise_scale.md)
-# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 and 4,096 on all of CIFAR-10
+# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 to 8,192 on all of CIFAR-10
 # - [First minutes on a TPU](tpu.ipynb)
