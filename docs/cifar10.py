@@ -19,11 +19,12 @@ from lars_keras.training import Trainer
 # %% [markdown]
 # ## Data
 #
-# The small form: a fifth of the training images, a fifth of the test images. `IMAGES = 50_000` takes all, and five
-# times as long.
+# The small form: about a fifth of the images. The 10,240 training images are 40 batches of 256, or 5 of 2,048, with
+# none left over: `Trainer` leaves out the last partial batch of an epoch. `IMAGES = 50_000` takes all, and five times
+# as long.
 
 # %%
-IMAGES, EPOCHS = 10_000, 8
+IMAGES, EPOCHS = 10_240, 8
 (images, labels), (test_images, test_labels) = keras.datasets.cifar10.load_data()
 train = images[:IMAGES], labels[:IMAGES, 0].astype("int32")
 test = test_images[: IMAGES // 5], test_labels[: IMAGES // 5, 0].astype("int32")
@@ -35,7 +36,7 @@ test = test_images[: IMAGES // 5], test_labels[: IMAGES // 5, 0].astype("int32")
 # the batch size, and only the size of the update differs between runs.
 #
 # At batch 2,048 an epoch has an eighth of the updates. Each has to go further, so the rates are larger. They rise
-# linearly for a fifth of the run, then fall to 0.
+# linearly for a fifth of the run, then fall to 0. `Trainer` takes `EPOCHS * (IMAGES // batch)` updates.
 
 # %%
 GHOST, SMALL, LARGE = 64, 256, 2048
@@ -52,7 +53,7 @@ def network():
 
 def trained(optimizer, batch, peak, callbacks=(), **options):
     """Return a trainer after all epochs. `optimizer` makes one from a schedule."""
-    updates = -(-EPOCHS * IMAGES // batch)
+    updates = EPOCHS * (IMAGES // batch)
     rate = schedules.WarmupPolynomial(peak, warmup_updates=updates // 5, total_updates=updates)
     model, loss = network(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer(rate), loss, weighted_metrics=["accuracy"])
@@ -66,8 +67,9 @@ def trained(optimizer, batch, peak, callbacks=(), **options):
 # %% [markdown]
 # ## Momentum
 #
-# A rate of 0.05 is good at batch 256. Eight times the batch asks for eight times the rate, by the rule of linear
-# scaling. Here that is too much. A rate of 0.1 is better, and still far from what the small batch reaches.
+# A learning rate of 0.05 is good at batch 256. Eight times the batch asks for eight times the rate, by the rule of
+# linear scaling. Here that is too much. A learning rate of 0.1 is better, and still far from what the small batch
+# reaches.
 
 
 # %%
@@ -82,13 +84,13 @@ trained(momentum, LARGE, 0.1)
 # %% [markdown]
 # ## LARS, and the noise scale on the way
 #
-# LARS multiplies the rate of each layer by its trust ratio, a thousandth of the norm of its weights over the norm of
-# its gradient. So at a rate of 20 the gradient moves a layer by about 2 % of the layer's norm, however large the
-# gradient is. That is why the rates of LARS look so large.
+# LARS multiplies the learning rate of each layer by its trust ratio, a thousandth of the norm of its weights over the
+# norm of its gradient. So at a rate of 20 one gradient moves a layer by 2 % of the layer's norm, however large the
+# gradient is. With momentum 0.9, an update moves it by at most 20 %. That is why the rates of LARS look so large.
 #
-# The callback estimates the *gradient noise scale* every two epochs: at a batch of that size, an example teaches half
-# of what it does in a very small batch. The estimate compares the ghost batches of an update, which are computed
-# anyway.
+# The callback estimates the *gradient noise scale* every two epochs: at a batch of that size, each example contributes
+# half as much progress as in a very small batch. The estimate compares the ghost batches of an update, which are
+# computed anyway.
 
 
 # %%
@@ -115,10 +117,10 @@ for row in trainer.model.optimizer.layer_plan():
 # %% [markdown]
 # ## What to make of it
 #
-# Here, at batch 256, the two are about equal. At 2,048 both lose, because they take an eighth of the updates. LARS
-# loses less. The noise scale is a hint of that: for most of the run the
-# large batch is several times above it, so an example teaches much less. More epochs bring more updates. One seed of
-# a small network proves little.
+# At 2,048 both lose, because they take an eighth of the updates. Of three seeds that were tried, neither is ahead there
+# with all. The noise scale is a hint of the loss: for most of the run the large batch is several times above it, so
+# each example contributes much less. More epochs bring more updates. A small network at rates that were not tuned
+# proves little.
 #
 # A longer comparison took all images for 4 epochs, another network, and for each cell the best of several rates.
 # Top-1, one seed ([results](results.md#lars-and-momentum-on-cifar-10)):
@@ -134,5 +136,5 @@ for row in trainer.model.optimizer.layer_plan():
 # ## Next
 #
 # - [Which optimizer, which batch size?](choosing.md), and [the noise scale](noise_scale.md)
-# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 and 4,096 on all of CIFAR-10
+# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 to 8,192 on all of CIFAR-10
 # - [First minutes on a TPU](tpu.ipynb)

@@ -21,8 +21,9 @@ train, test = (images[:1347], labels[:1347]), (images[1347:], labels[1347:])
 # %% [markdown]
 # ## The optimizer in your own `compile`
 #
-# The rates of LARS are large, because each layer's step is multiplied by its trust ratio of about 1/1000. Biases are
-# not adapted, and would take the whole rate. Where no batch normalization follows them, they need a factor of 0.05.
+# The learning rates of LARS are large, because each layer's step is multiplied by its trust ratio,
+# `trust_coefficient * ||w|| / ||g||` with a coefficient of 1/1000. Biases are not adapted, and would take the whole
+# rate. Where no batch normalization follows them, they need a factor of 0.05.
 
 
 # %%

@@ -51,7 +51,7 @@ test_images, test_labels = images[1347:], labels[1347:]
 
 # %%
 BATCH, MICROBATCH, EPOCHS = 4096, 512, 12
-updates = EPOCHS * len(train_images) // BATCH
+updates = EPOCHS * (len(train_images) // BATCH)  # `Trainer` takes whole batches only
 keras.config.set_dtype_policy("mixed_bfloat16")
 layers = []
 for filters in (32, 64):

@@ -43,8 +43,8 @@ class LAMB(LayerwiseOptimizer):
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
             decayed: they take Adam's step. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and
             normalization variables and everything of rank 0 or 1. `()` excludes nothing, as `optax.lamb`.
-        exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
-        exclude_from_weight_decay: takes the place of `exclude` for the decay.
+        exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
+        exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
         name: name of the optimizer, `lamb`, `lamb_1`, ... by default.
         **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).

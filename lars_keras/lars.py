@@ -42,12 +42,12 @@ class LARS(LayerwiseOptimizer):
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`. Rates of LARS recipes are large (2 to
-            40), because the ratio is about 1e-3.
+            40), because `trust_coefficient` makes the steps small.
         momentum: `m`, in [0, 1).
         nesterov: look ahead along the momentum. Not defined for `"ratio_on_momentum"`.
         weight_decay: `b`; None is 0. It acts inside the rule only, never as the base class's decoupled decay. Without
             it the variables are adapted all the same.
-        trust_coefficient: `eta`.
+        trust_coefficient: `eta`. The ratio is `eta ||w|| / ||g||` without weight decay.
         epsilon: added to the denominator of the ratio.
         variant: which of the rules above.
         trust_clip: apply `min(ratio, lr)` in place of `lr * ratio` (the clip of LARC), so that the
@@ -55,8 +55,8 @@ class LARS(LayerwiseOptimizer):
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
             decayed. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and normalization variables and
             everything of rank 0 or 1. `()` excludes nothing, as the paper does.
-        exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
-        exclude_from_weight_decay: takes the place of `exclude` for the decay.
+        exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
+        exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted. Without it they take the raw
             global rate: 1 is what the published recipes for ResNet-50 do, whose convolutions have batch normalization.
             Biases of networks without normalization need 0.05 or lower; `build` warns of a high rate there.

@@ -48,8 +48,8 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
         weight_decay: as the rule uses it; never the base class's decoupled decay. None is 0.
         exclude: see `LARS`, as for the rest.
-        exclude_from_layer_adaptation: takes the place of `exclude` for the adaptation.
-        exclude_from_weight_decay: takes the place of `exclude` for the decay.
+        exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
+        exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
         **kwargs: arguments of `keras.optimizers.Optimizer`.
     """
@@ -266,7 +266,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> None:
     """Warn if biases of a network without normalization take a rate that no trust ratio makes smaller.
 
-    Variables that are not adapted move by the global rate, which is meant for trust ratios of about 1e-3. Beside
+    Variables that are not adapted move by the global rate, which is meant for a trust coefficient of 1e-3. Beside
     normalization layers that trains well: the published recipes for ResNet-50 do so at rates of 10 to 25. Without
     them, a small convolutional network on digits stays at chance at peak rates of 8 and 14. It reaches 92 % at 4, and
     at 14 with a factor of 0.05.

@@ -1,4 +1,4 @@
-"""Gradient noise scale: the batch size above which more examples teach little more.
+"""Gradient noise scale: the batch size above which more examples add little progress.
 
 An update averages the gradients of `n` ghost batches of `b` examples each; `B = b n`. With `g_b` the mean of the
 squared norms of the ghost-batch gradients, and `g_B` the squared norm of their mean, unbiased estimates of the
@@ -44,7 +44,7 @@ class NoiseScale:
     updates: int
 
     def efficiency(self, batch_size: int) -> float:
-        """Return how much an example teaches in a batch, relative to an example in a very small batch, in (0, 1].
+        """Return how much progress an example contributes in a batch, relative to a very small batch, in (0, 1].
 
         Source: McCandlish et al. 2018, equation 2.7: `1 / (1 + batch_size / noise scale)`.
         """
@@ -78,10 +78,10 @@ class NoiseScale:
         high = _count(self.high) if math.isfinite(self.high) else "no bound"
         text = f"Noise scale {_count(self.value)} ({_count(self.low)} to {high}) at epoch {epoch:.3g}: "
         if self.value < 1:
-            return f"{text}a batch of any size teaches less than twice what one example does."
+            return f"{text}a batch of any size makes less than twice the progress of one example."
         text += (
-            f"at batch {batch_size:,} an example teaches {_percent(self.efficiency(batch_size))} of what it does in a "
-            "small batch"
+            f"at batch {batch_size:,} each example contributes {_percent(self.efficiency(batch_size))} as much "
+            "progress as in a small batch"
         )
         other = 2 ** round(math.log2(self.value) - 0.5)
         if other < batch_size / 1.5:

@@ -1,7 +1,6 @@
 """Warm-up, decay and scaling of the learning rate, counted in optimizer updates.
 
-Update `t` is the `t`-th update of the weights, from 0. LARS, LAMB and `Trainer` count no micro-batches. Keras's own
-optimizers do with `gradient_accumulation_steps`, and go through a schedule that many times too fast.
+Steps are optimizer updates, from 0. Keras's own optimizers count micro-batches with `gradient_accumulation_steps`.
 """
 
 import abc

@@ -117,8 +117,8 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
     def test_sentence(self):
         self.assertEqual(
             self.found.describe(8192, 3),
-            "Noise scale 2,900 (2,400 to 3,500) at epoch 3: at batch 8,192 an example teaches 26 % of what it does in "
-            "a small batch; 2,048 would keep 59 %.",
+            "Noise scale 2,900 (2,400 to 3,500) at epoch 3: at batch 8,192 each example contributes 26 % as much "
+            "progress as in a small batch; 2,048 would keep 59 %.",
         )
         self.assertIn("1,024 would still keep 74 %", self.found.describe(256, 3))
         nothing = NoiseScale(math.inf, 500.0, math.inf, -1.0, 1.0, 10)
@@ -130,7 +130,7 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
         )
         self.assertEqual(
             NoiseScale(0.0, 0.0, 0.0, 1.0, 0.0, 10).describe(256, 3),
-            "Noise scale 0 (0 to 0) at epoch 3: a batch of any size teaches less than twice what one example does.",
+            "Noise scale 0 (0 to 0) at epoch 3: a batch of any size makes less than twice the progress of one example.",
         )
 
     def test_gain_is_adascale_s(self):

@@ -3,7 +3,8 @@
     python -m lars_keras.report.batch_size RUN_DIR 1024 4096 16384
 
 Reads the `noise_scale` lines of `RUN_DIR/metrics.jsonl`; a few hundred updates at a small batch are enough. For each
-batch size it proposes a learning rate, and the epochs and updates in which the same loss can be expected.
+batch size it proposes a learning rate, and the epochs and updates in which the same loss can be expected. Its column
+`progress` is how much an example contributes, relative to a very small batch.
 
 With noise scale `N`, and `gain = (1 + N / b) / (1 + N / B)` from batch `b` to batch `B`:
 
@@ -38,7 +39,7 @@ class Proposal:
 
     Attributes:
         batch_size: global batch.
-        efficiency: how much an example teaches, relative to a very small batch.
+        efficiency: how much progress an example contributes, relative to a very small batch.
         learning_rate: peak.
         epochs: length at which the same loss can be expected.
         updates: the same length.
@@ -146,7 +147,7 @@ def log_length(log: Sequence[dict[str, Any]]) -> int:
 
 def table(proposals: Sequence[Proposal]) -> str:
     """Return proposals as a table of text."""
-    head = f"{'batch':>8} {'teaches':>8} {'rate':>8} {'epochs':>8} {'updates':>8} {'warm-up':>8}"
+    head = f"{'batch':>8} {'progress':>8} {'rate':>8} {'epochs':>8} {'updates':>8} {'warm-up':>8}"
     rows = [
         f"{p.batch_size:>8,} {100 * p.efficiency:>6.0f} % {p.learning_rate:>8.4g} {p.epochs:>8.3g} {p.updates:>8,} "
         f"{p.warmup_updates:>8,}"

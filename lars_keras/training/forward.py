@@ -8,7 +8,7 @@ defined by that list alone:
 - Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
   the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
-- State that no layer assigns stays to the last bit. Frozen weights are not even summed.
+- State that no layer assigns is unchanged, bit for bit. Frozen weights are not even summed.
 - The scales and histories of float8 layers, whose "gradient" is their new value, become the largest of the new values.
   Their entries are largest absolute values, so that is what the whole batch would have given.
 

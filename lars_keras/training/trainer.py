@@ -162,7 +162,7 @@ class Trainer:
         sample_weight: Any = None,
         seed: int = 0,
     ) -> keras.callbacks.History:
-        """Train until update `ceil(epochs * steps_per_epoch)`, from the start or from where `restore` has put the run.
+        """Train until update `ceil(epochs * steps_per_epoch)`, from the start or from the restored position.
 
         Args:
             x: the data, in one of these forms:

@@ -95,12 +95,14 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
             lines = out.getvalue().splitlines()
             self.assertLen(lines, 3 * chief)
             for line, epoch in zip(lines, ("0.4", "0.8", "1"), strict=False):
-                self.assertRegex(line, f"^Noise scale [0-9,]+ .* at epoch {epoch}: at batch 256 an example teaches")
+                self.assertRegex(
+                    line, f"^Noise scale [0-9,]+ .* at epoch {epoch}: at batch 256 each example contributes"
+                )
 
     def test_summary(self):
         self.assertEmpty(noise.summary([], LAYERS))
         lines = noise.summary(self.log(400, 100), LAYERS)
-        self.assertRegex(lines[0], "^Noise scale [0-9,]+ .* at epoch 40: at batch 256 an example teaches")
+        self.assertRegex(lines[0], "^Noise scale [0-9,]+ .* at epoch 40: at batch 256 each example contributes")
         self.assertRegex(lines[1], "conv/kernel has the smallest noise scale, .* and head/kernel the largest")
 
     def test_report(self):
@@ -110,7 +112,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         )
         page = write_report(self.run_dir).read_text()
         self.assertIn("<h2>Noise scale</h2>", page)
-        self.assertIn("at batch 256 an example teaches", page)
+        self.assertIn("at batch 256 each example contributes", page)
         self.assertIn('aria-label="Noise scale over optimizer updates.', page)
 
     @parameterized.parameters(

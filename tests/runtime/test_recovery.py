@@ -191,7 +191,7 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
     def check_same_end(self, strategy, steps_per_execution, everywhere=False):
         """From some positions, or every second and the ends of epochs: the same weights, slots, metrics and logs.
 
-        On one device to the last bit; on two replicas, whose sums have no fixed order, within 1e-5.
+        On one device bit for bit; on two replicas, whose sums have no fixed order, within 1e-5.
         """
         tolerance = 1e-5 if strategy == "mirrored2" else 0
         whole = Whole(strategy, steps_per_execution)

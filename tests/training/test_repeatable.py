@@ -1,4 +1,4 @@
-"""A program that is traced again is the same program, to the last bit."""
+"""A program that is traced again is the same program, bit for bit."""
 
 import keras
 import numpy as np

@@ -39,7 +39,7 @@ def outcome(run_dir: Path) -> tuple[Arrays, Log]:
 
 
 def difference(a: tuple[Arrays, Log], b: tuple[Arrays, Log]) -> float:
-    """Return the largest relative difference of two outcomes: 0 only if they are the same to the last bit."""
+    """Return the largest relative difference of two outcomes: 0 only if they are the same bit for bit."""
     arrays, log = a
     other_arrays, other_log = b
     if list(arrays) != list(other_arrays) or len(log) != len(other_log):

@@ -45,7 +45,7 @@ class Cell:
         backend: Keras backend.
         processes: number of processes of a run.
         at_once: runs that are started on one folder.
-        tolerance: largest relative difference to a run that was not killed; 0 is to the last bit.
+        tolerance: largest relative difference to a run that was not killed; 0 is bit for bit.
         steps: updates of a run. Workers that share a processor wait for each other.
     """
 
