@@ -210,7 +210,7 @@ def phrases() -> dict[str, list[str]]:
     tuned, tuned_geometric, tuned_true_batch = (validation(*question) for question in questions)
     return {
         "README.md": [
-            f"comes within {fast_loss(4096, 8192)} points of 1,024",
+            f"comes within {fast_loss(4096, 8192)} points of 1,024, and at 16,384 within {fast_loss(16384)} points",
             f"momentum is {fast_gap(4096)} points behind LARS at 4,096",
             fast_table(),
             equal_epochs_table(),
@@ -227,6 +227,7 @@ def phrases() -> dict[str, list[str]]:
             f"{spread_of_rates('cifar10_fast', 'momentum')}",
             f"lie a factor of {steps_of_search('cifar10_fast')} apart",
             f"comes within {fast_loss(4096, 8192)} points of 1,024",
+            f"comes within {fast_loss(16384)} points. It takes",
             f"at 4,096, with {fast_top1('momentum', 4096)} after",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
@@ -243,6 +244,7 @@ def phrases() -> dict[str, list[str]]:
             f"8,192, where it contributes {efficiency('digits', 8192)}, LARS falls to {top1('digits', 'lars', 8192)}",
             f"`cifar10_fast_4k` reached {fast_top1('lars', 4096)}",
             f"with these settings reached {fast_top1('lars', 8192)}",
+            f"and 36 updates. That run reached {fast_top1('lars', 16384)}",
             f"small AlexNet: noise scale {halfway('cifar10')} halfway",
             f"4,096: noise scale {halfway('cifar10_fast_4k')} halfway, where an example contributes "
             f"{efficiency('cifar10_fast_4k', 4096)}",
