@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 from tqdm import tqdm
 
 from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.data.unreadable import reason_of
 from lars_keras.files import size_text
 
 if TYPE_CHECKING:
@@ -41,7 +43,18 @@ class InMemory:
                 "Set `cache` to disk or none. Received: cache=memory"
             )
         self._examples = examples
-        unreadable = lambda i: (tf.constant(b""), tf.constant(0, tf.int64))  # noqa: E731
+        self._reasons: dict[int, str] = {}  # why an image could not be read, by its number
+
+        def record(i: np.ndarray) -> bytes:
+            try:
+                examples.example(i)
+            except Exception as e:  # whatever a library makes of a damaged file
+                self._reasons[int(i)] = reason_of(e)
+            return b""
+
+        def unreadable(i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return tf.ensure_shape(tf.numpy_function(record, [i], tf.string), []), tf.constant(0, tf.int64)
+
         ids = tf.range(len(examples), dtype=tf.int64)
         self._images, self._labels = map_rows(examples.example, (ids,), cores(), unreadable)
 
@@ -49,7 +62,17 @@ class InMemory:
         return len(self._examples)
 
     def example(self, i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Read the encoded image and the label of example `i`, in a graph."""
+        """Return the encoded image and the label of example `i`, in a graph.
+
+        An image that could not be read is empty.
+
+        Raises:
+            OSError: outside a graph, if the image could not be read, with the reason.
+        """
+        import tensorflow as tf
+
+        if tf.executing_eagerly() and int(i) in self._reasons:
+            raise OSError(self._reasons[int(i)])
         return self._images[i], self._labels[i]
 
     def where(self, i: int) -> str:

@@ -6,10 +6,14 @@ import shutil
 import tempfile
 import unittest.mock
 
+import numpy as np
 import psutil
 import tensorflow as tf
 
 import lars_keras.data
+from lars_keras.data.cache import InMemory
+from lars_keras.data.folder import FolderExamples
+from lars_keras.data.image_files import ImageFileData
 from tests import prepared
 
 
@@ -62,6 +66,18 @@ class CacheTest(tf.test.TestCase):
             self.assertEqual(mask.sum(), 28)
             (found,) = data.unreadable_images.found
             self.assertStartsWith(found, "record 28 of ")
+
+    def test_memory_keeps_the_reason_of_the_read(self):
+        examples = FolderExamples([os.path.join(self.root, "gone.jpg")], np.zeros(1))
+        examples.nbytes = 0
+        data = ImageFileData("x", InMemory(examples), InMemory(examples), 1, image_size=24)
+        pathlib.Path(self.root, "gone.jpg").touch()  # too late: the files are read once
+        with self.assertLogs(level="ERROR"):
+            _, _, mask = next(data.test_batches(1).as_numpy_iterator())
+        self.assertAllEqual(mask, [0])
+        self.assertEqual(
+            data.unreadable_images.found, {examples.where(0): f"{examples.where(0)}; No such file or directory"}
+        )
 
     def test_where_there_is_no_room(self):
         with unittest.mock.patch.object(psutil, "virtual_memory", lambda: unittest.mock.Mock(available=1000)):
