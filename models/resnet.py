@@ -15,10 +15,11 @@ def resnet18(
     *,
     synchronized: bool,
 ) -> keras.KerasTensor:
-    """Build ResNet-18 for small images, as in kuangliu/pytorch-cifar.
+    """Build ResNet-18 for small images, with the layers of kuangliu/pytorch-cifar.
 
     A 3x3 stem without pooling precedes four stages of 2 basic blocks, with 64, 128, 256 and 512 channels. The last
-    three stages halve the image. Our choice: He initialization by fan-out.
+    three stages halve the image. Our choices: He initialization by fan-out; a 3x3 convolution with stride 2 pads an
+    image of even size by no row above and one below ("same"), not by one on each side.
     """
     build = _Builder(seeds, synchronized)
     x = build.conv_bn(x, 64, 3, name="{}1")
@@ -46,9 +47,13 @@ def resnet50(
     v1.5 puts the stride of a stage into the 3x3 convolution of its first block, not into the 1x1 before. The scale of
     the last batch normalization of each block starts at 0, so that every block starts as the identity (Goyal et al.
     2017, arXiv 1706.02677, section 5.1).
+
+    The stem pads by 3 on each side, as in the published networks. The pooling and the 3x3 convolutions with stride 2
+    pad an image of even size by no row above and one below ("same"), where the published networks pad by one on each
+    side.
     """
     build = _Builder(seeds, synchronized)
-    # Symmetric padding, as in the published networks; "same" would pad 2 and 3 pixels.
+    # "same" would pad 2 and 3 pixels.
     x = layers.ZeroPadding2D(3, name="pad1")(x)
     x = build.conv_bn(x, 64, 7, strides=2, padding="valid", name="{}1")
     x = layers.MaxPooling2D(3, 2, padding="same", name="pool1")(x)

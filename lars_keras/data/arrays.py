@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lars_keras.data.augment import shift_flip
-from lars_keras.data.base import ImageData, check_arguments, positions
+from lars_keras.data.base import AUGMENTS, ImageData, check_arguments, positions
 from lars_keras.data.keyed import Array
 from lars_keras.data.unreadable import UnreadableImages
 
 if TYPE_CHECKING:
     import tensorflow as tf
+
+_BLOCK = 2**20  # pixel values that are counted at once: each takes 8 bytes then
 
 
 class ArrayData(ImageData):
@@ -41,8 +43,8 @@ class ArrayData(ImageData):
         description: one line about the data.
 
     Raises:
-        ValueError: if images are not uint8 of rank 4, if labels do not match them, or if the images cannot be augmented
-            in the way asked for.
+        ValueError: if images are not uint8 of rank 4 and of one shape, if labels are no integers or do not match them,
+            or if the images cannot be augmented in the way asked for.
     """
 
     def __init__(
@@ -56,16 +58,15 @@ class ArrayData(ImageData):
         augment: str | None = None,
         description: str = "",
     ):
-        for images, labels in (train, test):
-            if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-                raise ValueError(
-                    "Images must be a non-empty uint8 array of shape (n, height, width, channels). "
-                    f"Received: {images.dtype} of shape {images.shape}"
-                )
-            if labels.shape != images.shape[:1]:
-                raise ValueError(f"Expected labels of shape {images.shape[:1]}. Received: {labels.shape}")
-            if labels.min() < 0 or labels.max() >= num_classes:
-                raise ValueError(f"Labels must be in range({num_classes}). Received: {labels.min()} to {labels.max()}")
+        for argument, split in (("train", train), ("test", test)):
+            _check_split(argument, *split, num_classes)
+        if test[0].shape[1:] != train[0].shape[1:]:
+            raise ValueError(
+                f"`test` must have images of the shape of those of `train`, {train[0].shape[1:]}. "
+                f"Received: images of shape {test[0].shape[1:]}"
+            )
+        if augment is not None and augment not in AUGMENTS:
+            raise ValueError(f"`augment` must be one of {', '.join(AUGMENTS)}. Received: augment={augment!r}")
         self._train = train[0], train[1].astype(np.int32)
         self._test = test[0], test[1].astype(np.int32)
         self._crop_flip = crop_flip
@@ -102,8 +103,13 @@ class ArrayData(ImageData):
         """Return an iterator over the batches of `train_batches` as arrays, without TensorFlow.
 
         RandAugment, mixup and cutmix do need TensorFlow.
+
+        Raises:
+            ValueError: as `train_batches`, and if `count` is negative.
         """
         check_arguments(batch_size, shard, seed, first)
+        if count is not None and count < 0:
+            raise ValueError(f"`count` must not be negative. Received: count={count}")
         kind = self.augment if augment else "none"
         if kind not in ("none", "crop_flip", "alternating_flip"):
             return super().train_numpy(batch_size, first=first, count=count, seed=seed, shard=shard)
@@ -159,12 +165,31 @@ class ArrayData(ImageData):
             }
 
 
+def _check_split(argument: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    """Raise a `ValueError` for arrays of `argument` that are no images and labels."""
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"`{argument}` must have images in a non-empty uint8 array of shape (n, height, width, channels). "
+            f"Received: {images.dtype} of shape {images.shape}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"`{argument}` must have labels of shape {images.shape[:1]}. Received: {labels.shape}")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"`{argument}` must have integer labels. Received: {labels.dtype}")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"`{argument}` must have labels in range({num_classes}). Received: {labels.min()} to {labels.max()}"
+        )
+
+
 def _statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the exact mean and standard deviation of each channel, from a histogram."""
     values = np.arange(256)
     means, stds = [], []
-    for channel in np.moveaxis(images, -1, 0):
-        counts = np.bincount(channel.reshape(-1), minlength=256)
+    step = max(1, _BLOCK // max(1, images[0].size))
+    for channel in range(images.shape[-1]):
+        blocks = (images[start : start + step, ..., channel] for start in range(0, len(images), step))
+        counts = np.sum([np.bincount(block.reshape(-1), minlength=256) for block in blocks], axis=0)
         mean = counts @ values / counts.sum()
         means.append(float(mean))
         stds.append(float(np.sqrt(counts @ (values - mean) ** 2 / counts.sum())))

@@ -47,8 +47,9 @@ class ImageFileData(ImageData):
     (see `central_crop`). Both are resized to `image_size` squared by bilinear interpolation, and become uint8 RGB.
     Grayscale and CMYK images are converted, and the EXIF orientation is applied.
 
-    An unreadable image is replaced by the mean color with label 0 and mask 0, so that it enters no loss, gradient or
-    score. `unreadable_images` records it.
+    An unreadable image, and one whose label is not in `range(num_classes)`, is replaced by the mean color with label 0
+    and mask 0. So its loss and score do not count, but the statistics of batch normalization take in the mean color.
+    `unreadable_images` records it.
 
     Args:
         name: name of the data set.
@@ -156,6 +157,11 @@ class ImageFileData(ImageData):
 
         def example(i: tf.Tensor, *draw: tf.Tensor) -> tuple[tf.Tensor, ...]:
             image, label, mask = load(tf.cast(i, tf.int64), *draw)
+            is_class = (label >= 0) & (label < self.num_classes)
+            if not tf.executing_eagerly():
+                tf.debugging.Assert(is_class, [label])
+            elif not is_class:  # `record` asks for the reason
+                raise ValueError(f"its label {int(label)} is not in range({self.num_classes})")
             return tf.ensure_shape(image, self.image_shape), tf.cast(label, tf.int32), mask
 
         def record(i: np.ndarray, *draw: np.ndarray) -> np.float32:

@@ -18,6 +18,7 @@ from lars_keras.data.locate import PREPARED, data_root, prepared_dir, test_split
 from lars_keras.data.records import ArrayRecords, ParsedRecords, Records, TFRecords
 from lars_keras.data.resized import Storage
 from lars_keras.data.subset import Subset, holdout
+from lars_keras.data.unreadable import reason_of
 from lars_keras.files import local_path, printable
 
 if TYPE_CHECKING:
@@ -317,21 +318,24 @@ def _parser(features: tfds.features.FeaturesDict) -> Callable[[tf.Tensor], tuple
 
 
 def _decode_all(features: tfds.features.FeaturesDict, records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Decode all images and labels of a split, in the order of the records."""
-    import tensorflow as tf
+    """Decode all images and labels of a split, in the order of the records.
 
-    def read(ids):
-        return np.array(records.read(ids), dtype=object)
+    Raises:
+        ValueError: if a record is damaged or missing.
+    """
+    import tensorflow as tf
 
     def decode_one(record):
         example = features.deserialize_example(record)
         return example["image"], example["label"]
 
-    def decode(ids):  # in blocks, because each dispatch of a small record costs more than its decoding
-        block = tf.ensure_shape(tf.numpy_function(read, [ids], tf.string), [None])
+    def decode(block):  # in blocks, because each dispatch of a small record costs more than its decoding
         return tf.map_fn(decode_one, block, fn_output_signature=(tf.uint8, tf.int64))
 
-    blocks = tf.data.Dataset.range(len(records)).batch(1024)
+    blocks = records.dataset().batch(1024)
     blocks = blocks.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    images, labels = zip(*blocks.as_numpy_iterator(), strict=True)
+    try:
+        images, labels = zip(*blocks.as_numpy_iterator(), strict=True)
+    except tf.errors.OpError as e:
+        raise ValueError(f"A file in {records.folder} cannot be read: {reason_of(e)}") from e
     return np.concatenate(images), np.concatenate(labels)

@@ -22,10 +22,10 @@ _MOST_SEGMENTS = 4096  # a damaged file must not take minutes
 
 
 def may_be_turned(jpeg: tf.Tensor) -> tf.Tensor:
-    """Return False for a JPEG that certainly has neither EXIF nor XMP, at the cost of a look at its beginning.
+    """Return False for a JPEG that has neither EXIF nor XMP, at the cost of a look at its beginning.
 
     In such a JPEG, tables follow a few application segments and comments, of which none is APP1. The next 2 kB reach
-    the pixels, also without an APP1 marker.
+    the pixels, without a marker of another such segment or comment, whose contents could look like that of the pixels.
     """
     import tensorflow as tf
 
@@ -33,12 +33,12 @@ def may_be_turned(jpeg: tf.Tensor) -> tf.Tensor:
     after_jfif = (_substr(start, 2, 4) == b"\xff\xe0\x00\x10") & (_substr(start, 20, 2) == _TABLES)
     at = tf.cond(after_jfif, lambda: tf.constant(20, tf.int64), lambda: _end_of_applications(jpeg))
 
-    def app1_or_no_pixels() -> tf.Tensor:
+    def others_or_no_pixels() -> tf.Tensor:
         head = tf.io.decode_raw(_substr(jpeg, at, 2048), tf.uint8)
         code = tf.where(head[:-1] == 0xFF, head[1:], tf.zeros_like(head[1:]))
-        return tf.reduce_any(code == 0xE1) | ~tf.reduce_any(code == 0xDA)
+        return tf.reduce_any((code >= 0xE0) & (code != 0xFF)) | ~tf.reduce_any(code == 0xDA)
 
-    return tf.cond(_substr(jpeg, at, 2) == _TABLES, app1_or_no_pixels, lambda: tf.constant(True))
+    return tf.cond(_substr(jpeg, at, 2) == _TABLES, others_or_no_pixels, lambda: tf.constant(True))
 
 
 def _end_of_applications(jpeg: tf.Tensor) -> tf.Tensor:

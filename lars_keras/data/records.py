@@ -26,9 +26,11 @@ _FOOTER = 4  # masked CRC-32C of the data
 class Records(Protocol):
     """Random access to serialized examples; see `TFRecords`."""
 
+    folder: str
+
     def __len__(self) -> int: ...
 
-    def read(self, ids: np.ndarray) -> list[bytes]: ...
+    def dataset(self) -> tf.data.Dataset: ...
 
     def record(self, i: tf.Tensor) -> tf.Tensor: ...
 
@@ -90,6 +92,9 @@ class TFRecords:
         paths: the files of the split, in order.
         counts: the expected number of records in each file.
 
+    Attributes:
+        folder: the folder of the first file.
+
     Raises:
         ValueError: if a file is truncated, or its number of records is another.
         FileNotFoundError: if a file is missing.
@@ -97,6 +102,7 @@ class TFRecords:
 
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
         self._paths = [os.fspath(path) for path in paths]
+        self.folder = os.path.dirname(self._paths[0])
         with concurrent.futures.ThreadPoolExecutor(16) as pool:  # the disk takes the time
             starts = list(pool.map(_record_starts, self._paths))
         for path, found, count in zip(self._paths, starts, counts, strict=True):
@@ -109,9 +115,11 @@ class TFRecords:
     def __len__(self) -> int:
         return len(self._start)
 
-    def read(self, ids: np.ndarray) -> list[bytes]:
-        """Return the data of the records `ids`."""
-        return [self._read(int(i)) for i in ids]
+    def dataset(self) -> tf.data.Dataset:
+        """Return the data of all records in order, each verified by its checksum."""
+        import tensorflow as tf
+
+        return tf.data.TFRecordDataset(self._paths)
 
     @property
     def nbytes(self) -> int:
@@ -150,18 +158,6 @@ class TFRecords:
                 tf.constant(self._start - _HEADER.size),
             )
 
-    def _read(self, i: int) -> bytes:
-        path, length = self._paths[self._file[i]], int(self._length[i])
-        # Opens the file at every call (10 us), because ImageNet has more files than a process may hold open.
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            data = os.pread(descriptor, length, int(self._start[i]))
-        finally:
-            os.close(descriptor)
-        if len(data) != length:
-            raise ValueError(f"{path} is truncated: record {i} has {len(data)} of {length} bytes.")
-        return data
-
 
 class ArrayRecords:
     """Random access to ArrayRecord files, by the package `array_record`.
@@ -170,6 +166,9 @@ class ArrayRecords:
         paths: the files of the split, in order.
         counts: the expected number of records in each file.
 
+    Attributes:
+        folder: the folder of the first file.
+
     Raises:
         ValueError: if the number of records is another.
     """
@@ -177,18 +176,24 @@ class ArrayRecords:
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self._folder = os.path.dirname(paths[0])
+        self.folder = os.path.dirname(paths[0])
         self.nbytes = sum(os.stat(path).st_size for path in paths)
         self._source = ArrayRecordDataSource([os.fspath(path) for path in paths])
         if len(self._source) != sum(counts):
-            raise ValueError(f"{self._folder} holds {len(self._source)} records, dataset_info.json says {sum(counts)}.")
+            raise ValueError(f"{self.folder} holds {len(self._source)} records, dataset_info.json says {sum(counts)}.")
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, ids: np.ndarray) -> list[bytes]:
-        """Return the data of the records `ids`."""
-        return list(self._source.__getitems__([int(i) for i in ids]))
+    def dataset(self) -> tf.data.Dataset:
+        """Return the data of all records in order, by a Python function."""
+        import tensorflow as tf
+
+        def read(ids: np.ndarray) -> np.ndarray:
+            return np.array(self._source.__getitems__(ids.tolist()), dtype=object)
+
+        ids = tf.data.Dataset.range(len(self)).batch(1024)
+        return ids.map(lambda i: tf.ensure_shape(tf.numpy_function(read, [i], tf.string), [None])).unbatch()
 
     def record(self, i: tf.Tensor) -> tf.Tensor:
         """Read the data of record `i`, in a graph, by a Python function, which other hosts cannot run."""
@@ -198,4 +203,4 @@ class ArrayRecords:
 
     def where(self, i: int) -> str:
         """Return the location of record `i`, for messages."""
-        return f"record {i} of {self._folder}"
+        return f"record {i} of {self.folder}"

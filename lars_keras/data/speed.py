@@ -13,7 +13,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -23,6 +23,9 @@ from lars_keras.data.image_files import ImageFileData
 from lars_keras.data.loading import CACHES, NAMES, load
 from lars_keras.data.parallel_map import cores
 from lars_keras.data.resized import Storage
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 _MOSTLY = 0.5  # of the processor time: a part that is worth another form of the images
 _NEAR = 1.5  # times the speed of the batches: reading alone is not much faster, so it is the limit
@@ -56,7 +59,7 @@ def measure(data: ImageData, batch_size: int = 256, seconds: float = 20.0) -> li
         it does, and more.
 
     Raises:
-        ValueError: if `batch_size` is not positive.
+        ValueError: if `batch_size` is not positive, or no training image can be read and decoded.
     """
     check_arguments(batch_size, (0, 1))
     parts: dict[str, Callable[[], Iterable[Any]]] = {}
@@ -69,16 +72,25 @@ def measure(data: ImageData, batch_size: int = 256, seconds: float = 20.0) -> li
 
 
 def _images(data: ImageFileData, batch_size: int, stage: Callable[[Any, Any], Any]) -> Any:
-    """Apply `stage` to the files of random training images, in as many threads as `data`; return the batches."""
+    """Apply `stage` to the files of random training images, in as many threads as `data`; return the batches.
+
+    Raises:
+        ValueError: if that fails for all images, where an endless stream without them would never yield any.
+    """
     import tensorflow as tf
 
-    ids = tf.data.Dataset.from_tensor_slices(np.random.default_rng(0).permutation(data.num_train)).repeat()
-    rows = ids.map(
-        lambda i: stage(data.train_examples.example(i)[0], i),
-        num_parallel_calls=data.threads or tf.data.AUTOTUNE,
-        deterministic=False,
-    )
-    return rows.ignore_errors().batch(batch_size, drop_remainder=True).prefetch(2)
+    ids = tf.data.Dataset.from_tensor_slices(np.random.default_rng(0).permutation(data.num_train))
+
+    def rows(ids: tf.data.Dataset) -> tf.data.Dataset:
+        return ids.map(
+            lambda i: stage(data.train_examples.example(i)[0], i),
+            num_parallel_calls=data.threads or tf.data.AUTOTUNE,
+            deterministic=False,
+        ).ignore_errors()
+
+    if not list(rows(ids).take(1)):
+        raise ValueError(f"None of the {data.num_train:,} training images can be read and decoded: {data.description}")
+    return rows(ids.repeat()).batch(batch_size, drop_remainder=True).prefetch(2)
 
 
 def _length_of_file(image: Any, i: Any) -> Any:

@@ -1,6 +1,7 @@
 """The unreadable images of a run."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,16 @@ from typing import Any
 from absl import logging
 
 from lars_keras.files import atomic_write_text
+
+# TensorFlow writes where an operation is before its message, and the operations that called it after it.
+_OPERATION_BEFORE = re.compile(r"^(\{\{[^}]*\}\}\s*)+")
+_OPERATIONS_AFTER = re.compile(r"(\n\t \[\[| \[Op:).*", re.DOTALL)
+
+
+def reason_of(error: Exception) -> str:
+    """Return what went wrong, in a line: the message of the innermost operation if the error is of TensorFlow."""
+    lines = _OPERATIONS_AFTER.sub("", str(error)).strip().splitlines()
+    return _OPERATION_BEFORE.sub("", lines[-1]).strip() if lines else type(error).__name__
 
 
 class UnreadableImages:
@@ -31,7 +42,7 @@ class UnreadableImages:
             try:
                 load()
             except Exception as e:  # whatever a library makes of a damaged file
-                reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+                reason = reason_of(e)
             self.found[where] = reason
             logging.error("left out an unreadable image, %s: %s", where, reason)
 

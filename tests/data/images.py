@@ -46,8 +46,7 @@ def write_imagenet(root, file_format):
 
 def read_all(data, split):
     """Return all records of a split."""
-    records = getattr(data, split).records
-    return records.read(np.arange(len(records)))
+    return list(getattr(data, split).records.dataset().as_numpy_iterator())
 
 
 def parse(data, record):

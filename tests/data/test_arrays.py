@@ -3,12 +3,14 @@
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
 import lars_keras.data
+from lars_keras.data.arrays import _statistics
 from tests.data.streams import small_arrays, train_ids
 
 
@@ -123,6 +125,19 @@ assert "keras" not in sys.modules
         plain, *_ = next(data.train_numpy(10, augment=False))
         self.assertAllEqual(plain, images[train_ids(data, 10)[0]])
 
+    def test_statistics_take_little_memory(self):
+        images = np.random.default_rng(0).integers(0, 256, (1024, 64, 64, 2), np.uint8)
+        tracemalloc.start()
+        found = _statistics(images)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        self.assertLess(peak, 2 * images.nbytes)
+        self.assertAllClose(found[0], [images[..., c].mean() for c in (0, 1)], rtol=1e-12)
+
+    def test_a_negative_count(self):
+        with self.assertRaisesRegex(ValueError, "`count` must not be negative. Received: count=-1"):
+            small_arrays().train_numpy(8, count=-1)
+
     @parameterized.parameters(
         ({"batch_size": 0}, "`batch_size`.*batch_size=0"),
         ({"batch_size": 6, "shard": (0, 4)}, "`batch_size`.*multiple.*batch_size=6"),
@@ -147,9 +162,16 @@ assert "keras" not in sys.modules
             ((images[0], labels), "shape \\(4, 4, 1\\)"),
             ((images, labels[:4]), "labels of shape \\(5,\\).*\\(4,\\)"),
             ((images, labels + 6), "range\\(10\\).*6 to 10"),
+            ((images, labels + 0.9), "integer labels. Received: float64"),
         ):
-            with self.assertRaisesRegex(ValueError, message):
+            with self.assertRaisesRegex(ValueError, f"^`train` must.*{message}"):
                 lars_keras.data.ArrayData("x", train, (images, labels), 10)
+            with self.assertRaisesRegex(ValueError, f"^`test` must.*{message}"):
+                lars_keras.data.ArrayData("x", (images, labels), train, 10)
+        with self.assertRaisesRegex(ValueError, r"`test`.*those of `train`, \(4, 4, 1\). Received: .* \(4, 3, 1\)"):
+            lars_keras.data.ArrayData("x", (images, labels), (images[:, :, 1:], labels), 10)
+        with self.assertRaisesRegex(ValueError, "`augment` must be one of none, .*Received: augment='mixupp'"):
+            lars_keras.data.ArrayData("x", (images, labels), (images, labels), 10, augment="mixupp")
         with self.assertRaisesRegex(ValueError, "`augment` randaugment needs images of 3 channels, those of x have 1"):
             lars_keras.data.ArrayData("x", (images, labels), (images, labels), 10, augment="randaugment")
 

@@ -1,15 +1,23 @@
 """Caches of encoded images."""
 
+import dataclasses
+import errno
+import io
 import os
 import pathlib
 import shutil
 import tempfile
 import unittest.mock
 
+import numpy as np
 import psutil
 import tensorflow as tf
+from etils import epath
 
 import lars_keras.data
+from lars_keras.data.cache import InMemory, copy_to_local
+from lars_keras.data.folder import FolderExamples
+from lars_keras.data.image_files import ImageFileData
 from tests import prepared
 
 
@@ -37,7 +45,9 @@ class CacheTest(tf.test.TestCase):
         copies = {path: path.stat().st_mtime_ns for path in pathlib.Path(self.copies).rglob("*.tfrecord*")}
         self.assertLen(copies, 2)
         for path in pathlib.Path(self.root).rglob("*.tfrecord*"):
-            path.write_bytes(bytes(path.stat().st_size))  # from here on nothing good can come from there
+            found = path.stat()
+            path.write_bytes(bytes(found.st_size))  # from here on nothing good can come from there
+            os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
         cached.append(self.load("disk"))
         self.assertEqual(copies, {path: path.stat().st_mtime_ns for path in copies})
         for data in cached:
@@ -51,6 +61,60 @@ class CacheTest(tf.test.TestCase):
         self.load("disk")
         self.assertEqual(copy.read_bytes(), whole)
 
+    def test_a_file_that_changed_is_copied_again(self):
+        source = pathlib.Path(self.root, "a")
+        source.write_bytes(b"old")
+        for content, time in ((b"old", 1e9), (b"new", 1e9 + 60), (b"was", 1e9 - 60)):
+            source.write_bytes(content)
+            os.utime(source, (time, time))
+            (copy,) = copy_to_local([str(source)], self.root, pathlib.Path(self.copies))
+            self.assertEqual(pathlib.Path(copy).read_bytes(), content)
+
+    def test_a_file_system_that_tells_no_time(self):
+        source, copies = pathlib.Path(self.root, "a"), pathlib.Path(self.copies)
+        source.write_bytes(b"one")
+        copy_to_local([str(source)], self.root, copies)
+        path = type(epath.Path(source))
+        stat = path.stat
+        source.write_bytes(b"two")
+        with unittest.mock.patch.object(path, "stat", lambda path: dataclasses.replace(stat(path), mtime=0)):
+            copy_to_local([str(source)], self.root, copies)
+            self.assertEqual((copies / "a").read_bytes(), b"one")
+            source.write_bytes(b"three")
+            copy_to_local([str(source)], self.root, copies)
+            self.assertEqual((copies / "a").read_bytes(), b"three")
+
+    def test_a_failed_copy_leaves_nothing_and_names_its_file(self):
+        (pathlib.Path(self.root) / "a").write_bytes(b"content")
+        copies = pathlib.Path(self.copies)
+
+        class Full(io.BytesIO):
+            def write(self, block):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        def open_full(path, mode):
+            pathlib.Path(path).touch()
+            return Full()
+
+        class Broken(io.BytesIO):
+            def read(self, size=-1):
+                raise OSError(errno.EIO, "Input/output error")
+
+        path = type(epath.Path(self.root))
+        for patch, message in (
+            (
+                unittest.mock.patch.object(lars_keras.data.cache, "open", open_full, create=True),
+                r"`cache_dir` cannot be written: .*No space left on device: '.*copies/a'. Received: cache_dir=.*copies",
+            ),
+            (
+                unittest.mock.patch.object(path, "open", lambda *_: Broken()),
+                f"^{self.root}/a cannot be read: .*Input/output error$",
+            ),
+        ):
+            with patch, self.assertRaisesRegex(ValueError, message):
+                copy_to_local([f"{self.root}/a"], self.root, copies)
+            self.assertEmpty(list(copies.iterdir()))
+
     def test_damaged_records_are_left_out(self):
         path = pathlib.Path(self.root, "imagenet2012", "5.1.0", "imagenet2012-train.tfrecord-00000-of-00001")
         damaged = bytearray(path.read_bytes())
@@ -62,6 +126,18 @@ class CacheTest(tf.test.TestCase):
             self.assertEqual(mask.sum(), 28)
             (found,) = data.unreadable_images.found
             self.assertStartsWith(found, "record 28 of ")
+
+    def test_memory_keeps_the_reason_of_the_read(self):
+        examples = FolderExamples([os.path.join(self.root, "gone.jpg")], np.zeros(1))
+        examples.nbytes = 0
+        data = ImageFileData("x", InMemory(examples), InMemory(examples), 1, image_size=24)
+        pathlib.Path(self.root, "gone.jpg").touch()  # too late: the files are read once
+        with self.assertLogs(level="ERROR"):
+            _, _, mask = next(data.test_batches(1).as_numpy_iterator())
+        self.assertAllEqual(mask, [0])
+        self.assertEqual(
+            data.unreadable_images.found, {examples.where(0): f"{examples.where(0)}; No such file or directory"}
+        )
 
     def test_where_there_is_no_room(self):
         with unittest.mock.patch.object(psutil, "virtual_memory", lambda: unittest.mock.Mock(available=1000)):
@@ -76,7 +152,7 @@ class CacheTest(tf.test.TestCase):
                 self.load("disk")
         shutil.rmtree(self.copies)
         pathlib.Path(self.copies).write_text("a file, not a folder")
-        with self.assertRaisesRegex(ValueError, "`cache_dir` is not writable.*Received: cache_dir=.*copies"):
+        with self.assertRaisesRegex(ValueError, "`cache_dir` cannot be written.*Received: cache_dir=.*copies"):
             self.load("disk")
 
     def test_what_has_no_cache(self):

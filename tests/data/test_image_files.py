@@ -1,11 +1,15 @@
 """Encoded images: random access, batches, and evaluation."""
 
+import os
+
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
 import lars_keras.data
 from lars_keras.data import decode
+from lars_keras.data.folder import FolderExamples
+from lars_keras.data.image_files import ImageFileData
 from tests import prepared
 from tests.data.images import parse, read_all, read_with_tfds
 from tests.data.streams import train_ids
@@ -30,7 +34,23 @@ class ImageFileDataTest(tf.test.TestCase, parameterized.TestCase):
         self.assertCountEqual([(jpeg, label) for jpeg, label, _ in found], written)
         ids = np.random.default_rng(0).permutation(29)
         records = read_all(data, "_train")
-        self.assertEqual(data._train.records.read(ids), [records[i] for i in ids])
+        self.assertEqual([data._train.records.record(i).numpy() for i in ids], [records[i] for i in ids])
+
+    def test_labels_out_of_range_are_unreadable(self):
+        paths = [os.path.join(self.get_temp_dir(), f"{i}.png") for i in range(4)]
+        for path in paths:
+            tf.io.write_file(path, tf.io.encode_png(tf.fill((8, 8, 3), tf.constant(9, tf.uint8))))
+        examples = FolderExamples(paths, np.array([1, 5, -1, 0]))
+        for remote in (False, True):
+            data = ImageFileData("x", examples, examples, 2, image_size=8, remote=remote)
+            images, labels, mask = next(data.test_batches(4).as_numpy_iterator())
+            self.assertAllEqual(mask, [1, 0, 0, 1])
+            self.assertAllEqual(labels, [1, 0, 0, 0])
+            self.assertAllEqual(images[:, 0, 0, 0], [9, 124, 124, 9])
+            ids = train_ids(data, 4)[0]
+            self.assertAllEqual(next(data.train_batches(4).as_numpy_iterator())[2], np.isin(ids, [0, 3]))
+            reasons = {paths[i]: f"its label {label} is not in range(2)" for i, label in ((1, 5), (2, -1))}
+            self.assertEqual(data.unreadable_images.found, {} if remote else reasons)
 
     def test_static_shapes(self):
         data = self.load()
@@ -67,7 +87,7 @@ class ImageFileDataTest(tf.test.TestCase, parameterized.TestCase):
         data = self.load()
         images, labels, _ = next(data.train_batches(29, augment=False).as_numpy_iterator())
         for i, image, label in zip(train_ids(data, 29)[0], images, labels, strict=True):
-            jpeg, expected = parse(data, data._train.records.read([i])[0])
+            jpeg, expected = parse(data, data._train.records.record(i).numpy())
             self.assertAllEqual(image, decode.central_crop(jpeg, 24))
             self.assertEqual(label, expected)
 

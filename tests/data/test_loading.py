@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import shutil
 import unittest
 
 import numpy as np
@@ -12,6 +13,7 @@ from absl.testing import parameterized
 
 import lars_keras.data
 from lars_keras.data.prepare import main
+from tests import prepared
 from tests.data.images import SHARED, parse, read_all, read_with_tfds
 from tests.data.streams import train_ids
 
@@ -39,6 +41,18 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
         pathlib.Path(file).touch()
         with self.assertRaisesRegex(ValueError, "not writable. Set `data_dir`"):
             lars_keras.data.load("digits", data_dir=os.path.join(file, "data"))
+
+    def test_a_changed_byte_of_data_in_memory(self):
+        root = self.get_temp_dir()
+        shutil.copytree(prepared.digits(), root, dirs_exist_ok=True)
+        (path,) = pathlib.Path(root, "digits").rglob("*train.tfrecord*")
+        with open(path, "r+b") as file:
+            file.seek(1000)
+            byte = file.read(1)[0]
+            file.seek(1000)
+            file.write(bytes([byte ^ 1]))
+        with self.assertRaisesRegex(ValueError, f"^A file in {path.parent} cannot be read: corrupted record at "):
+            lars_keras.data.load("digits", data_dir=root)
 
     def test_prepare_without_the_archives(self):
         root = self.get_temp_dir()

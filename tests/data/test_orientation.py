@@ -77,6 +77,7 @@ JPEGS = {
     "JFXX": jpeg(jfif(0), app(0xE0, b"JFXX\0\x13" + bytes(8)), exif(6)),
     "XMP first": jpeg(app(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"), exif(6)),
     "ICC first": jpeg(ICC, exif(6)),
+    "comment like pixels among the tables": jpeg(app(0xFE, b"\xff\xda" * 1500), exif(6), after_tables=True),
     "comment first": jpeg(app(0xFE, b"Exif\0\0 made by me"), exif(6)),
     "Adobe first": jpeg(app(0xEE, b"Adobe\0d\0\0\0\0\0"), exif(6)),
     "40 kB of Photoshop with a turned JPEG first": jpeg(EMBEDDED, exif(6)),

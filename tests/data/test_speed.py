@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pathlib
 import tempfile
 from unittest import mock
 
@@ -40,6 +41,15 @@ class SpeedTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual([part.name for part in found], expected)
         for part in found:
             self.assertGreater(part.images_per_second, 0)
+
+    def test_no_image_can_be_decoded(self):
+        folder = pathlib.Path(self.get_temp_dir())
+        for i, split in enumerate(("train", "train", "val")):
+            (folder / split / "a").mkdir(parents=True, exist_ok=True)
+            (folder / split / "a" / f"{i}.jpg").write_bytes(b"\xff\xd8\xff\xe0 no")
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual(speed.main(["-n", "folder", "-d", str(folder), "-t", "0.01", "-b", "2"]), 2)
+        self.assertIn("None of the 2 training images can be read and decoded", err.getvalue())
 
     def test_an_image_is_timed_by_both_clocks(self):
         clock = mock.Mock(wall=7.0, cpu=3.0)

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 import lars_keras.data
 import train
+from lars_keras.data.unreadable import reason_of
 from lars_keras.runtime.errors import TooManyUnreadableImages
 from lars_keras.runtime.unreadable_images import UnreadableImageLimit
 from tests import prepared
@@ -87,7 +88,16 @@ class UnreadableImagesTest(tf.test.TestCase):
             found = self.check(damage)
         self.assertCountEqual(found, [f"record {i} of {self.path}" for i in damage])
         self.assertLen(logs.output, len(damage))
-        self.assertIn(f"record 3 of {self.path}: ", "".join(logs.output))
+        self.assertIn(f"record 3 of {self.path}: jpeg::Uncompress failed", "".join(logs.output))
+        reasons = {
+            3: "jpeg::Uncompress failed",
+            4: "Input is empty",
+            12: "Unknown image file format",
+            20: "Invalid PNG",
+        }
+        for i, reason in reasons.items():
+            self.assertStartsWith(found[f"record {i} of {self.path}"], reason)
+            self.assertNotRegex(found[f"record {i} of {self.path}"], r"\n|\{\{|\[\[|\[Op")
 
     def test_a_damaged_record_is_told_by_its_checksum(self):
         self.load()
@@ -111,6 +121,15 @@ class UnreadableImagesTest(tf.test.TestCase):
             masks = [mask.numpy() for _, _, mask in batches]
         self.assertAllEqual(masks, np.zeros((2, 8)))
         self.assertLen(data.unreadable_images.found, 16)
+        for reason in data.unreadable_images.found.values():
+            self.assertEqual(reason, f"{self.path}; No such file or directory")
+
+    def test_the_reason_of_an_error_in_python(self):
+        self.assertEqual(reason_of(ValueError("first\nlast")), "last")
+        self.assertEqual(reason_of(KeyError()), "KeyError")
+        with self.assertRaises(tf.errors.OpError) as caught:
+            tf.function(lambda: tf.numpy_function(lambda: {}["x"], [], tf.string))()
+        self.assertEqual(reason_of(caught.exception), "KeyError: 'x'")
 
     def test_other_hosts_run_no_python(self):
         self.rewrite({5: lambda jpeg: b""})
