@@ -116,7 +116,7 @@ def _main(
 
     # ---- Fit
     policy = SavePolicy(config.checkpoint_updates, config.checkpoint_minutes)
-    with report_of_failure(run_dir, write=chief), StopOnSignal() as stop:
+    with report_of_failure(run_dir, callbacks.log, write=chief), StopOnSignal() as stop:
         history = fit_with_recovery(
             train_feed,
             CheckpointCallback(trainer, checkpoints, policy, resumed.record),

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from lars_keras.files import atomic_write_text
+from lars_keras.report.log import MetricsLog
 from lars_keras.report.page import write_report
 from lars_keras.runtime.errors import Diverged, TooManyUnreadableImages
 from running.callbacks import RunCallbacks
@@ -68,11 +69,12 @@ def scores_line(values: dict[str, float], num_test: int) -> str:
 
 
 @contextlib.contextmanager
-def report_of_failure(run_dir: Path, write: bool) -> Iterator[None]:
-    """Write the report also of a run that its own numbers or data end."""
+def report_of_failure(run_dir: Path, log: MetricsLog, write: bool) -> Iterator[None]:
+    """Log why its own numbers or data end a run, and write the report."""
     try:
         yield
-    except (Diverged, TooManyUnreadableImages):
+    except (Diverged, TooManyUnreadableImages) as e:
         if write:
+            log.note(log.finished, str(e))
             print(f"report: {write_report(run_dir)}", flush=True)
         raise

@@ -58,6 +58,7 @@ class MetricsLog(keras.callbacks.Callback):
         self._path = self._run_dir / "metrics.jsonl"
         self._clock = clock
         self._writers: dict[str, Any] = {}
+        self._finished = 0
         text = self._path.read_bytes() if self._path.exists() else b""
         self._torn = text[-1:] not in (b"", b"\n")  # a full disk cut the last line
 
@@ -101,6 +102,11 @@ class MetricsLog(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self._close_tensorboard()
+
+    @property
+    def finished(self) -> int:
+        """Number of finished updates."""
+        return self._finished
 
     @property
     def seconds(self) -> float:
@@ -181,15 +187,19 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         path: the file, which may be missing.
 
     Returns:
-        The events in order. Lines that a crash has torn are skipped.
+        The events in order. Lines that a crash has torn or damaged are skipped.
     """
     path = Path(path)
     events = []
-    for line in filter(None, path.read_text(encoding="utf-8").splitlines() if path.exists() else ()):
+    for line in filter(None, path.read_bytes().splitlines() if path.exists() else ()):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            logging.warning("%s: skipped a line that is not JSON: %.40r", path, line)
+            event = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            event = None
+        if isinstance(event, dict) and {"event", "update"} <= event.keys():
+            events.append(event)
+        else:
+            logging.warning("%s: skipped a line that is no event: %.40r", path, line)
     return events
 
 

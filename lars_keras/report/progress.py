@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 import keras
 from tqdm import tqdm
@@ -36,12 +36,15 @@ class Progress(keras.callbacks.Callback):
         self._file = file or sys.stdout
         self._interval = interval
         self._clock = clock
+        self._bar: Any = None
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._finished = self.params["first_update"]
         self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
         self._last_line = -math.inf
         self._terminal = self._file.isatty()
+        if self._bar is not None:  # of the run before a rollback
+            self._bar.close()
         self._bar = tqdm(
             total=self.params["steps"],
             initial=self._finished,

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,13 +14,15 @@ from lars_keras.training.cluster import cluster_of
 from lars_keras.training.votes import take_agreed
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT)  # a shell lets its background jobs ignore SIGINT
+_REPEAT_SECONDS = 1.0  # a signal that follows sooner is the same one
 SIGNALS = (*_ALWAYS, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 class StopOnSignal(keras.callbacks.Callback):
     """Raises `Preempted` after the training or evaluation batch in which a signal arrives.
 
-    All hosts stop after the same update. A second signal ends the process at once. A signal other than SIGTERM and
+    All hosts stop after the same update. Another signal ends the process at once, unless it arrives within a second of
+    the first: a batch system may signal a process and its parent, which passes it on. A signal other than SIGTERM and
     SIGINT that the process ignores stays ignored, such as SIGHUP under `nohup`.
 
     ```python
@@ -64,9 +67,11 @@ class StopOnSignal(keras.callbacks.Callback):
         while number := os.read(self._read, 1):
             if number[0] not in self._handlers:
                 continue
-            if self._received.is_set():
+            if not self._received.is_set():
+                self._received.set()
+                first = time.monotonic()
+            elif time.monotonic() - first >= _REPEAT_SECONDS:
                 os._exit(128 + number[0])
-            self._received.set()
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)

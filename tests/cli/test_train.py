@@ -131,6 +131,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(code, 3)
         self.assertIn("went back to update 0", (self.dir / "r/report.html").read_text())
         self.assertRegex(err, "train.py: The .* is not finite in update [1-5]")
+        self.assertRegex((self.dir / "r/metrics.jsonl").read_text(), '"text": "The .* is not finite in update [1-5]')
 
     @pytest.mark.slow  # tests/data/test_unreadable.py has the parts
     def test_bad_images(self):
@@ -208,14 +209,14 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertStartsWith(err, "train.py: cannot write or read: [Errno 5] Input/output error: 'a.npz'. ")
 
     def test_two_signals_end_a_process_at_once(self):
-        """Even while Python waits for a long call: the first is noted, the second does not wait."""
+        """Even while Python waits for a long call: the first is noted, a later one does not wait, a repeat is none."""
         program = """
 import hashlib, os, signal, threading, time
 from lars_keras.runtime.preemption import StopOnSignal
 def send():
-    for _ in range(2):
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+    for number, pause in ((signal.SIGTERM, 0.5), (signal.SIGTERM, 0.0), (signal.SIGINT, 1.1)):
+        time.sleep(pause)
+        os.kill(os.getpid(), number)
 with StopOnSignal() as stop:
     threading.Thread(target=send).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
@@ -224,7 +225,7 @@ with StopOnSignal() as stop:
         started = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, timeout=200
         )
-        self.assertEqual(started.returncode, 128 + signal.SIGTERM, started.stderr.decode())
+        self.assertEqual(started.returncode, 128 + signal.SIGINT, started.stderr.decode())
 
     @parameterized.parameters(
         ("lambda: 6", True, 6), ("lambda: {}[0]", True, 1), ("lambda: 2", False, 2), ("lambda: 75", True, 75)

@@ -203,6 +203,12 @@ class MetricsLogTest(tf.test.TestCase):
         events = [(e["event"], e["update"]) for e in self.read()]
         self.assertEqual(events, [("update", 1), ("update", 2), ("note", 4), ("update", 3), ("eval", 3)])
 
+    def test_damaged_lines_are_skipped(self):
+        self.run_log(stop=2)
+        whole = self.path.read_bytes()
+        self.path.write_bytes(b'1\n{"a": 2}\n' + whole + b'{"event": "note", "update": 2, "text": "\xff"}\n')
+        self.assertEqual([e["update"] for e in log_module.read_metrics(self.path)], [1, 2])
+
     def test_a_note_after_a_line_that_is_torn(self):
         self.run_log(stop=2)
         with open(self.path, "a") as file:

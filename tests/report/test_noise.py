@@ -52,6 +52,12 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
             log.on_train_batch_end(batch, {"loss": 1.0, "learning_rate": 5.0 if batch < 20 else 2.0})
         return [e for e in read_metrics(self.run_dir / "metrics.jsonl") if e["event"] == "noise_scale"]
 
+    def test_report_without_layers(self):
+        """As of Keras's optimizers, which have no plan of layers."""
+        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "momentum"}))
+        self.log(60, 20)
+        self.assertIn("Noise scale ", write_report(self.run_dir).read_text())
+
     def test_lines(self):
         events = self.log(60, 20)
         self.assertEqual([e["update"] for e in events], [20, 40, 60])

@@ -78,6 +78,11 @@ class JobTest(parameterized.TestCase):
                 for stage in ("short", "tuning", "seed"):
                     cell.job(0.0, stage).config(pathlib.Path("x"), own.validation_split)
 
+    def test_an_optimizer_that_is_named_twice_is_compared_once(self):
+        own = command.define()
+        own(["compare.py", "--recipes=flags/recipes/digits_lenet.flags", "--optimizer=lars", "--optimizer=lars"])
+        self.assertLen(command.candidates_of(own), 1)
+
     def test_a_command_is_shown_without_the_folder_of_the_data(self):
         for words in (["--data_dir=there/mine"], ["--data_dir", "there/mine"]):
             self.assertEqual(
@@ -280,7 +285,7 @@ class CommandTest(parameterized.TestCase):
         (["--recipes=flags/recipes/digits_lenet.flags", "--seeds=-1"], "--seeds must be .*Received: -1"),
         (
             ["--recipes=flags/recipes/digits_lenet.flags", "--factor=1"],
-            "--factor must be above 1. Received: --factor=1",
+            "--factor must be a number of at least 1.01. Received: --factor=1",
         ),
         (["--recipes=flags/recipes/digits_lenet.flags", "--optimizer=rmsprop"], "rmsprop"),
         (["--recipes=flags/recipes/digits_lenet.flags", "--batch_sizes=1500"], "--microbatch_size must divide"),

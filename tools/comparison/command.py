@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import platform
 import re
 import subprocess
@@ -107,7 +108,7 @@ def candidates_of(own: absl_flags.FlagValues) -> list[Candidate]:
         return [Candidate(name, c, c.learning_rate, c.batch_size, own.scaling) for name, c in configs.items()]
     (config,) = configs.values()
     found = []
-    for name in own.optimizer:
+    for name in dict.fromkeys(own.optimizer):
         rate, batch_size = FIRST_RATES[name], FIRST_RATES_BATCH
         if name == config.optimizer and not own.tuning_runs:
             rate, batch_size = config.learning_rate, config.batch_size
@@ -179,8 +180,8 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
     config = candidates[0].config
     batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [config.batch_size]
     seeds = _whole_numbers(own, "seeds", 0)
-    if own.factor <= 1.0:
-        raise UsageError(f"--factor must be above 1. Received: --factor={own.factor:g}")
+    if not 1.01 <= own.factor < math.inf:  # rates are rounded to four digits
+        raise UsageError(f"--factor must be a number of at least 1.01. Received: --factor={own.factor:g}")
     if own.tuning_runs and not own.validation_split:
         raise UsageError("--validation_split must be above 0 if --tuning_runs is. Received: --validation_split=0")
     for candidate in candidates:  # so a bad flag is reported at once
