@@ -27,8 +27,8 @@ def map_rows(
         function: maps one row of each argument to a structure of tensors with static shapes.
         arguments: tensors whose first dimension is the same and static.
         threads: number of rows in flight; None lets tf.data decide.
-        fallback: replaces `function` for the rows where it fails. If any row fails, all rows are mapped again, one at
-            a time, to find those rows.
+        fallback: replaces `function` for the rows where it fails. If any row fails, all rows are mapped again, to find
+            those rows.
     """
     import tensorflow as tf
 
@@ -43,6 +43,8 @@ def map_rows(
     parallel = rows.map(function, num_parallel_calls=threads or tf.data.AUTOTUNE, deterministic=True)
     mapped = parallel.batch(count, drop_remainder=True)
     if fallback:
-        one_by_one = rows.flat_map(row_or_fallback).batch(count, drop_remainder=True)
-        mapped = mapped.ignore_errors().concatenate(one_by_one).take(1)
+        again = rows.interleave(
+            row_or_fallback, threads, num_parallel_calls=threads or tf.data.AUTOTUNE, deterministic=True
+        )
+        mapped = mapped.ignore_errors().concatenate(again.batch(count, drop_remainder=True)).take(1)
     return mapped.get_single_element()
