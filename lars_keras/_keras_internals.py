@@ -14,8 +14,16 @@ import keras
 Tensor = Any
 Moments = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
-# The parts of `Optimizer.apply` that an optimizer may replace, in the order in which it calls them.
-APPLY_PARTS = ("apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
+# The parts of an update that an optimizer may replace, in the order in which Keras's loop calls them.
+APPLY_PARTS = ("apply_gradients", "apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
+
+
+def training_mode(model: keras.Model) -> dict[str, bool]:
+    """Return the arguments, beside its inputs, with which Keras's training loop calls a model.
+
+    A model whose `call` takes no `training` is called without, so its layers run as in inference.
+    """
+    return {"training": True} if model._call_has_training_arg else {}
 
 
 class WholeUpdateOptimizer(keras.optimizers.Optimizer):

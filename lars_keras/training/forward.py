@@ -32,6 +32,7 @@ from lars_keras._keras_internals import (
     losses_of_one_replica,
     own_trainable_variables,
     recorded_masks,
+    training_mode,
 )
 from lars_keras.training.batch_stats import one_pass_moments
 from lars_keras.training.inputs import TensorSpec, spec_of
@@ -111,7 +112,7 @@ class StatelessForward:
         variables = self.trainable + self.batch_stats + self.rng_state + self.metrics
         mapping = list(zip(variables, trainable + batch_stats + keyed + metrics, strict=True))
         with self._moments(), losses_of_one_replica(), RecordingScope(mapping) as scope:
-            y_pred = self.model(x, training=True)
+            y_pred = self.model(x, **training_mode(self.model))
             with recorded_masks() as masks:
                 loss = compute_loss(self.model, x, y, y_pred, sample_weight, training=True)
             new_batch_stats = [scope.get_current_value(v) for v in self.averaged]

@@ -1,6 +1,7 @@
 """The place of a run between two updates, which a snapshot saves."""
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -25,3 +26,10 @@ class Position:
     logs: dict[str, Any] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, Any] | None = None
     order: list[Any] | None = None
+
+    def mean_loss(self) -> float:
+        """Return the mean of `losses`, exactly rounded; NaN if infinities of both signs are among them."""
+        try:
+            return math.fsum(self.losses) / len(self.losses)
+        except ValueError:
+            return math.nan

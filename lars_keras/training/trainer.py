@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -242,7 +241,7 @@ class Trainer:
         iterator = engine.training_iterator(data, position.batches_consumed)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
-        self.callbacks = callback_list.callbacks
+        self.callbacks, logs = callback_list.callbacks, position.logs
         if restored and position.update:
             restore_memory(self.callbacks, position.callbacks)
 
@@ -289,8 +288,9 @@ class Trainer:
             [stop] = self.cluster.any_across_hosts(stop or self.model.stop_training)
             if stop:
                 break
-        finalize(self.model)
-        callback_list.on_train_end(position.logs)
+        if ends:
+            finalize(self.model)
+        callback_list.on_train_end(logs)
         return self.model.history
 
     def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
@@ -303,7 +303,7 @@ class Trainer:
         position.losses += result.losses
         position.logs = {
             **result.metrics,
-            "loss": math.fsum(position.losses) / len(position.losses),
+            "loss": position.mean_loss(),
             "step_loss": result.losses[-1],
             "learning_rate": result.learning_rates[-1],
         }

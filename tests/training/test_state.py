@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import unittest
 
 import keras
@@ -12,6 +13,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
+from lars_keras.training.position import Position
 from tests.training.test_meaning import BACKEND, Subclassed, X, Y, dataset, replicas, sequential
 
 
@@ -46,6 +48,52 @@ def compiled(model, optimizer=None):
 
 def values(model):
     return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
+
+
+class WithoutMode(keras.Model):
+    """A model whose `call` takes no `training`."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.norm(x))
+
+
+class AsFitTest(tf.test.TestCase):
+    def test_a_model_without_an_argument_for_the_mode(self):
+        """In Keras's `fit`, its layers run as in inference."""
+        models = []
+        for _ in range(2):
+            keras.utils.set_random_seed(0)
+            models.append(compiled(WithoutMode()))
+            models[-1](X)
+        stock, ours = models
+        stock.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+        Trainer(ours, batch_size=16, microbatch_size=8).fit(X, Y, epochs=2, shuffle=False, verbose=0)
+        for expected, value in zip(values(stock), values(ours), strict=True):
+            self.assertAllClose(expected, value, atol=1e-5)
+        self.assertAllEqual(ours.norm.moving_mean, np.zeros(X.shape[-1]))
+
+    def test_no_epoch_leaves_the_weights(self):
+        model = compiled(sequential(keras.layers.Dense(1)), keras.optimizers.SGD(0.1, use_ema=True))
+        trainer = Trainer(model, batch_size=16)
+        trainer.fit(X, Y, verbose=0)
+        model.set_weights([np.full_like(w, 7) for w in model.get_weights()])
+        trainer.fit(X, Y, epochs=0, verbose=0)
+        self.assertAllEqual(model.get_weights()[0], np.full_like(model.get_weights()[0], 7))
+
+    def test_logs_of_the_end_are_those_of_the_last_epoch(self):
+        found = {}
+        callback = keras.callbacks.LambdaCallback(on_train_end=lambda logs: found.update(logs))
+        trainer = Trainer(compiled(sequential(keras.layers.Dense(1))), batch_size=16)
+        history = trainer.fit(X, Y, epochs=2, validation_data=(X, Y), callbacks=[callback], verbose=0)
+        self.assertEqual(found["val_loss"], history.history["val_loss"][-1])
+
+    def test_mean_of_infinities(self):
+        self.assertEqual(str(Position(losses=[math.inf, -math.inf]).mean_loss()), "nan")
+        self.assertEqual(Position(losses=[1.0, 2.0]).mean_loss(), 1.5)
 
 
 class KeptTest(parameterized.TestCase, tf.test.TestCase):

@@ -52,6 +52,16 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, f"cannot take {optimizer.__name__}"):
             cases.trained(cases.hidden, optimizer)
 
+    def test_gradients_changed_on_the_way(self):
+        """Keras's loop calls `apply_gradients` on TensorFlow, and `Trainer` does not."""
+
+        class Frozen(keras.optimizers.SGD):
+            def apply_gradients(self, grads_and_vars, **options):
+                return super().apply_gradients([(0.0 * g, v) for g, v in grads_and_vars], **options)
+
+        with self.assertRaisesRegex(ValueError, "cannot take Frozen, .*replaces apply_gradients"):
+            cases.trained(cases.hidden, Frozen)
+
     def check(self, strategy, option, make_model=cases.hidden):
         def optimizer():
             return keras.optimizers.SGD(0.1, momentum=0.9, **option)
