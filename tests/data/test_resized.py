@@ -198,10 +198,10 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         return root
 
     def prepare(self, root, out):
-        """Return exit code and standard error of the command."""
+        """Return exit code and the message of the command, which follows the progress bar."""
         with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
             code = prepare.main(["-n", "folder", "-d", str(root), "-r", "crop24_raw", "-o", str(out)])
-        return code, errors.getvalue()
+        return code, errors.getvalue().rstrip("\n").rpartition("\n")[2] if code else ""
 
     def test_a_finished_result_of_other_images_is_refused(self):
         root, out = self.write_images(10, 20), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -232,7 +232,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             raise OSError("No space left on device")
 
         with unittest.mock.patch.object(tfds.folder_dataset, "write_metadata", full):
-            self.assertEqual(self.prepare(root, out), (2, "No space left on device\n"))
+            self.assertEqual(self.prepare(root, out), (2, "No space left on device"))
         self.assertEmpty(list(out.rglob("dataset_info.json")))
         self.assertEqual(self.prepare(root, out), (0, ""))
         data = lars_keras.data.load("folder", data_dir=out, resized="crop24_raw", image_size=24, augment="none")
