@@ -29,7 +29,7 @@ from lars_keras.training.cluster import make_cluster
 from running import command_line
 from running.callbacks import RunCallbacks
 from running.errors import usage_errors
-from running.feeds import make_feeds
+from running.feeds import make_feeds, require_same_data
 from running.folder import hold_run_dir, is_unfinished, open_run_dir, write_plan
 from running.model import compile_model, load_model, make_model
 from running.plan import make_plan
@@ -69,6 +69,7 @@ def _main(
 
         # ---- Data
         data = datasets.load(config.dataset, remote=cluster.remote_input, **config.data_options)
+        require_same_data(cluster, data)
         steps_per_epoch = data.num_train / config.batch_size  # the batch that crosses the end of an epoch is whole
         total_updates = config.total_updates(data.num_train)
 

@@ -1,13 +1,29 @@
 """The examples of a data set as `Trainer` takes them."""
 
+import zlib
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from lars_keras.data import ImageData
+from lars_keras.runtime.errors import UsageError
 from lars_keras.training import Trainer
+from lars_keras.training.cluster import Cluster
 
 Feed = Callable[..., tf.data.Dataset]
+
+
+def require_same_data(cluster: Cluster, data: ImageData) -> None:
+    """Refuse hosts with different data, of which each takes its rows of a batch. Collective: call it on every host.
+
+    Raises:
+        UsageError: if the fingerprints of the data differ.
+    """
+    if not cluster.same_on_all_hosts(zlib.crc32(data.fingerprint.encode()) >> 1):
+        raise UsageError(
+            "The hosts found different data. Give each the same images, in a folder that they share or in copies. "
+            f"Found by this host: {data.fingerprint}"
+        )
 
 
 def make_feeds(data: ImageData, trainer: Trainer, seed: int) -> tuple[Feed, Feed]:

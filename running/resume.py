@@ -115,7 +115,8 @@ class Resumed:
     """The begin of a run: anew, or from a checkpoint.
 
     Attributes:
-        record: is saved with each checkpoint: flags, replicas, backend, and the rollbacks so far.
+        record: is saved with each checkpoint: flags, replicas, backend, fingerprint of the data, and the rollbacks so
+            far.
         notes: sentences for the plan, the log and the report; none for a new run.
     """
 
@@ -141,6 +142,7 @@ def resume(
         "flags": dataclasses.asdict(config),
         "replicas": trainer.replicas,
         "backend": keras.backend.backend(),
+        "data": data.fingerprint,
         "rollbacks": [],
     }
     checkpoint = None if config.dry_run else checkpoints.latest()
@@ -151,11 +153,11 @@ def resume(
         raise UsageError(f"--run_dir={config.run_dir} holds a finished run without a checkpoint of its last state.")
     if checkpoint is None:
         return Resumed(record, [])
-    changes = _changes(config, trainer, checkpoint, data.num_train)
+    changes = _changes(config, trainer, checkpoint, data)
     if changes and not config.allow_inexact_resume:
         raise UsageError(
-            f"--run_dir={config.run_dir} was started with different flags: {'; '.join(changes)}. Give it "
-            + ("the same flags, or none, to go on exactly, " if finished is None else "")
+            f"--run_dir={config.run_dir} was started with different data or flags: {'; '.join(changes)}. Give it "
+            + ("the same data, and the same flags or none, to go on exactly, " if finished is None else "")
             + "another --run_dir to start anew, or --allow_inexact_resume."
         )
     total = config.total_updates(data.num_train)
@@ -213,15 +215,16 @@ def _rates(config: RunConfig, num_train: int, updates: int) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))))
 
 
-def _changes(config: RunConfig, trainer: Trainer, checkpoint: Checkpoint, num_train: int) -> list[str]:
+def _changes(config: RunConfig, trainer: Trainer, checkpoint: Checkpoint, data: ImageData) -> list[str]:
     """Return the differences between this run and the one of a checkpoint, a phrase each.
 
-    Another length is no change if it leaves the learning rates of the finished updates as they were.
+    Another length is no change if it leaves the learning rates of the finished updates as they were. Checkpoints of
+    earlier versions do not know their data.
     """
     found, before = [], checkpoint.metadata
     length = {name: before["flags"].get(name, getattr(config, name)) for name in ("epochs", "steps")}
     earlier = dataclasses.replace(config, **length)
-    rates, rates_then = (_rates(c, num_train, checkpoint.update) for c in (config, earlier))
+    rates, rates_then = (_rates(c, data.num_train, checkpoint.update) for c in (config, earlier))
     same_rates = np.array_equal(rates, rates_then)
     for field in dataclasses.fields(config):
         if field.name in length and same_rates:
@@ -235,4 +238,6 @@ def _changes(config: RunConfig, trainer: Trainer, checkpoint: Checkpoint, num_tr
     backend = before.get("backend", "tensorflow")
     if backend != keras.backend.backend():
         found.append(f"KERAS_BACKEND={keras.backend.backend()}, was {backend}")
+    if before.get("data", data.fingerprint) != data.fingerprint:
+        found.append(f"data: {data.fingerprint or 'unknown'}, was {before['data'] or 'unknown'}")
     return found

@@ -11,6 +11,7 @@ import numpy as np
 
 from lars_keras.data.augment import shift_flip
 from lars_keras.data.base import AUGMENTS, ImageData, check_arguments, positions
+from lars_keras.data.fingerprint import array_parts, fingerprint
 from lars_keras.data.keyed import Array
 from lars_keras.data.unreadable import UnreadableImages
 
@@ -88,6 +89,8 @@ class ArrayData(ImageData):
         self.num_train, self.num_test = len(train[0]), len(test[0])
         self.mean, self.std = _statistics(train[0])
         self.description = description or name
+        parts = itertools.chain(array_parts(*self._train), array_parts(*self._test))
+        self.fingerprint = fingerprint(self.num_train, self.num_test, num_classes, parts)
         self.unreadable_images = UnreadableImages()  # stays empty: all images are in memory
 
     def train_numpy(

@@ -43,6 +43,8 @@ class ImageData(abc.ABC):
             which for images in memory shift by up to 2 pixels with reflected borders and flip in every second epoch;
             or RandAugment, mixup or cutmix, which follow crop and flip if the data set has them.
         description: one line about the data.
+        fingerprint: one line that differs for different images, labels or splits, wherever they are stored; empty if
+            unknown. A held-out fraction of the training images, an argument of `load`, need not change it.
         reading: one line about how images are read.
         warnings: what is probably not meant about the data, a sentence each.
         unreadable_images: the unreadable images found so far.
@@ -57,6 +59,7 @@ class ImageData(abc.ABC):
     std: tuple[float, ...]
     augment: str
     description: str
+    fingerprint: str = ""
     reading: str
     warnings: tuple[str, ...] = ()
     unreadable_images: UnreadableImages

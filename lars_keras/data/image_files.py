@@ -58,6 +58,7 @@ class ImageFileData(ImageData):
         image_size: height and width of the images in a batch, in pixels.
         augment: as in `ImageData`.
         description: one line about the data.
+        fingerprint: as in `ImageData`.
         remote: whether hosts other than this process's make the batches, as for a TPU pod. Such a host runs no Python
             function, so it prints the number of an unreadable image on its own terminal.
         storage: the form of the images, if they are stored at one size. With `augment="crop_mirror"`, and where they
@@ -77,6 +78,7 @@ class ImageFileData(ImageData):
         image_size: int = 227,
         augment: str = "crop_flip",
         description: str = "",
+        fingerprint: str = "",
         remote: bool = False,
         storage: Storage | None = None,
     ):
@@ -91,6 +93,7 @@ class ImageFileData(ImageData):
         self.mean, self.std = _IMAGENET_MEAN, _IMAGENET_STD
         self.augment = augment
         self.description = description or name
+        self.fingerprint = fingerprint
         self.unreadable_images = UnreadableImages()
         self._remote = remote
         # The number of cores of another host is unknown here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 from lars_keras.data.arrays import ArrayData
 from lars_keras.data.augment import pad_crop_flip
 from lars_keras.data.base import AUGMENTS, ImageData
+from lars_keras.data.fingerprint import builder_parts, fingerprint
 from lars_keras.data.folder import FolderExamples, describe_left_out, empty_classes, read_folder
 from lars_keras.data.image_files import Examples, ImageFileData
 from lars_keras.data.locate import PREPARED, data_root, prepared_dir, test_split
@@ -82,6 +84,8 @@ def load(
         if "://" in os.fspath(root):
             raise ValueError(f"A folder of images must be on a local disk: copy it to one. Received: data_dir={root}")
         train_files, test_files, classes = read_folder(root)
+        contents = itertools.chain(train_files.parts(), test_files.parts())
+        options["fingerprint"] = fingerprint(len(train_files), len(test_files), len(classes), contents)
         if cache == "disk":
             train_files, test_files = (
                 FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels, files.left_out)
@@ -97,13 +101,14 @@ def load(
     stored_name = f"{name}_{options['storage']}" if resized else name
     builder = _builder(root, stored_name)
     _check_access(builder, root, stored_name, cache, remote)
+    splits = ("train", test_split(name))
     train, test = (
         _records(
             builder,
             split,
             _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None,
         )
-        for split in ("train", test_split(name))
+        for split in splits
     )
     features = builder.info.features
     num_classes = features["label"].num_classes
@@ -111,6 +116,8 @@ def load(
     if name in ANY_SIZE:
         parse = _parser(features)
         train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
+        metadata = builder_parts(builder, splits, described=resized is not None)
+        options["fingerprint"] = fingerprint(len(train), len(test), num_classes, metadata)
         return _image_file_data(name, train_images, test_images, validation_split, num_classes, origin, cache, options)
     height, width, channels = features["image"].shape
     if image_size not in (None, height):

@@ -14,12 +14,14 @@ import contextlib
 import io
 import os
 import sys
+import tarfile
 from collections.abc import Iterator
 
 from lars_keras.data.image_files import ImageFileData
 from lars_keras.data.locate import PREPARED, data_root, prepared_dir
 from lars_keras.data.resized import Storage
 from lars_keras.files import local_path
+from lars_keras.runtime.folder_lock import lock_folder
 
 _ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
@@ -44,7 +46,8 @@ def prepare(
         file_format: `"tfrecord"` or `"array_record"`.
 
     Raises:
-        ValueError: if `data_dir` is not local or not writable, or holds the data set in another format.
+        ValueError: if `data_dir` is not local or not writable, or holds the data set in another format; if an archive
+            is damaged.
         FileNotFoundError: if an archive is missing.
         OSError: if a file cannot be read or written.
     """
@@ -99,12 +102,28 @@ def prepare(
         if isinstance(cause, tf.errors.OpError):  # the disk is full, say
             raise OSError(f"{name} could not be prepared: {cause.message}") from e
         raise
+    except tarfile.TarError as e:
+        damaged = " or ".join(str(archives / name) for name in _ARCHIVES if not _is_whole(archives / name))
+        raise ValueError(f"{damaged or archives} is damaged or truncated: {e}") from e
+
+
+def _is_whole(archive: os.PathLike) -> bool:
+    """Return True if an archive can be read to its end; an archive inside it may still be damaged."""
+    try:
+        with tarfile.open(archive) as opened:
+            for _ in opened:
+                pass
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def prepare_resized(
     name: str, data_dir: str | os.PathLike | None, resize: str, out_dir: str | os.PathLike | None = None
 ) -> str:
     """Store the images of a data set at one size, unless they are stored already. A call that was killed is resumed.
+
+    One process at a time writes the result.
 
     Args:
         name: `"imagenet2012"`, prepared in `data_dir`, or `"folder"`, the folder `data_dir`.
@@ -116,12 +135,13 @@ def prepare_resized(
         The folder of the result: `out_dir/NAME_FORM/VERSION`.
 
     Raises:
-        ValueError: if an argument has no meaning, the disk lacks space, or the result was begun with other images.
+        ValueError: if an argument has no meaning, the disk lacks space, the result has or was begun with other images,
+            or another process writes it.
         FileNotFoundError: if the data set is not in `data_dir`.
         OSError: if a file cannot be written, because the disk is full, say. The same call goes on.
     """
     from lars_keras.data.loading import ANY_SIZE, load
-    from lars_keras.data.store import VERSION, store
+    from lars_keras.data.store import VERSION, check_source, source_of, store
 
     if name not in ANY_SIZE:
         raise ValueError(f"`resize` is for {' and '.join(ANY_SIZE)}. Received: resize={resize}, {name=}")
@@ -130,12 +150,16 @@ def prepare_resized(
     storage = Storage.parse(resize)
     root = local_path(out_dir or data_root(data_dir), "out_dir")
     kind = f"{name}_{storage}"
-    if found := prepared_dir(root, kind):
-        return str(found)
     data = load(name, data_dir=data_dir)
     assert isinstance(data, ImageFileData)
-    folder = root / kind / VERSION
-    store(data.train_examples, data.test_examples, data.num_classes, folder, kind, storage, data.description)
+    source = source_of(data)
+    if prepared_dir(root, kind) is None:
+        with lock_folder(root / kind, "out_dir"):
+            if prepared_dir(root, kind) is None:  # another process may just have finished
+                store(data, root / kind / VERSION, kind, storage, source)
+    folder = prepared_dir(root, kind)
+    assert folder
+    check_source(folder, source)
     return str(folder)
 
 

@@ -21,16 +21,41 @@ from lars_keras.files import atomic_write_text, size_text
 if TYPE_CHECKING:
     import tensorflow as tf
 
-    from lars_keras.data.image_files import Examples
+    from lars_keras.data.image_files import Examples, ImageFileData
 
 _SHARD = 1024  # images in a file
 _BLOCK = 64  # images that are converted together, or encoded to learn the size of one
 VERSION = "1.0.0"
+_SOURCE, _INFO = "source.json", "dataset_info.json"
 
 
-def store(
-    train: Examples, test: Examples, num_classes: int, folder: Path, name: str, storage: Storage, origin: str
-) -> None:
+def source_of(data: ImageFileData) -> dict[str, Any]:
+    """Return what tells the images of a data set from others, wherever they are."""
+    splits = (data.train_examples, data.test_examples)
+    return {
+        "fingerprint": data.fingerprint,
+        "examples": [len(examples) for examples in splits],
+        "bytes": [examples.nbytes for examples in splits],
+    }
+
+
+def check_source(folder: Path, source: dict[str, Any]) -> None:
+    """Refuse the files of another source than `source_of` has returned.
+
+    Those that an earlier version has written have no fingerprint.
+
+    Raises:
+        ValueError: if they are of another.
+    """
+    path = folder / _SOURCE
+    if not path.exists():
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if any(there.get(name, value) != value for name, value in source.items()):
+        raise ValueError(f"{folder} has other images: remove it, or write elsewhere. Found: {there}. Now: {source}")
+
+
+def store(data: ImageFileData, folder: Path, name: str, storage: Storage, source: dict[str, Any]) -> None:
     """Write both splits as a tensorflow-datasets data set, the examples in the same order.
 
     A file is written under another name, and renamed when it is complete. So after a kill or with a full disk, what is
@@ -38,13 +63,11 @@ def store(
     one, so that ids stay as they are.
 
     Args:
-        train: the training split.
-        test: the test split.
-        num_classes: number of labels.
-        folder: to write to.
-        name: name of the data set.
+        data: the data set.
+        folder: to write to, which no other process does.
+        name: name of the result.
         storage: the form of the images.
-        origin: what the images are, for the check that a second call has the same.
+        source: what `source_of` returns, for the check that a second call has the same images.
 
     Raises:
         ValueError: if the disk lacks space, or the folder holds images of another origin.
@@ -52,10 +75,11 @@ def store(
     """
     import tensorflow_datasets as tfds
 
-    splits = {"train": train, "validation": test}
-    source = {"origin": origin, "examples": [len(train), len(test)], "bytes": [train.nbytes, test.nbytes]}
+    splits = {"train": data.train_examples, "validation": data.test_examples}
     folder.mkdir(parents=True, exist_ok=True)
-    _check_source(folder / "source.json", source)
+    check_source(folder, source)
+    if not (folder / _SOURCE).exists():
+        atomic_write_text(folder / _SOURCE, json.dumps(source) + "\n")
     shards = {split: _shards(name, split, len(examples)) for split, examples in splits.items()}
     left = {
         split: {folder / file: ids for file, ids in files.items() if not (folder / file).exists()}
@@ -82,13 +106,27 @@ def store(
         )
         for split, files in shards.items()
     ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=_features(num_classes, storage),
-        split_infos=infos,
-        description=f"{origin}, stored as {storage}",
-        check_data=False,
-    )
+    part = folder / "metadata.part"  # dataset_info.json, which says that all is there, is renamed when it is whole
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        samples = [part / next(iter(files)) for files in shards.values()]  # tensorflow-datasets looks for their names
+        for sample in samples:
+            sample.touch()
+        tfds.folder_dataset.write_metadata(
+            data_dir=part,
+            features=_features(data.num_classes, storage),
+            split_infos=infos,
+            version=VERSION,
+            description=f"{data.fingerprint}, stored as {storage}",
+            check_data=False,
+        )
+        for sample in samples:
+            sample.unlink()
+        for path in sorted(part.iterdir(), key=lambda path: path.name == _INFO):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _features(num_classes: int, storage: Storage) -> Any:
@@ -110,19 +148,6 @@ def _shards(name: str, split: str, count: int) -> dict[str, range]:
     return {
         f"{name}-{split}.tfrecord-{i:05}-of-{files:05}": range(*ids) for i, ids in enumerate(itertools.pairwise(starts))
     }
-
-
-def _check_source(path: Path, source: dict[str, Any]) -> None:
-    """Refuse to go on with the files of another source; note the source if there is none."""
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there != source:
-            raise ValueError(
-                f"{path.parent} was begun with other images: remove it, or write elsewhere. "
-                f"Found: {there}. Received: {source}"
-            )
-    else:
-        atomic_write_text(path, json.dumps(source) + "\n")
 
 
 def _check_space(

@@ -273,6 +273,17 @@ class RefusalTest(parameterized.TestCase, tf.test.TestCase):
         self.save(backend="jax")
         self.refuse("KERAS_BACKEND=tensorflow, was jax")
 
+    def test_other_data(self):
+        """The run would go on with another permutation of them, and another length of an epoch."""
+        self.save(data="160 train and 36 test images in 10 classes, 0123")
+        now = "data: 160 train and 37 test images in 10 classes, [0-9a-f]{16}"
+        with self.assertRaisesRegex(UsageError, f"{now}, was 160 train and 36 test images in 10 classes, 0123"):
+            self.resume()
+        resumed = self.resume(allow_inexact_resume=True)
+        self.assertRegex(resumed.notes[1], f"^went on inexactly: {now}, was")
+        self.save(data=resumed.record["data"])
+        self.assertLen(self.resume().notes, 1)
+
     def test_an_end_that_is_past(self):
         self.save()
         self.refuse("has taken 5 updates, more than the 4 ", steps=4, allow_inexact_resume=True)

@@ -262,6 +262,22 @@ command_line.leave({failing})
         self.assertIn(message, err)
         self.assertFalse(run_dir.exists())
 
+    def test_hosts_with_different_data_are_refused(self):
+        """The other host's number is that of other data; a number of the same data is the same in every process."""
+        numbers = []
+        same = lambda cluster, number: numbers.append(number) or len(numbers) > 1  # noqa: E731
+        run_dir = self.dir / "r"
+        with unittest.mock.patch("lars_keras.training.tensorflow.cluster.TensorFlowCluster.same_on_all_hosts", same):
+            code, out, err = run(*SMALL, f"--run_dir={run_dir}")
+            self.assertEqual(code, 2, out + err)
+            self.assertIn("hosts found different data", err)
+            self.assertIn("Found by this host: 160 train and 37 test images in 10 classes, ", err)
+            self.assertFalse(run_dir.exists())
+            code, _, err = run(*SMALL, f"--run_dir={run_dir}", "--dry_run")
+        self.assertEqual(code, 0, err)
+        self.assertEqual(numbers[0], numbers[1])
+        self.assertBetween(numbers[0], 1, 2**31 - 1)
+
     def test_missing_data_is_named_in_a_real_process(self):
         process = subprocess.run(
             [sys.executable, "train.py", "--dataset=imagenet2012", f"--data_dir={self.dir}"],

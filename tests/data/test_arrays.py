@@ -95,6 +95,17 @@ class ArrayDataTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllClose(data.mean, images.mean((0, 1, 2)), rtol=1e-12)
         self.assertAllClose(data.std, images.std((0, 1, 2)), rtol=1e-12)
 
+    def test_the_fingerprint_is_that_of_the_contents(self):
+        images, labels = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), np.uint8), np.arange(9)
+        first = lars_keras.data.ArrayData("one", (images, labels), (images, labels), 9).fingerprint
+        self.assertRegex(first, "^9 train and 9 test images in 9 classes, [0-9a-f]{16}$")
+        turned = np.moveaxis(np.ascontiguousarray(np.moveaxis(images, 3, 0)), 0, 3)  # another order in memory
+        other, swapped = images.copy(), labels[[1, 0, *range(2, 9)]]
+        other[8, 3, 3, 2] ^= 1
+        for same, train in ((True, (turned, labels)), (False, (other, labels)), (False, (images, swapped))):
+            found = lars_keras.data.ArrayData("two", train, (images, labels), 9, description="other").fingerprint
+            self.assertEqual(found == first, same)
+
     def test_arrays_need_neither_tensorflow_nor_tfds(self):
         program = """
 import importlib, sys, types

@@ -214,6 +214,39 @@ class FolderTest(tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, "labels.txt lists a class twice: a"):
             self.load()
 
+    def test_the_fingerprint_is_that_of_the_images(self):
+        """It differs where a run would go on with others, and not where they only are in another place."""
+        self.write("train/a/1.jpg", "train/a/22.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/333.jpg")
+        image = tf.io.encode_jpeg(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).numpy()
+        (self.root / "train/b/1.jpg").write_bytes(image)
+        first = self.load().fingerprint
+        self.assertRegex(first, "^3 train and 2 test images in 2 classes, [0-9a-f]{16}$")
+        elsewhere = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for path in sorted(self.root.glob("*/*/*.jpg"), reverse=True):  # in another order on the disk
+            copy = elsewhere / path.relative_to(self.root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        for options in (
+            {"cache": "memory"},
+            {"cache": "disk", "cache_dir": elsewhere / "copies"},
+            {"validation_split": 0.4},
+            {"data_dir": os.path.relpath(elsewhere)},
+        ):
+            data = lars_keras.data.load("folder", **{"data_dir": self.root} | options)
+            self.assertEqual(data.fingerprint, first, options)
+        found = {first}
+        (self.root / "labels.txt").write_text("b\na\n")
+        found.add(self.load().fingerprint)
+        (self.root / "labels.txt").unlink()
+        for old, new in (("a", "c"), ("b", "a"), ("c", "b")):  # two classes change places
+            (self.root / "train" / old).rename(self.root / "train" / new)
+        found.add(self.load().fingerprint)
+        (self.root / "train/a/1.jpg").write_bytes(image + b" ")
+        found.add(self.load().fingerprint)
+        self.write("train/a/4444.jpg")
+        found.add(self.load().fingerprint)
+        self.assertLen(found, 5)
+
     def test_names_that_are_not_utf_8(self):
         self.write("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg")
         root = os.fsencode(self.root)

@@ -24,6 +24,8 @@ class ImageFileDataTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual((data.num_train, data.num_test, data.num_classes), (29, 11, 7))
         self.assertEqual(data.image_shape, (24, 24, 3))
         self.assertEqual(self.load(image_size=None).image_shape, (227, 227, 3))
+        self.assertRegex(data.fingerprint, "^29 train and 11 test images in 7 classes, [0-9a-f]{16}$")
+        self.assertEqual(self.load(image_size=None).fingerprint, data.fingerprint)
 
     @parameterized.parameters("tfrecord", "array_record")
     def test_random_access_finds_what_tfds_wrote(self, file_format):

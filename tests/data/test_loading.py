@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import shutil
+import tarfile
 import unittest
 
 import numpy as np
@@ -70,6 +71,17 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit) as caught:
             main(["--dataset=mnist"])
         self.assertEqual(caught.exception.code, 2)
+
+    def test_prepare_from_a_truncated_archive(self):
+        root = pathlib.Path(self.get_temp_dir())
+        with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as archive:
+            archive.add(__file__, "n01440764.tar")  # a file that is no archive
+        whole = (root / "ILSVRC2012_img_train.tar").read_bytes()
+        (root / "ILSVRC2012_img_val.tar").write_bytes(whole)
+        (root / "ILSVRC2012_img_train.tar").write_bytes(whole[:700])
+        with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(main(["--dataset=imagenet2012", f"--data_dir={root}/out", f"--manual_dir={root}"]), 2)
+        self.assertRegex(errors.getvalue(), "ILSVRC2012_img_train.tar is damaged or truncated: ")
 
 
 @unittest.skipUnless(SHARED.is_dir(), "needs ../shared/data")

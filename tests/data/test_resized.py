@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import resource
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 import lars_keras.data
 from lars_keras.data import prepare, store
 from lars_keras.data.resized import Storage
+from lars_keras.runtime.folder_lock import lock_folder
 from tests import prepared
 from tests.data.images import parse, read_all
 from tests.data.streams import train_ids
@@ -185,6 +187,56 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             self.assertEmpty(list(full.rglob("*.part")))
             self.assertEqual(prepare.main([*arguments, str(full)]), 0)
         self.assertEqual(contents(full), contents(whole))
+
+    def write_images(self, *colors):
+        """Return a folder of images: one of each color in each class and split."""
+        root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for color in colors:
+            for name in ("train/a", "train/b", "val/a"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (30, 20), (color, 0, 0)).save(root / name / f"{color}.png")
+        return root
+
+    def prepare(self, root, out):
+        """Return exit code and the message of the command, which follows the progress bar."""
+        with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+            code = prepare.main(["-n", "folder", "-d", str(root), "-r", "crop24_raw", "-o", str(out)])
+        return code, errors.getvalue().rstrip("\n").rpartition("\n")[2] if code else ""
+
+    def test_a_finished_result_of_other_images_is_refused(self):
+        root, out = self.write_images(10, 20), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.assertEqual(self.prepare(root, out), (0, ""))
+        self.assertEqual(self.prepare(os.path.relpath(root), out), (0, ""))  # the same by another path
+        before = contents(out)
+        other = self.write_images(10, 21)
+        self.assertEqual(self.prepare(other, out)[0], 2)
+        self.assertRegex(self.prepare(other, out)[1], "folder_crop24_raw/1.0.0 has other images: remove it")
+        Image.new("RGB", (30, 20)).save(root / "train" / "a" / "30.png")
+        self.assertRegex(self.prepare(root, out)[1], "has other images.*Now: .*5 train and 2 test images")
+        self.assertEqual(contents(out), before)
+
+    def test_a_second_process_does_not_write_the_same_result(self):
+        root, out = self.write_images(10), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        with lock_folder(out / "folder_crop24_raw", "out_dir"):
+            code, errors = self.prepare(root, out)
+        self.assertEqual((code, contents(out)), (2, {}))
+        self.assertIn("`out_dir` is in use by process", errors)
+
+    def test_a_disk_that_is_full_at_the_end_leaves_no_finished_result(self):
+        import tensorflow_datasets as tfds
+
+        root, out = self.write_images(10), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+        def full(data_dir, **_):
+            (pathlib.Path(data_dir) / "dataset_info.json").touch()
+            raise OSError("No space left on device")
+
+        with unittest.mock.patch.object(tfds.folder_dataset, "write_metadata", full):
+            self.assertEqual(self.prepare(root, out), (2, "No space left on device"))
+        self.assertEmpty(list(out.rglob("dataset_info.json")))
+        self.assertEqual(self.prepare(root, out), (0, ""))
+        data = lars_keras.data.load("folder", data_dir=out, resized="crop24_raw", image_size=24, augment="none")
+        self.assertEqual(data.num_train, 2)
 
     def test_an_unreadable_image_keeps_its_place(self):
         self.check_unreadable("crop24_raw")
