@@ -137,7 +137,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
         "## The fast network on CIFAR-10\n\n"
         "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, `cifar10_fast_4k.flags`, "
         "`cifar10_fast_4k_momentum.flags`, `cifar10_fast_8k.flags` and `cifar10_fast_16k.flags`, "
-        "with the settings of results/cifar10_fast.jsonl. The rows of a batch size are seeds 0, 1 and on. "
+        "with the settings of results/cifar10_fast.jsonl. The rows of one peak rate are seeds 0, 1 and on. "
         "No times: the machine did other work.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
