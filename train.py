@@ -120,7 +120,7 @@ def _main(
     with report_of_failure(run_dir, callbacks.log, write=chief), StopOnSignal() as stop:
         history = fit_with_recovery(
             train_feed,
-            CheckpointCallback(trainer, checkpoints, policy, resumed.record),
+            CheckpointCallback(trainer, checkpoints, policy, resumed.record, save_first=resumed.changed),
             max_rollbacks=config.max_rollbacks,
             on_rollback=callbacks.on_rollback,
             epochs=total_updates / steps_per_epoch,

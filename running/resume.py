@@ -118,10 +118,12 @@ class Resumed:
         record: is saved with each checkpoint: flags, replicas, backend, fingerprint of the data, and the rollbacks so
             far.
         notes: sentences for the plan, the log and the report; none for a new run.
+        changed: True if the run goes on with other flags or data than the checkpoint's.
     """
 
     record: dict[str, Any]
     notes: list[str]
+    changed: bool = False
 
 
 def resume(
@@ -152,6 +154,11 @@ def resume(
     if finished is not None and (checkpoint is None or checkpoint.update < finished):
         raise UsageError(f"--run_dir={config.run_dir} holds a finished run without a checkpoint of its last state.")
     if checkpoint is None:
+        if damaged := checkpoints.damaged:
+            raise UsageError(
+                f"--run_dir={config.run_dir} holds a run all of whose checkpoints are damaged, the newest is "
+                f"{damaged[0].name}. Put them back, or remove them to start anew."
+            )
         return Resumed(record, [])
     changes = _changes(config, trainer, checkpoint, data)
     if changes and not config.allow_inexact_resume:
@@ -171,7 +178,9 @@ def resume(
     notes = [f"went on after update {checkpoint.update}, from {checkpoint.path.name}"]
     if changes:
         notes.append(f"went on inexactly: {'; '.join(changes)}")
-    return Resumed({**record, "rollbacks": checkpoint.metadata["rollbacks"]}, notes)
+    as_saved = json.loads(json.dumps(record["flags"]))
+    changed = bool(changes) or as_saved != checkpoint.metadata["flags"]
+    return Resumed({**record, "rollbacks": checkpoint.metadata["rollbacks"]}, notes, changed)
 
 
 @contextlib.contextmanager

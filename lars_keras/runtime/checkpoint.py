@@ -125,6 +125,11 @@ class CheckpointManager:
                 self._damaged.add(path)
         return None
 
+    @property
+    def damaged(self) -> list[Path]:
+        """The damaged files that `latest` has met, newest first."""
+        return [path for path in self._paths() if path in self._damaged]
+
     def _paths(self) -> list[Path]:
         """Return the files of all checkpoints, newest first."""
         found = [path for path in self.directory.glob("update-*.npz") if _NAME.fullmatch(path.name)]

@@ -38,6 +38,8 @@ class CheckpointCallback(keras.callbacks.Callback):
         manager: writes the checkpoints.
         policy: decides when to save.
         metadata: JSON-serializable values to save with each checkpoint.
+        save_first: save the restored state, too, before it goes on. A run whose metadata have changed needs it, or the
+            newest checkpoint would have those of before.
 
     Attributes:
         trainer: as passed.
@@ -51,8 +53,10 @@ class CheckpointCallback(keras.callbacks.Callback):
         manager: CheckpointManager,
         policy: SavePolicy,
         metadata: dict[str, Any] | None = None,
+        save_first: bool = False,
     ):
         super().__init__()
+        self._save_first = save_first
         self.trainer, self.manager, self.metadata = trainer, manager, metadata if metadata is not None else {}
         self._policy = policy
         self.agreed: bool | None = None
@@ -64,8 +68,9 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._policy.reset(position.update)
         self._saved = position.update
         self._held: tuple[Mapping[str, np.ndarray], Mapping[str, Any]] | None = None
-        if position.batches_consumed == 0:
+        if position.batches_consumed == 0 or self._save_first:
             self.save()
+        self._save_first = False
 
     def vote(self, update: int, logs: Mapping[str, float]) -> bool:
         """Return True if this host's policy asks for a save; see `lars_keras.training.votes.Voter`."""

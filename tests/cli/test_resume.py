@@ -150,6 +150,18 @@ class RunTest(tf.test.TestCase):
         self.assertEqual(json.loads((path / "results.json").read_text())["updates"], 20)
         self.assertEqual(json.loads((path / "results-00000015.json").read_text())["updates"], 15)
 
+    def test_killed_after_a_change(self):
+        """It goes on without flags, as its checkpoint has the new ones."""
+        path = self.dir / "changed"
+        shutil.copytree(self.dir / "stopped", path)
+        killed = unittest.mock.patch.object(Trainer, "_execute", side_effect=KeyboardInterrupt)
+        with killed, self.assertRaises(KeyboardInterrupt):
+            run(f"--run_dir={path}", "--learning_rate=5", "--allow_inexact_resume")
+        code, out, err = run(f"--run_dir={path}")
+        self.assertEqual(code, 0, err)
+        self.assertIn("--learning_rate=5", (path / "flags.txt").read_text())
+        self.assertIn("went on after update 5", out)
+
     def test_a_folder_in_use(self):
         path = self.dir / "used"
         with lock_folder(path, "run_dir"):
@@ -288,10 +300,13 @@ class RefusalTest(parameterized.TestCase, tf.test.TestCase):
         self.save()
         self.refuse("has taken 5 updates, more than the 4 ", steps=4, allow_inexact_resume=True)
 
-    def test_a_damaged_checkpoint_is_passed_over(self):
+    def test_only_damaged_checkpoints(self):
+        """The run would begin anew, and write over what is left of it."""
         self.save()
-        for path in (self.dir / "checkpoints").iterdir():
-            path.write_bytes(path.read_bytes()[:-9])
+        (path,) = (self.dir / "checkpoints").iterdir()
+        path.write_bytes(path.read_bytes()[:-9])
+        self.refuse(f"all of whose checkpoints are damaged, the newest is {path.name}")
+        path.unlink()
         self.assertEqual(self.resume().notes, [])
 
     def test_unreadable_images_are_known_again(self):
