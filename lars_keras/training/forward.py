@@ -186,7 +186,7 @@ def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms
             compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
         layers = len(layer_losses(model))
         model.compute_metrics(x, y, y_pred, weight)
-    return LossTerms(tuple(mask is not None for mask in masks), layers, spec_of((x, y, y_pred)))
+    return LossTerms(tuple(mask is not None for mask in masks), layers, spec_of((x, y, y_pred)), spec_of(weight))
 
 
 def _zeros(spec: TensorSpec | None, examples: int) -> Tensor | None:

@@ -36,11 +36,13 @@ class LossTerms:
         masks: for each mean that the loss takes, True if a mask leaves entries out of it.
         layer_losses: number of losses that layers add, such as activity regularizers; those of weights do not count.
         batch: a `TensorSpec` for each array of `(x, y, y_pred)`.
+        weights: a `TensorSpec` for each array of sample weights, None without any.
     """
 
     masks: tuple[bool, ...]
     layer_losses: int
     batch: tuple[Any, Any, Any]
+    weights: Any = None
 
     @property
     def masked(self) -> bool:
@@ -81,7 +83,7 @@ def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> Non
             f"{ghost_batches} ghost batches, and `Trainer` can do so for one masked mean alone. {remedy} Received: "
             f"a masked loss with {_parts(model, terms)}"
         )
-    found = [name for name in suspects(model) if _is_mean(model, terms.batch) is False]
+    found = [name for name in suspects(model) if _is_mean(model, terms) is False]
     if terms.layer_losses and not found:
         found = _layers_without_mean(model, terms.batch)
     if found:
@@ -135,33 +137,39 @@ def is_known_mean(loss: Any) -> bool:
     return all(p.__module__.startswith("keras.") for p in parts) and not {"dice", "tversky", "circle"} & set(names)
 
 
-def _is_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> bool | None:
-    """Try the loss on synthetic targets and predictions; None if undecided.
+def _is_mean(model: keras.Model, terms: LossTerms) -> bool | None:
+    """Try the loss on synthetic targets, predictions and weights; None if undecided.
 
     Some of the targets are also replaced by numbers that often say that there is none.
     """
+    batch = terms.batch
     predictions = keras.tree.map_structure(lambda spec: dataclasses.replace(spec, dtype="float32"), batch[2])
     batch = batch[0], batch[1], predictions  # in half precision a mean would not be told from its like
     x, y, y_pred = made_up_batch(batch, _EXAMPLES)
+    no_weights = keras.tree.map_structure(lambda spec: None, terms.weights)
+    _, _, weights = made_up_batch((None, None, terms.weights), _EXAMPLES)
 
-    def loss(targets: Any) -> Callable[[int, int], list[float] | None]:
-        def of(start: int, stop: int) -> list[float] | None:
+    def loss_of(targets: Any, weights: Any = no_weights) -> Callable[[int, int], list[float] | None]:
+        def loss(start: int, stop: int) -> list[float] | None:
             some_x, some_y, some_y_pred = part_of([x, targets, y_pred], batch, start, stop)
+            _, _, weight = part_of([None, None, weights], (None, None, terms.weights), start, stop)
             with keras_internals.losses_of_one_replica(), RecordingScope(_values(model)) as scope:
-                value = float(keras_internals.compute_loss(model, some_x, some_y, some_y_pred, None, training=True))
-            return None if scope.random else [value]
+                value = keras_internals.compute_loss(model, some_x, some_y, some_y_pred, weight, training=True)
+            return None if scope.random else [float(value)]
 
-        return of
+        return loss
 
     try:
-        found = [_differs(loss(y), 1e-3)]
+        found = [_differs(loss_of(y), 1e-3)]
+        if terms.weights:
+            found.append(_differs(loss_of(y, weights), 1e-3))
     except Exception as error:  # it asks for other data than these
         logging.warning("Whether the loss is a mean over examples cannot be tried: %s", error)
         return None
     for number in _NO_TARGET:
         marked = keras.tree.map_structure(lambda a, n=number: None if a is None else _with_first(a, n), y)
         with contextlib.suppress(Exception):  # it asks for other targets than these
-            found.append(_differs(loss(marked), 1e-3))
+            found.append(_differs(loss_of(marked), 1e-3))
     decided = [any(differs) for differs in found if differs is not None]
     return not any(decided) if decided else None
 

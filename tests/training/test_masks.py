@@ -189,6 +189,27 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
             self.trainer(self.model(None, Pairs))()
         self.trainer(self.model(keras.losses.Dice()), microbatch_size=8)()
 
+    def test_weights(self):
+        """A mean by the weights of a batch is not that of its parts; without weights it is."""
+
+        class ByWeight(Subclassed):
+            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+                losses = keras.ops.mean(keras.ops.square(y - y_pred), -1)
+                weights = keras.ops.ones_like(losses) if sample_weight is None else sample_weight
+                return keras.ops.sum(losses * weights) / keras.ops.sum(weights)
+
+        def trainer(loss, cls=None, weights=None, microbatch_size=4):
+            x, y = RNG.normal(size=(8, 4)).astype("float32"), RNG.integers(0, 2, (8, 3)).astype("float32")
+            trainer = Trainer(self.model(loss, cls), batch_size=8, microbatch_size=microbatch_size)
+            trainer.fit(x, y, sample_weight=weights, verbose=0)
+
+        weights = np.arange(1, 9, dtype="float32")
+        with self.assertRaisesRegex(ValueError, r"not the mean over its examples.*ByWeight\.compute_loss"):
+            trainer(None, ByWeight, weights)
+        trainer(None, ByWeight)
+        trainer(None, ByWeight, weights, microbatch_size=8)
+        trainer(lambda y, y_pred: keras.ops.mean((y - y_pred) ** 2, -1), None, weights)
+
     def test_losses_of_layers(self):
         def noisy(x, seeds):
             return keras.ops.sum((x + keras.random.normal(keras.ops.shape(x), seed=seeds)) ** 2)
