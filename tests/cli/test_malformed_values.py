@@ -43,7 +43,7 @@ WITH = {
     "num_examples": (lambda v: duration_in_updates("1 epochs", batch_size=8, num_examples=v), (*NO_COUNTS, 0)),
     "momentum": (lambda v: LARS(momentum=v), (*NO_NUMBERS, 1.0)),
     "trust_coefficient": (lambda v: LARS(trust_coefficient=v), (*NO_NUMBERS, 0.0)),
-    "weight_decay": (lambda v: LARS(weight_decay=v), NO_NUMBERS),
+    "weight_decay": (lambda v: LARS(weight_decay=v), NO_NUMBERS[1:]),  # None is 0
     "excluded_lr_scale": (lambda v: LARS(excluded_lr_scale=v), NO_NUMBERS),
     "exclude": (lambda v: LARS(exclude=v), ("bias", 3, ["("], [None], [3])),
     "variant": (lambda v: LARS(variant=v), (None, "", "nadam", 3)),

@@ -145,7 +145,7 @@ class NotebookTest(tf.test.TestCase):
             keras.config.set_dtype_policy("float32")
         self.assertEqual(names["trainer"].replicas, 8)
         self.assertGreater(names["scores"]["accuracy"], 0.85)
-        self.assertLen(re.findall("(?m)^Noise scale", printed.getvalue()), 3)  # after 21, 42 and all 62 updates
+        self.assertLen(re.findall("(?m)^Noise scale", printed.getvalue()), 4)  # after 20, 40, 60 and all 62 updates
 
     def test_large_batch_on_cifar_10(self):
         """The notebook, shortened, on images made here. Classes differ in brightness."""

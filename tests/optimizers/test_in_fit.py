@@ -56,7 +56,7 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
         {"momentum": -0.1},
         {"momentum": "0.9"},
         {"weight_decay": -1e-4},
-        {"weight_decay": None},
+        {"weight_decay": "0"},
         {"trust_coefficient": 0.0},
         {"trust_coefficient": -1.0},
         {"epsilon": -1e-9},

@@ -52,8 +52,8 @@ class NoiseScaleTest(absltest.TestCase):
         run = {"batch_size": 4096, "microbatch_size": 512, "learning_rate": 40.0}
         lines = [
             {"event": "update", "update": 12},
-            {"event": "noise_scale", "epoch": 1.0, "noise_scale": 812.4, "low": 700.0, "high": None},
-            {"event": "noise_scale", "epoch": 2.0, "noise_scale": None, "low": None, "high": None},
+            {"event": "noise_scale", "update": 6, "epoch": 1.0, "noise_scale": 812.4, "low": 700.0, "high": None},
+            {"event": "noise_scale", "update": 12, "epoch": 2.0, "noise_scale": None, "low": None, "high": None},
         ]
         (folder / "config.json").write_text(json.dumps(run))
         (folder / "results.json").write_text('{"top1": 0.93999}')
