@@ -96,7 +96,7 @@ class HyperparametersTest(parameterized.TestCase):
 
     @parameterized.parameters(LARS, LAMB)
     def test_none_is_no_decay(self, optimizer_class):
-        """As in Keras's optimizers."""
+        """Take None as Keras does."""
         optimizer = optimizer_class(weight_decay=None)
         self.assertEqual(optimizer.weight_decay, 0.0)
         self.assertEqual(optimizer_class.from_config(optimizer.get_config()).weight_decay, 0.0)

@@ -53,7 +53,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         return [e for e in read_metrics(self.run_dir / "metrics.jsonl") if e["event"] == "noise_scale"]
 
     def test_report_without_layers(self):
-        """As of Keras's optimizers, which have no plan of layers."""
+        """Write the page of a Keras optimizer, which has no plan of layers."""
         (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "momentum"}))
         self.log(60, 20)
         self.assertIn("Noise scale ", write_report(self.run_dir).read_text())

@@ -63,7 +63,7 @@ class WithoutMode(keras.Model):
 
 class AsFitTest(tf.test.TestCase):
     def test_a_model_without_an_argument_for_the_mode(self):
-        """In Keras's `fit`, its layers run as in inference."""
+        """Run its layers as in inference, as Keras does."""
         models = []
         for _ in range(2):
             keras.utils.set_random_seed(0)
