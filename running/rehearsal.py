@@ -98,10 +98,7 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
         *rows,
         ("in all per device", f"{sum(device.values()) / MIB:,.1f} MiB"),
         ("checkpoint", f"{checkpoint / MIB:,.1f} MiB, {config.keep_checkpoints} kept"),
-        (
-            "evaluation",
-            f"{data.num_test:,} images once each, in {passes} with {padding:,} padded",
-        ),
+        ("evaluation", f"{data.num_test:,} images once each, in {passes} with {padding:,} padded"),
     ]
 
 

@@ -117,7 +117,7 @@ class MalformedTest(tf.test.TestCase):
             self.run_flags(arguments)
 
     def test_images(self):
-        """Each is delivered whole with mask 1, or in the mean color with mask 0 and named."""
+        """Deliver each image whole with mask 1, or in the mean color with mask 0 and named."""
         jpegs = []
 
         @settings(max_examples=80, **EXAMPLES)

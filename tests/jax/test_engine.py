@@ -390,7 +390,7 @@ class EngineTest(parameterized.TestCase):
         self.check_resume(0, False)
 
     def check_resume(self, devices, shard_optimizer_state):
-        """With batch normalization, dropout, a moving average, and a break within an epoch."""
+        """Train with batch normalization, dropout, a moving average, and a break within an epoch."""
         x, y = cases.examples(11)
         data = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).repeat()
 

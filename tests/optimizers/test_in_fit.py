@@ -109,7 +109,7 @@ class LayerPlanTest(tf.test.TestCase, parameterized.TestCase):
         return optimizer.layer_plan()
 
     def test_default(self):
-        """What is left to LARS is every kernel and table, and no bias or normalization of any name or rank."""
+        """Leave every kernel and table to LARS, and no bias or normalization of any name or rank."""
         inputs = keras.Input((8, 8, 4))
         x = keras.layers.Conv2D(4, 3, name="conv")(inputs)
         for layer in (

@@ -150,7 +150,7 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(*itertools.product(("float16", "bfloat16"), ("eager", "xla")))
     def test_half_precision_variables(self, dtype, mode):
-        """What is stored is what the oracle stores, but for a few neighbors where a rounding is a near tie."""
+        """Store what the oracle stores, but for a few neighbors where a rounding is a near tie."""
         compared = [cases.make_case(variant, "excluded_rate") for variant in cases.VARIANTS]
         for oracle, optimizer, variables in zip(*self.check(compared, mode, dtype), strict=True):
             actual = variables + cases.slots(optimizer)

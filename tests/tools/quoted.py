@@ -254,7 +254,7 @@ def phrases() -> dict[str, list[str]]:
             f"8,192, where it contributes {efficiency('digits', 8192)}, LARS falls to {top1('digits', 'lars', 8192)}",
             f"`cifar10_fast_4k` reached {fast_top1('lars', 4096)}",
             f"with these settings reached {fast_top1('lars', 8192)}",
-            f"and 36 updates. That run reached {fast_top1('lars', 16384)}",
+            f"warm-up of 36 updates. That run reached {fast_top1('lars', 16384)}",
             f"small AlexNet: noise scale {halfway('cifar10')} halfway",
             f"4,096: noise scale {halfway('cifar10_fast_4k')} halfway, where an example contributes "
             f"{efficiency('cifar10_fast_4k', 4096)}",
