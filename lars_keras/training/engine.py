@@ -86,8 +86,8 @@ class Engine(Protocol):
     def check(cls, model: keras.Model, cluster: Any, options: EngineOptions) -> None:
         """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
 
-    def training_iterator(self, data: Data, first_update: int = 0) -> Any:
-        """Return an iterator over the data of the updates from `first_update` on, for `train`."""
+    def training_iterator(self, data: Data, first_update: int, updates: int) -> Any:
+        """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
 
     def train(self, iterator: Any, updates: int) -> StepResult:
         """Take `updates` updates without returning to Python between them."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from absl import logging
 from keras import ops
 
 from lars_keras._keras_internals import (
@@ -185,7 +186,14 @@ def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms
         with recorded_masks() as masks:
             compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
         layers = len(layer_losses(model))
-        model.compute_metrics(x, y, y_pred, weight)
+        returned = model.compute_metrics(x, y, y_pred, weight)
+        lost = [name for name in returned if name not in {"loss", *model.get_metrics_result()}]
+    if lost:
+        logging.warning(
+            "`compute_metrics` of the model returns values that no metric of the model has: %s. `Trainer` reports "
+            "`model.get_metrics_result()`, so it leaves them out. Make a `keras.metrics.Metric` of each.",
+            ", ".join(map(repr, lost)),
+        )
     return LossTerms(tuple(mask is not None for mask in masks), layers, spec_of((x, y, y_pred)), spec_of(weight))
 
 

@@ -116,6 +116,21 @@ def restore_variables(
     return [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
 
 
+@contextlib.contextmanager
+def kept_random_state(model: keras.Model) -> Iterator[None]:
+    """Set the seed generators of a model back at the end, whatever drew from them within the context.
+
+    How often a validation draws depends on the number of replicas, and what is trained must not.
+    """
+    seeds = [v for v in model.non_trainable_variables if keras_internals.is_seed_state(v)]
+    before = [np.array(keras.ops.convert_to_numpy(v)) for v in seeds]
+    try:
+        yield
+    finally:
+        for variable, value in zip(seeds, before, strict=True):
+            variable.assign(value)
+
+
 def finalize(model: keras.Model) -> None:
     """Let a model have the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it.
 

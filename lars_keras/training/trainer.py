@@ -24,7 +24,14 @@ from lars_keras.training.position import Position
 from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
-from lars_keras.training.state import EmaWeights, check_identity, finalize, identity_of, inner_optimizer
+from lars_keras.training.state import (
+    EmaWeights,
+    check_identity,
+    finalize,
+    identity_of,
+    inner_optimizer,
+    kept_random_state,
+)
 from lars_keras.training.votes import hold_vote
 
 
@@ -238,7 +245,7 @@ class Trainer:
             verbose=verbose,
         )
         self.model.stop_training = False
-        iterator = engine.training_iterator(data, position.batches_consumed)
+        iterator = engine.training_iterator(data, position.batches_consumed, (ends or [0])[-1] - position.update)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
         self.callbacks, logs = callback_list.callbacks, position.logs
@@ -279,7 +286,8 @@ class Trainer:
                 averaged.enter_context(self._ema)
                 if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
                     callback_list.on_test_begin()
-                    scores = self._evaluate(validation_data, callback_list.on_test_batch_begin, test_batch_end)
+                    with kept_random_state(self.model):
+                        scores = self._evaluate(validation_data, callback_list.on_test_batch_begin, test_batch_end)
                     callback_list.on_test_end(scores)
                     logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
                 if any(map(_swaps_at_epochs, self.callbacks)):

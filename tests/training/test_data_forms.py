@@ -3,8 +3,11 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import gc
 import itertools
+import math
 import multiprocessing
+import threading
 import unittest
 
 import keras
@@ -344,6 +347,23 @@ class OrderTest(parameterized.TestCase, tf.test.TestCase):
             resumed.fit(X, Y, seed=1, verbose=0)
         self.assertIn("in another order", str(logs.output))
 
+    def test_nothing_is_read_after_the_last_update(self):
+        """A stream may wait for examples that nobody trains on, and the next `fit` goes on with them."""
+        read = []
+        stream = (read.append(len(read)) or batch for batch in generator())
+        trainer = trainer_of()
+        for updates in (5, 8):
+            trainer.fit(stream, steps_per_epoch=updates, verbose=0)
+            self.assertLen(read, math.ceil((5 if updates == 5 else 13) * trainer.batch_size / 10))
+
+    def test_threads_end_with_the_training(self):
+        trainer_of().fit(Files(7, workers=3), epochs=2, verbose=0)
+        gc.collect()
+        threads = [t for t in threading.enumerate() if t.name.startswith(("read", "batches"))]
+        for thread in threads:
+            thread.join(timeout=60)
+            self.assertFalse(thread.is_alive())
+
 
 class RefusedTest(parameterized.TestCase, tf.test.TestCase):
     CASES = (
@@ -413,7 +433,7 @@ class ThreadTest(parameterized.TestCase):
             process.join()
             return process.exitcode
 
-        prefetcher = Prefetcher(batch, lambda exitcode: exitcode)
+        prefetcher = Prefetcher(batch, lambda exitcode: exitcode, 2)
         self.assertEqual([prefetcher(()), prefetcher(())], [0, 0])
 
     def test_devices_hold_two_batches(self):
@@ -432,11 +452,12 @@ class ThreadTest(parameterized.TestCase):
                 log.append(f"program {self.number} is done")
 
         numbers = itertools.count()
-        prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number)
+        prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number, 5)
         for number in range(4):
             prefetcher._next[1].exception()  # waits until the batch is there
             self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
-        prefetcher._next[1].exception()
+        self.assertEqual(prefetcher(()), 4)
+        self.assertIsNone(prefetcher._next)  # nothing is made that nobody will take
         self.assertEqual(
             log,
             ["batch 0", "batch 1"] + [text for i in range(3) for text in (f"program {i} is done", f"batch {i + 2}")],

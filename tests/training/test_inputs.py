@@ -64,7 +64,7 @@ class HostsTest(parameterized.TestCase, tf.test.TestCase):
         batches = numbers(23, 5)
         for first_update in (0, 2):
             arguments = (context, 2, accumulation_steps, first_update)
-            expected = tensorflow_inputs.numpy_training_batches(dataset(batches), *arguments)
+            expected = tensorflow_inputs.numpy_training_batches(dataset(batches), *arguments, updates=20)
             actual = inputs.training_batches(batches, *arguments)
             self.assertEqual(listed(itertools.islice(actual, 20)), listed(itertools.islice(expected, 20)))
 
@@ -218,9 +218,9 @@ class EndTest(tf.test.TestCase):
     def test_an_epoch_ends_at_once(self):
         """The end of a tuned iterator waits for as long as it was in use."""
         batches = [(np.zeros((4, 2), "float32"), np.zeros(4))] * 3
-        arrays = tensorflow_inputs.ghost_batches(batches, InputContext(1, 0, 1), 4, 1, 0)
+        arrays = tensorflow_inputs.ghost_batches(batches, InputContext(1, 0, 1), 4, 1, 0, 1)
         digits = load("digits", data_dir=prepared.digits()).train_batches(4)
-        ghosts = tensorflow_inputs.ghost_batches(lambda *_: digits, InputContext(1, 0, 1), 4, 1, 0)
+        ghosts = tensorflow_inputs.ghost_batches(lambda *_: digits, InputContext(1, 0, 1), 4, 1, 0, 1)
         for dataset in (arrays, ghosts):
             self.assertIs(dataset.options().autotune.enabled, False)
 

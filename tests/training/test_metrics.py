@@ -174,6 +174,27 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
             Trainer(own, batch_size=16, microbatch_size=8).fit(dataset(X, TARGETS), verbose=0)
 
 
+class OverrideTest(tf.test.TestCase):
+    def test_values_without_a_metric_are_named(self):
+        """Only the last batch would tell them, and there is none that all devices have."""
+
+        class Model(keras.Sequential):
+            def compute_metrics(self, x, y, y_pred, sample_weight=None):
+                results = super().compute_metrics(x, y, y_pred, sample_weight)
+                self.kept.update_state(y_pred)
+                return results | {"gap": keras.ops.max(y_pred) - keras.ops.min(y_pred), "kept": self.kept.result()}
+
+        model = Model([keras.layers.Dense(1)])
+        model.kept = keras.metrics.Mean(name="kept")
+        model.compile("sgd", "mse")
+        x, y = np.ones((8, 2), "float32"), np.ones((8, 1), "float32")
+        with self.assertLogs(level="WARNING") as logs:
+            history = Trainer(model, batch_size=8, microbatch_size=4).fit(x, y, verbose=0).history
+        self.assertEqual([line.count("'gap'") for line in logs.output if "compute_metrics" in line], [1])
+        self.assertNotIn("'kept'", str(logs.output))
+        self.assertIn("kept", history)
+
+
 class PaddingTest(parameterized.TestCase, tf.test.TestCase):
     """Where the last batch is filled up, as on several hosts: what ignores weights is refused by name."""
 

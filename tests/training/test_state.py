@@ -136,6 +136,20 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         for a, b in zip(values(own), values(reference), strict=True):
             self.assertAllClose(a, b, rtol=1e-5)
 
+    def test_validation_leaves_random_numbers(self):
+        """The training after a validation is the same on any number of devices, and without one."""
+
+        def trained(devices, **validation):
+            with replicas(devices):
+                model = compiled(Model())
+            Trainer(model, batch_size=16, microbatch_size=4).fit(dataset(X, Y), epochs=3, verbose=0, **validation)
+            return values(model.dense)
+
+        expected = trained(1)
+        for devices in (1, 2):
+            for a, b in zip(trained(devices, validation_data=(X, Y)), expected, strict=True):
+                self.assertAllClose(a, b, rtol=1e-5)
+
     def test_batch_size_of_the_model(self):
         """Models that take batches of one size only."""
 

@@ -264,8 +264,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     def feed(worker: tf.distribute.InputContext, first_update: int) -> tf.data.Dataset:
         return data.train_batches(256, first=128 * first_update).map(lambda x, y, m: (x, tf.one_hot(y, 1000), m))
 
-    iterator = training_iterator(feed, tf.distribute.get_strategy(), 256, 128, 0)
-    epochs = []
+    epochs: list[float] = []
+    iterator = training_iterator(feed, tf.distribute.get_strategy(), 256, 128, 0, updates=3)
     for epoch in range(3):
         most = 0.0
         for _ in range(128):

@@ -84,8 +84,8 @@ class JaxEngine:
 
     # -- training ------------------------------------------------------------------------------
 
-    def training_iterator(self, data: Data, first_update: int = 0) -> Prefetcher:
-        """Return the batches of `data` on the devices, from an update on, for `train`: one for each micro-batch."""
+    def training_iterator(self, data: Data, first_update: int, updates: int) -> Prefetcher:
+        """Return the batches of `updates` updates on the devices, for `train`: one for each micro-batch."""
         sizes = self.options.microbatch_size, self.options.accumulation_steps
         data, as_arrays = self._opened(data, first_update)
         if as_arrays:
@@ -93,14 +93,14 @@ class JaxEngine:
         else:
             from lars_keras.training.tensorflow.inputs import numpy_training_batches
 
-            batches = numpy_training_batches(data, self._context, *sizes, first_update)
+            batches = numpy_training_batches(data, self._context, *sizes, first_update, updates)
 
         def batch() -> Any:
             for arrays in batches:
                 return arrays
             raise ValueError(inputs.ENDED)
 
-        return Prefetcher(batch, self.on_devices)
+        return Prefetcher(batch, self.on_devices, updates * self.options.accumulation_steps)
 
     def train(self, iterator: Prefetcher, updates: int) -> StepResult:
         """Take `updates` updates; the host waits for the last of them only."""

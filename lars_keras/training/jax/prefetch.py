@@ -19,14 +19,15 @@ class Prefetcher:
     Args:
         make: makes the next batch on the host.
         put: gives a batch to the devices.
+        count: batches to make.
 
     Attributes:
         idle: seconds, since the start, for which the devices had nothing to do because a batch was missing.
     """
 
-    def __init__(self, make: Callable[[], Any], put: Callable[[Any], Any]):
-        self._make, self._put, self.idle = make, put, 0.0
-        self._next = self._begin(())
+    def __init__(self, make: Callable[[], Any], put: Callable[[Any], Any], count: int):
+        self._make, self._put, self._left, self.idle = make, put, count, 0.0
+        self._next: tuple[_Future, _Future] | None = self._begin(()) if count else None
 
     def __call__(self, at_work_on: Any) -> Any:
         """Return the next batch, on the devices.
@@ -34,14 +35,16 @@ class Prefetcher:
         Args:
             at_work_on: arrays that the last program gives; the devices are idle from then on. They must not be donated.
         """
+        assert self._next is not None  # `count` calls, no more
         made, batch = self._next
+        self._left -= 1
         if not made.done():
             jax.block_until_ready(at_work_on)  # nothing can be given to them before the batch is there anyway
             since = time.perf_counter()
             made.exception()  # waits
             self.idle += time.perf_counter() - since
         arrays = batch.result()
-        self._next = self._begin(at_work_on)
+        self._next = self._begin(at_work_on) if self._left else None
         return arrays
 
     def _begin(self, at_work_on: Any) -> tuple[_Future, _Future]:

@@ -53,7 +53,7 @@ class TensorFlowEngine:
         self._ghost_sums = self._on_replicas(self.step.ghost_sums, jit_compile)
         self._accumulate = self._on_replicas(self.step.accumulate, jit_compile)
         self._train_fn = tf.function(self._train)
-        self._score_fn = tf.function(self._score)
+        self._score_fn = tf.function(self._score, reduce_retracing=True)  # sequences may have many lengths
         self._results_fn = tf.function(self._results)
         self._snapshot_fn = tf.function(self._metric_values)
 
@@ -76,10 +76,10 @@ class TensorFlowEngine:
 
     # -- training ------------------------------------------------------------------------------
 
-    def training_iterator(self, data: Data, first_update: int = 0) -> Any:
-        """Return an iterator over the data of the updates from `first_update` on, for `train`."""
+    def training_iterator(self, data: Data, first_update: int, updates: int) -> Any:
+        """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
         sizes = self.options.microbatch_size, self.options.accumulation_steps
-        return training_iterator(data, self.strategy, *sizes, first_update)
+        return training_iterator(data, self.strategy, *sizes, first_update, updates)
 
     def train(self, iterator: Any, updates: int) -> StepResult:
         """Take `updates` updates without returning to Python between them."""

@@ -4,12 +4,13 @@ import collections
 import contextlib
 import itertools
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from lars_keras.training.batch_data import IndexedFeed
 from lars_keras.training.inputs import (
     ENDED,
     Batch,
@@ -32,12 +33,17 @@ _FETCH = tf.distribute.InputOptions(experimental_fetch_to_device=False)
 
 
 def training_iterator(
-    data: Data, strategy: tf.distribute.Strategy, microbatch_size: int, accumulation_steps: int, first_update: int
+    data: Data,
+    strategy: tf.distribute.Strategy,
+    microbatch_size: int,
+    accumulation_steps: int,
+    first_update: int,
+    updates: int,
 ) -> Any:
     """Return an iterator whose `next` gives each replica of the strategy its next ghost batch."""
 
     def per_replica(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        return ghost_batches(data, context, microbatch_size, accumulation_steps, first_update)
+        return ghost_batches(data, context, microbatch_size, accumulation_steps, first_update, updates)
 
     return iter(strategy.distribute_datasets_from_function(per_replica, _FETCH))
 
@@ -85,10 +91,11 @@ def pads(strategy: tf.distribute.Strategy) -> bool:
 
 
 def numpy_training_batches(
-    data: Data, context: InputContext, microbatch_size: int, accumulation_steps: int, first_update: int
+    data: Data, context: InputContext, microbatch_size: int, accumulation_steps: int, first_update: int, updates: int
 ) -> Iterator[Batch]:
     """Return the batches of `lars_keras.training.inputs.training_batches` for a `tf.data.Dataset`."""
-    ghosts = ghost_batches(data, context, microbatch_size, accumulation_steps, first_update).as_numpy_iterator()
+    ghosts = ghost_batches(data, context, microbatch_size, accumulation_steps, first_update, updates)
+    ghosts = ghosts.as_numpy_iterator()
     while True:
         with errors_of_data():
             own = list(itertools.islice(ghosts, context.local_replicas))
@@ -112,7 +119,7 @@ def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) ->
 
 
 def ghost_batches(
-    data: Data, context: Any, microbatch_size: int, accumulation_steps: int, first_update: int
+    data: Data, context: Any, microbatch_size: int, accumulation_steps: int, first_update: int, updates: int
 ) -> tf.data.Dataset:
     """Return the ghost batches of one host: for each micro-batch one for each of its replicas, in their order.
 
@@ -122,15 +129,18 @@ def ghost_batches(
         microbatch_size: examples in a ghost batch.
         accumulation_steps: ghost batches that a replica takes in an update.
         first_update: number of the update to begin with.
+        updates: how many to give. No example after them is read.
     """
     replicas = context.num_replicas_in_sync // context.num_input_pipelines
     if callable(data):
-        dataset = as_dataset(data(context, first_update)).rebatch(microbatch_size, drop_remainder=True)
+        batches = data(context, first_update)
+        dataset = as_dataset(batches, close=isinstance(data, IndexedFeed))
+        dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
     else:
         dataset = _own_part(as_dataset(data).repeat(), context, microbatch_size)  # an epoch may end within a block
         dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
         dataset = dataset.skip(first_update * accumulation_steps * replicas)
-    return dataset.prefetch(2)
+    return dataset.take(updates * accumulation_steps * replicas).prefetch(2)
 
 
 def scoring_examples(data: Data, context: Any, batch_size: int) -> tf.data.Dataset:
@@ -145,10 +155,14 @@ def scoring_examples(data: Data, context: Any, batch_size: int) -> tf.data.Datas
     return _own_part(_padded(_finite(data), size), context, batch_size)
 
 
-def as_dataset(batches: Any) -> tf.data.Dataset:
+def as_dataset(batches: Any, close: bool = False) -> tf.data.Dataset:
     """Return a dataset of the same batches, if they are NumPy arrays, and one of known ranks, if it is a dataset.
 
     A size that differs between the first two batches is taken to be another one in each.
+
+    Args:
+        batches: a dataset, or NumPy batches.
+        close: close the generator `batches` at the end, because threads of it may read ahead.
 
     Raises:
         ValueError: if there are none.
@@ -169,9 +183,8 @@ def as_dataset(batches: Any) -> tf.data.Dataset:
     signature = tuple(keras.tree.flatten(spec)[i] for i in places)
 
     def read() -> Iterator[Any]:
-        for batch in map(
-            copied, map(arrays_of, source)
-        ):  # TensorFlow writes into the memory of arrays that it is given
+        # TensorFlow writes into the memory of arrays that it is given.
+        for batch in map(copied, map(arrays_of, source)):
             flat = keras.tree.flatten(batch)
             keras.tree.assert_same_structure(spec, batch)
             arrays = tuple(flat[i] for i in places)
@@ -183,7 +196,9 @@ def as_dataset(batches: Any) -> tf.data.Dataset:
                     )
             yield arrays
 
-    arrays = tf.data.Dataset.from_generator(lambda: _keeping_errors(read()), output_signature=signature)
+    arrays = tf.data.Dataset.from_generator(
+        lambda: _keeping_errors(read(), batches.close if close else lambda: None), output_signature=signature
+    )
     options = tf.data.Options()
     options.autotune.enabled = False  # as in lars_keras.data: the end of an epoch would wait
     return arrays.with_options(options).map(lambda *flat: _structured(spec, flat))
@@ -226,13 +241,15 @@ def _of_known_ranks(dataset: tf.data.Dataset) -> tf.data.Dataset:
 _errors: collections.deque[Exception] = collections.deque(maxlen=1)
 
 
-def _keeping_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield the batches, and keep the error that ends them: TensorFlow makes another one of it."""
+def _keeping_errors(batches: Iterator[Any], close: Callable[[], None]) -> Iterator[Any]:
+    """Yield the batches and call `close`; keep the error that ends them, of which TensorFlow makes another one."""
     try:
         yield from batches
     except Exception as e:
         _errors.append(e)
         raise
+    finally:
+        close()
 
 
 @contextlib.contextmanager
