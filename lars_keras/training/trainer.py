@@ -14,16 +14,15 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
-from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions, as_log
-from lars_keras.training.inputs import Data, count_examples, take_updates
+from lars_keras.training.given_data import GivenData
+from lars_keras.training.inputs import Data
 from lars_keras.training.position import Position
 from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
-from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 from lars_keras.training.state import (
     EmaWeights,
     check_identity,
@@ -144,8 +143,7 @@ class Trainer:
         self.resumed = False
         self._ema: EmaWeights | None = None
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
-        self._counted: tuple[Any, int] = (None, 0)
-        self._generator: GeneratorFeed | None = None
+        self._given = GivenData(batch_size, self.microbatch_size, self.replicas, self.cluster.hosts)
 
     @property
     def engine(self) -> Engine | None:
@@ -211,11 +209,10 @@ class Trainer:
         callbacks = keras.tree.flatten(callbacks or ())
         check_callbacks(callbacks, self.cluster.hosts)
         validated = epochs_to_validate(validation_freq)
-        if validation_data is not None:
-            validation_data = validation_data_of(validation_data, **self._scoring_sizes())
-        data = self._training_data(x, y, sample_weight, class_weight, shuffle, seed)
+        validation_data = self._given.validation(validation_data)
+        data = self._given.training(x, y, sample_weight, class_weight, shuffle, seed)
         if steps_per_epoch is None:
-            data, steps_per_epoch = self.whole_updates(data)
+            data, steps_per_epoch = self._given.whole_updates(data)
         ends = epoch_ends(epochs, steps_per_epoch)
         engine = self._current.for_training(
             data, self.replicas, self.replicas * self.accumulation_steps, scored=validation_data is not None
@@ -334,8 +331,7 @@ class Trainer:
             ValueError: if the data have no known form or no end; on several hosts and on TPUs, if the model would count
                 the padding of the last batch, as `metrics=` do and `weighted_metrics=` do not.
         """
-        data = scoring_data(x, y, sample_weight, once=True, **self._scoring_sizes())
-        return self._evaluate(data, lambda batch: None, lambda batch: None)
+        return self._evaluate(self._given.scoring(x, y, sample_weight), lambda batch: None, lambda batch: None)
 
     def _evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
@@ -371,7 +367,7 @@ class Trainer:
                 paths, or the optimizer is of another class; nothing is changed then.
         """
         if not self._current.is_current():
-            data = self._training_data(*(data if isinstance(data, tuple) else (data,)))
+            data = self._given.training(*(data if isinstance(data, tuple) else (data,)))
         engine = self._current.of(data, 0)
         check_identity(self.model, position.get("identity"))
         before = self._set_rate()
@@ -405,45 +401,8 @@ class Trainer:
         """
         self._current.running().save_model(path, write)
 
-    def whole_updates(self, data: Data) -> tuple[Data, int]:
-        """Return finite data without their last partial global batch, and the number of updates that they give.
-
-        Raises:
-            ValueError: if the size of the data is not known, or they have too few examples for an update.
-        """
-        if self._counted[0] is not data or isinstance(data, list):  # a list may have grown
-            self._counted = data, count_examples(data)
-        examples = self._counted[1]
-        updates = examples // self.batch_size
-        if updates == 0:
-            raise ValueError(
-                f"`batch_size` must be at most the number of examples, {examples}. Received: "
-                f"batch_size={self.batch_size}"
-            )
-        count = updates * self.accumulation_steps * self.replicas
-        return take_updates(data, self.microbatch_size, count), updates
-
-    def _training_data(
-        self,
-        x: Any,
-        y: Any = None,
-        sample_weight: Any = None,
-        class_weight: Mapping[int, float] | None = None,
-        shuffle: bool = True,
-        seed: int = 0,
-    ) -> Data:
-        if self._generator and self._generator.generator is x:
-            return self._generator  # it is where the last `fit` has left it
-        sizes = {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size, "hosts": self.cluster.hosts}
-        data = training_data(x, y, sample_weight, class_weight, **sizes, shuffle=shuffle, seed=seed)
-        self._generator = data if isinstance(data, GeneratorFeed) else None
-        return data
-
     def _sizes(self) -> dict[str, int]:
         return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size}
-
-    def _scoring_sizes(self) -> dict[str, int]:
-        return {"batch_size": self.microbatch_size * self.replicas, "hosts": self.cluster.hosts}
 
 
 def _swaps_at_epochs(callback: keras.callbacks.Callback) -> bool:

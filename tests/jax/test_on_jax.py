@@ -19,6 +19,7 @@ EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 FILES = (
     "tests/jax/test_engine.py",
     "tests/jax/test_plain_fit.py",
+    "tests/jax/test_prefetch.py",
     "tests/training/test_meaning.py",
     "tests/training/test_gradients.py",
     "tests/training/test_masks.py",

@@ -6,13 +6,10 @@
 import gc
 import itertools
 import math
-import multiprocessing
 import threading
-import unittest
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -418,50 +415,6 @@ class RefusedTest(parameterized.TestCase, tf.test.TestCase):
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 call()
-
-
-@unittest.skipIf(BACKEND != "jax", "of the engine of JAX")
-class ThreadTest(parameterized.TestCase):
-    @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-    def test_a_batch_may_fork(self):
-        """Fork in its thread, as a torch loader with workers does; the fork must end without an error."""
-        from lars_keras.training.jax.prefetch import Prefetcher
-
-        def batch():
-            process = multiprocessing.get_context("fork").Process(target=int)
-            process.start()
-            process.join()
-            return process.exitcode
-
-        prefetcher = Prefetcher(batch, lambda exitcode: exitcode, 2)
-        self.assertEqual([prefetcher(()), prefetcher(())], [0, 0])
-
-    def test_devices_hold_two_batches(self):
-        """A host that is faster than the devices gives them a batch when the program before the last one is done."""
-        from lars_keras.training.jax.prefetch import Prefetcher
-
-        log = []
-
-        class Program:
-            """Stands for the arrays that a program gives."""
-
-            def __init__(self, number):
-                self.number = number
-
-            def block_until_ready(self):
-                log.append(f"program {self.number} is done")
-
-        numbers = itertools.count()
-        prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number, 5)
-        for number in range(4):
-            prefetcher._next[1].exception()  # waits until the batch is there
-            self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
-        self.assertEqual(prefetcher(()), 4)
-        self.assertIsNone(prefetcher._next)  # nothing is made that nobody will take
-        self.assertEqual(
-            log,
-            ["batch 0", "batch 1"] + [text for i in range(3) for text in (f"program {i} is done", f"batch {i + 2}")],
-        )
 
 
 if __name__ == "__main__":

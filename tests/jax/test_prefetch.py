@@ -1,0 +1,60 @@
+"""Batches that a thread makes one ahead, and gives to the devices one ahead.
+
+`test_on_jax.py` runs this file on JAX.
+"""
+
+import itertools
+import multiprocessing
+import unittest
+
+import keras
+import pytest
+
+ON_JAX = keras.backend.backend() == "jax"
+if ON_JAX:
+    from lars_keras.training.jax.prefetch import Prefetcher
+
+
+@unittest.skipUnless(ON_JAX, "run by test_on_jax.py")
+class ThreadTest(unittest.TestCase):
+    @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+    def test_a_batch_may_fork(self):
+        """Fork in its thread, as a torch loader with workers does; the fork must end without an error."""
+
+        def batch():
+            process = multiprocessing.get_context("fork").Process(target=int)
+            process.start()
+            process.join()
+            return process.exitcode
+
+        prefetcher = Prefetcher(batch, lambda exitcode: exitcode, 2)
+        self.assertEqual([prefetcher(()), prefetcher(())], [0, 0])
+
+    def test_devices_hold_two_batches(self):
+        """A host that is faster than the devices gives them a batch when the program before the last one is done."""
+        log = []
+
+        class Program:
+            """Stands for the arrays that a program gives."""
+
+            def __init__(self, number):
+                self.number = number
+
+            def block_until_ready(self):
+                log.append(f"program {self.number} is done")
+
+        numbers = itertools.count()
+        prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number, 5)
+        for number in range(4):
+            prefetcher._next[1].exception()  # waits until the batch is there
+            self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
+        self.assertEqual(prefetcher(()), 4)
+        self.assertIsNone(prefetcher._next)  # nothing is made that nobody will take
+        self.assertEqual(
+            log,
+            ["batch 0", "batch 1"] + [text for i in range(3) for text in (f"program {i} is done", f"batch {i + 2}")],
+        )
+
+
+if __name__ == "__main__":
+    unittest.main()
