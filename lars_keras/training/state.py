@@ -134,9 +134,13 @@ def kept_random_state(model: keras.Model) -> Iterator[None]:
 def finalize(model: keras.Model) -> None:
     """Let a model have the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it.
 
-    Before the first update there is none: Keras's averages start at 0.
+    Before the first update there is none: Keras's averages start at 0. An optimizer with another end of its own, such
+    as an average that it keeps itself, is asked for that.
     """
     optimizer = inner_optimizer(model.optimizer)
+    if type(optimizer).finalize_variable_values is not keras.optimizers.Optimizer.finalize_variable_values:
+        optimizer.finalize_variable_values(model.trainable_variables)
+        return
     if not optimizer.use_ema or not _has_updated(optimizer):
         return
     pairs = zip(keras_internals.optimized_variables(optimizer), keras_internals.ema_variables(optimizer), strict=True)

@@ -292,6 +292,20 @@ class AverageTest(tf.test.TestCase):
             keras.layers.Dense(1, kernel_initializer="ones"), optimizer=keras.optimizers.SGD(0.1, use_ema=True)
         )
 
+    def test_an_end_of_its_own(self):
+        """An optimizer that averages by itself hands the average over at the end of `fit`, as in Keras."""
+
+        class Halving(keras.optimizers.SGD):
+            def finalize_variable_values(self, var_list):
+                for variable in var_list:
+                    variable.assign(variable / 2)
+
+        halved, plain = compiled(Subclassed(), Halving(0.1)), compiled(Subclassed(), keras.optimizers.SGD(0.1))
+        for model in (halved, plain):
+            Trainer(model, batch_size=16).fit(dataset(X, Y), verbose=0)
+        for a, b in zip(values(halved), values(plain), strict=True):
+            self.assertAllClose(a, b / 2, rtol=1e-6)
+
     def test_before_the_first_update(self):
         """Keras's averages start at 0."""
 
