@@ -177,7 +177,8 @@ def _without_progress() -> Iterator[None]:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    prepare(options.dataset, options.data_dir, manual_dir=options.manual_dir, file_format=options.file_format)
+    file_format = options.file_format or "tfrecord"
+    prepare(options.dataset, options.data_dir, manual_dir=options.manual_dir, file_format=file_format)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-n", "--dataset", required=True, choices=names, help="name of the data set")
     parser.add_argument("-d", "--data_dir", help="folder of the prepared data sets (default: ~/tensorflow_datasets)")
     parser.add_argument("-m", "--manual_dir", help="folder of the two ImageNet archives")
-    parser.add_argument("-f", "--file_format", default="tfrecord", choices=("tfrecord", "array_record"))
+    parser.add_argument("-f", "--file_format", choices=("tfrecord", "array_record"), help="(default: tfrecord)")
     parser.add_argument(
         "-r",
         "--resize",
@@ -200,6 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.manual_dir and options.dataset != "imagenet2012":
             raise ValueError(f"`manual_dir` is for imagenet2012. Received: manual_dir={options.manual_dir}")
+        if options.out_dir and not options.resize:
+            raise ValueError(f"`out_dir` goes with `resize`. Received: out_dir={options.out_dir}, no `resize`")
+        if options.file_format and options.dataset == "folder":
+            raise ValueError(f"`file_format` is not for a folder. Received: file_format={options.file_format}")
         if options.resize:
             if options.manual_dir and not prepared_dir(data_root(options.data_dir), options.dataset):
                 _prepare(options)

@@ -68,6 +68,13 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
             for other in ("--dataset=folder", "--dataset=cifar10"):
                 self.assertEqual(main([other, f"--data_dir={root}", "--manual_dir=tars", "--resize=crop24"]), 2)
         self.assertEqual(errors.getvalue().count("`manual_dir` is for imagenet2012. Received: manual_dir=tars"), 2)
+        for message, *arguments in (
+            ("`out_dir` goes with `resize`. Received: out_dir=there, no `resize`", "digits", "--out_dir=there"),
+            ("`file_format` is not for a folder.", "folder", "--file_format=tfrecord", "--resize=crop24"),
+        ):
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                self.assertEqual(main(["--dataset", *arguments]), 2)
+            self.assertStartsWith(errors.getvalue(), message)
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit) as caught:
             main(["--dataset=mnist"])
         self.assertEqual(caught.exception.code, 2)
