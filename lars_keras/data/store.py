@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SHARD = 1024  # images in a file
 _BLOCK = 64  # images that are converted together, or encoded to learn the size of one
+_NAMED = 10  # unreadable images that a warning names
 VERSION = "1.0.0"
 _SOURCE, _INFO = "source.json", "dataset_info.json"
 
@@ -87,14 +88,16 @@ def store(data: ImageFileData, folder: Path, name: str, storage: Storage, source
     }
     count = sum(len(ids) for files in left.values() for ids in files.values())
     _check_space(folder, splits, left, count, storage)
-    unreadable = 0
+    unreadable: list[str] = []
     with tqdm(total=count, desc=name, unit=" images", disable=not count) as done:
         for split, files in left.items():
             rows = _converted(splits[split], [i for ids in files.values() for i in ids], storage)
             for path, ids in files.items():
-                unreadable += _write_shard(path, itertools.islice(rows, len(ids)), done)
+                empty = _write_shard(path, itertools.islice(rows, len(ids)), done)
+                unreadable += [splits[split].where(ids[place]) for place in empty]
     if unreadable:
-        logging.warning("%d unreadable images are stored as empty ones", unreadable)
+        named = ", ".join(unreadable[:_NAMED]) + ", ..." * (len(unreadable) > _NAMED)
+        logging.warning("%d unreadable images are stored as empty ones: %s", len(unreadable), named)
     infos = [
         tfds.core.SplitInfo(
             name=split,
@@ -166,21 +169,22 @@ def _check_space(
             return
 
 
-def _write_shard(path: Path, rows: Iterable[tuple[bytes, int]], done: tqdm) -> int:
-    """Write one file. Return the number of unreadable images."""
+def _write_shard(path: Path, rows: Iterable[tuple[bytes, int]], done: tqdm) -> list[int]:
+    """Write one file. Return the places of unreadable images."""
     import tensorflow as tf
 
-    part, unreadable = path.with_name(f"{path.name}.part"), 0
+    part, unreadable = path.with_name(f"{path.name}.part"), []
     try:
         with tf.io.TFRecordWriter(os.fspath(part)) as writer:
-            for data, label in rows:
+            for place, (data, label) in enumerate(rows):
                 feature = {
                     "image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[data])),
                     "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
                 }
                 record = tf.train.Example(features=tf.train.Features(feature=feature))
                 writer.write(record.SerializeToString(deterministic=True))
-                unreadable += not data
+                if not data:
+                    unreadable.append(place)
                 done.update()
     except tf.errors.OpError as e:  # the disk is full, say
         part.unlink(missing_ok=True)

@@ -253,7 +253,9 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
                 for i in range(3):
                     Image.new("RGB", (30, 20), (80 * i, 0, 0)).save(root / split / name / f"{i}.png")
         (root / "train" / "b" / "1.png").write_bytes(b"no image")
-        self.assertEqual(prepare.main(["-n", "folder", "-d", str(root), "-r", form, "-o", str(out)]), 0)
+        with self.assertLogs(level="WARNING") as logs:
+            self.assertEqual(prepare.main(["-n", "folder", "-d", str(root), "-r", form, "-o", str(out)]), 0)
+        self.assertRegex(logs.output[-1], r"1 unreadable images are stored as empty ones: \S+/train/b/1.png$")
         data = lars_keras.data.load("folder", data_dir=out, resized=form, image_size=24, augment="none")
         _, labels, mask = next(data.train_batches(6).as_numpy_iterator())
         ids = train_ids(data, 6)[0]
