@@ -66,13 +66,19 @@ class EstimatorTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllClose(sum(v.gradient for v in each), found.gradient)
         self.assertAllClose(sum(v.noise for v in each), found.noise)
 
-    def test_swapped_batches_are_noticed(self):
-        """A program that swaps b and B is far outside the interval."""
+    def test_the_estimators_of_the_paper(self):
         ghost, mean = np.array([10.0]), np.array([3.0])
         right = noise_scale.unbiased(ghost, mean, 8, 64)
         self.assertAllClose(right, ([(64 * 3 - 80) / 56], [7 / (1 / 8 - 1 / 64)]))
-        wrong = noise_scale.unbiased(ghost, mean, 64, 8)
-        self.assertNotAllClose(right[1], wrong[1])
+
+    def test_less_confidence_is_a_narrower_interval(self):
+        rng = np.random.default_rng(0)
+        estimator = NoiseScaleEstimator(8, 64)
+        for _ in range(40):
+            estimator.add([10.0 + rng.normal()], [3.0 + 0.1 * rng.normal()])
+        wide, narrow = estimator.total(), estimator.total(0.5)
+        self.assertEqual(narrow.value, wide.value)
+        self.assertTrue(wide.low < narrow.low < narrow.value < narrow.high < wide.high)
 
     def test_not_finite_updates_are_left_out(self):
         estimator = NoiseScaleEstimator(8, 64)

@@ -49,7 +49,7 @@ class Indexed:
         if self._class_weight is not None and len(batch) == 2:
             batch = (*batch, weights_of_classes(batch[1], self._class_weight))
         elif self._class_weight is not None:
-            raise ValueError("`class_weight` needs batches of `(x, y)`.")
+            raise ValueError(f"`class_weight` needs batches of `(x, y)`. Received: batches of length {len(batch)}")
         return batch
 
     def sizes(self, order: np.ndarray) -> np.ndarray:
@@ -337,9 +337,13 @@ class PyDatasetBatches(Reread):
     def __len__(self) -> int:
         return self.batches.num_batches
 
+    def begin(self) -> Iterator[Batch]:
+        """Yield the batches for a look at the first ones, which is no epoch."""
+        return (self.batches[i] for i in range(len(self)))
+
     def __iter__(self) -> Iterator[Batch]:
         getattr(self.batches, "on_epoch_begin", lambda: None)()
-        yield from (self.batches[i] for i in range(len(self)))
+        yield from self.begin()
         self.batches.on_epoch_end()
 
 

@@ -84,9 +84,15 @@ def element_spec(data: Data, context: Any, *first_update: int) -> Any:
             return spec
     elif not callable(data):
         check_readable_again(data)
-    for batch in batches:
-        return spec_of(arrays_of(batch))
+    for batch in first_batches(batches, 1):
+        return spec_of(batch)
     raise ValueError(f"The data must have at least one batch. Received: {type(data).__name__} without any")
+
+
+def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """Return copies of the first batches, for a look at their shapes."""
+    begin = batches.begin() if hasattr(batches, "begin") else batches
+    return [copied(arrays_of(batch)) for batch in itertools.islice(begin, count)]
 
 
 def is_known(spec: Any) -> bool:

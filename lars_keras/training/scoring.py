@@ -40,7 +40,15 @@ def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -
     size = n if padded else ops.cast(size, loss.dtype)
     zero = ops.zeros([], loss.dtype)
     if is_overridden(model, "compute_loss"):  # only the model knows its parts
-        return [zero, zero, loss * (count if padded else size), size, n]
+        if not padded:
+            return [zero, zero, loss * size, size, n]
+        # A mean over the examples counts the padding, a penalty does not. Without weight the penalty is all there is.
+        weightless = keras.tree.map_structure(ops.zeros_like, loss_weight)
+        variables = [*model.variables, *(v for metric in model.metrics for v in metric.variables)]
+        values = [(v, ops.convert_to_tensor(v)) for v in variables]  # of the scope that this may be in
+        with keras_internals.losses_of_one_replica(), keras.StatelessScope(values):  # metrics see a batch once
+            penalty = keras_internals.compute_loss(model, x, y, y_pred, weightless, training=False)
+        return [zero, zero, (loss - penalty) * count + penalty * n, size, n]
     own = sum((ops.cast(ops.sum(term), loss.dtype) for term in model.losses), zero)
     return [(loss - own) * count, total, own * size, size, n]
 

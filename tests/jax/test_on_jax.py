@@ -25,6 +25,7 @@ FILES = (
     "tests/training/test_masks.py",
     "tests/training/test_metrics.py",
     "tests/training/test_data_forms.py",
+    "tests/training/test_batch_data.py",
     "tests/training/test_shapes.py",
     "tests/training/test_state.py",
     "tests/training/test_noise_scale.py",

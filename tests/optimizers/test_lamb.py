@@ -23,6 +23,7 @@ CASES = {
     "clip": ({"trust_clip": True, "epsilon": 1.0}, cases.KERNELS, cases.KERNELS),  # ratios above 1
     "no_decay": ({"weight_decay": 0}, cases.KERNELS, cases.NONE),
     "betas": ({"beta_1": 0.5, "beta_2": 0.9, "epsilon": 0.01}, cases.KERNELS, cases.KERNELS),
+    "no_momentum": ({"beta_1": 0.0}, cases.KERNELS, cases.KERNELS),
     "nothing_excluded": ({"exclude": ()}, cases.ALL, cases.ALL),
     "excluded_rate": (
         {"exclude": ("conv", "^model"), "exclude_from_weight_decay": (), "excluded_lr_scale": 0.1},

@@ -113,6 +113,8 @@ class SchedulesTest(tf.test.TestCase, parameterized.TestCase):
         ("1 epoch", 500),
         ("0.5 epochs", 250),
         ("100 steps", 100),
+        ("100 updates", 100),
+        ("1 update", 1),
         ("1 step", 1),
         ("100", 100),
         ("1e6 examples", 10_000),

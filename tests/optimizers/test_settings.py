@@ -339,6 +339,7 @@ class RawRateTest(parameterized.TestCase):
         14.0,
         schedules.WarmupPolynomial(14.0, 5, 50),
         keras.optimizers.schedules.CosineDecay(14.0, 9),
+        keras.optimizers.schedules.CosineDecay(0.1, 9, warmup_target=14.0, warmup_steps=3),
         keras.optimizers.schedules.PiecewiseConstantDecay([5, 9], [2.0, 14.0, 1.0]),
     )
     def test_biases_without_normalization(self, rate):

@@ -157,6 +157,19 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual([rows[0][i] for i in (0, 3, 5, 6)], ["256", "5", "200", "0"])  # the run itself
         self.assertEqual(rows[1][0], "1,024")
 
+    def test_the_end_of_a_run_and_its_optimizer_decide(self):
+        self.log(240, 20)
+        path = self.run_dir / "metrics.jsonl"
+        lines = read_metrics(path)
+        for event in [e for e in lines if e["event"] == "noise_scale"][:8]:  # of 12, so that a third is left
+            event["ghost_square"], event["mean_square"] = [2.0] * 3, [1.9] * 3
+        path.write_text("".join(json.dumps(e) + "\n" for e in lines))
+        _, (lars,) = batch_size.propose_from_run(self.run_dir, [4096])
+        self.assertAllClose(lars.efficiency, 1 / (1 + 4096 / 7467), rtol=0.1)
+        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "momentum"}))
+        _, (sgd,) = batch_size.propose_from_run(self.run_dir, [4096])
+        self.assertAllClose((lars.learning_rate / 5) ** 2, sgd.learning_rate / 5, rtol=1e-6)
+
     @parameterized.parameters(1, 4)
     def test_the_warm_up_of_a_run(self, per_call):
         """It is counted in updates, not lines; schedules reach the peak in its last update."""

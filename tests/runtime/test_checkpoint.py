@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import lars_keras.data
-from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
+from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy, _host
 from lars_keras.runtime.errors import Preempted, UsageError
 from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training.state import restore_variables, variables_by_name
@@ -196,7 +196,8 @@ class CheckpointTest(tf.test.TestCase):
 
     def test_what_a_killed_writer_leaves_is_removed(self):
         self.saved([1])
-        (self.path / ".writing-99999999").write_bytes(b"half")
+        for name in (".writing-99999999", f".writing-{_host()}-99999999"):
+            (self.path / name).write_bytes(b"half")
         (self.path / "notes.txt").write_bytes(b"mine")
         self.saved([2])
         self.assertEqual(sorted(p.name for p in self.path.iterdir() if p.suffix != ".npz"), ["notes.txt"])

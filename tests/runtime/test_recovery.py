@@ -336,6 +336,14 @@ class GuardTest(tf.test.TestCase):
         with self.assertRaisesRegex(Diverged, "loss is 301 in update 31, 100 times its median"):
             guard.on_train_batch_end(30, {"step_loss": 301.0, "loss": 3.0})
 
+    def test_options(self):
+        guard = DivergenceGuard(explosion_factor=5.0, window=3)
+        guard.on_train_begin()
+        for i in range(3):
+            guard.on_train_batch_end(i, {"step_loss": 3.0})
+        with self.assertRaisesRegex(Diverged, "loss is 16 in update 4, 5.33 times its median over the last 3"):
+            guard.on_train_batch_end(3, {"step_loss": 16.0})
+
     def test_every_loss_of_a_host_call(self):
         self.check([3.0] * 40, in_a_call=8)
         with self.assertRaisesRegex(Diverged, "loss is 301 in update 27, 100 times its median"):

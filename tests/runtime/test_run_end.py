@@ -1,7 +1,9 @@
 """The end of a run: its last state is saved, a restart knows that it is over, callbacks go on as if never stopped."""
 
+import errno
 import pathlib
 import tempfile
+import unittest.mock
 
 import keras
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import tensorflow as tf
 
 from lars_keras import LARS
+from lars_keras.runtime import checkpoint
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
-from lars_keras.runtime.errors import UsageError
+from lars_keras.runtime.errors import Diverged, UsageError
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
 
@@ -111,6 +114,36 @@ class RunEndTest(HostTestCase):
                 again = Script(folder).fit(recovery=recovery, **policy)
                 self.assertEqual((again.start, again.trainer.position.update, again.saved), (20, 20, run.saved))
                 self.assertEqual(again.history["val_loss"], run.history["val_loss"][-1:])
+
+    def test_also_of_a_run_that_a_function_stops_at_an_epoch(self):
+        run = Script(self.folder())
+        stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda e, logs: setattr(run.model, "stop_training", e == 2))
+        self.assertEqual(run.fit(stop, updates=8).saved, [0, 8, 12])
+
+    def test_a_resumed_run_saves_on_its_schedule(self):
+        folder = self.folder()
+        Script(folder).fit(Stop(update=13), updates=8)
+        self.assertEqual(Script(folder).fit(updates=8, epochs=4).saved, [0, 8, 13, 16])
+
+    def test_a_disk_that_is_full_at_the_end(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with unittest.mock.patch.object(checkpoint.os, "replace", side_effect=full), self.assertRaises(OSError):
+            Script(self.folder()).fit(epochs=1, recovery=True)
+
+    def test_a_rollback_skips_up_to_the_update_that_diverged(self):
+        run = Script(self.folder())
+        run.trainer = Trainer(run.model, batch_size=16, steps_per_execution=4)
+
+        class Fails(keras.callbacks.Callback):
+            failed = False
+
+            def on_train_batch_end(self, batch, logs=None):
+                if not self.failed:
+                    self.failed = True
+                    raise Diverged("no number", 2)
+
+        run.fit(Fails(), epochs=1, recovery=True)
+        self.assertEqual((run.trainer.position.update, run.trainer.position.batches_consumed), (4, 6))
 
     def test_also_of_a_run_that_is_stopped(self):
         whole = Script(self.folder()).fit(updates=8)

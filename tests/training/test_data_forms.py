@@ -354,10 +354,18 @@ class OrderTest(parameterized.TestCase, tf.test.TestCase):
             self.assertLen(read, math.ceil((5 if updates == 5 else 13) * trainer.batch_size / 10))
 
     def test_threads_end_with_the_training(self):
-        trainer_of().fit(Files(7, workers=3), epochs=2, verbose=0)
+        threads = set()
+
+        class Watched(Files):
+            def __getitem__(self, index):
+                threads.add(threading.current_thread())
+                return super().__getitem__(index)
+
+        trainer_of().fit(Watched(7, workers=3), epochs=2, verbose=0)
         gc.collect()
-        threads = [t for t in threading.enumerate() if t.name.startswith(("read", "batches"))]
-        for thread in threads:
+        readers = [thread for thread in threads if thread.name.startswith("read")]
+        self.assertNotEmpty(readers)
+        for thread in readers:
             thread.join(timeout=60)
             self.assertFalse(thread.is_alive())
 

@@ -44,6 +44,15 @@ class IdentityTest(tf.test.TestCase):
         scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
         self.check(model(optimizer=keras.optimizers.Adam()), model(optimizer=scaled))  # counts tell them apart
 
+    def test_the_state_of_a_loss_scale(self):
+        """By shape alone its step counter would become the iterations, and its scale the learning rate."""
+        x, names = np.ones((16, 4), "f4"), ("one", "two")
+        scaled = Trainer(model(names, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))), batch_size=8)
+        scaled.fit(x, x, verbose=0)
+        plain = Trainer(model(names, keras.optimizers.SGD(0.1)), batch_size=8)
+        with self.assertRaisesRegex(ValueError, "another model or optimizer: .* variables, not"):
+            plain.restore(*scaled.snapshot(), (x, x))
+
     def test_a_trainer(self):
         x = np.ones((16, 4), "f4")
         data = tf.data.Dataset.from_tensor_slices((x, x)).batch(8)

@@ -76,6 +76,20 @@ class TrainingTest(parameterized.TestCase, tf.test.TestCase):
         for actual, value in zip(model.get_weights(), reference.get_weights(), strict=True):
             self.assertAllClose(np.array(actual), np.array(value), rtol=1e-5, atol=1e-6)
 
+    def test_evaluation_with_weights(self):
+        model = tokens(keras.layers.Dense(1))
+        scores = Trainer(model, batch_size=5).evaluate(dataset(TOKENS, VALUES, WEIGHTS))
+        losses = ((np.array(model(TOKENS)) - VALUES) ** 2)[..., 0]
+        expected = (VALID * WEIGHTS * losses).sum() / (VALID * WEIGHTS).sum()
+        self.assertAllClose(scores["loss"], expected, rtol=1e-5)
+
+    def test_a_batch_without_a_valid_entry(self):
+        model = tokens(keras.layers.Dense(1))
+        before = [np.array(w) for w in model.get_weights()]
+        Trainer(model, batch_size=16, microbatch_size=4).fit(np.zeros_like(TOKENS), VALUES, verbose=0)
+        for actual, value in zip(model.get_weights(), before, strict=True):
+            self.assertAllEqual(np.array(actual), value)
+
     @parameterized.parameters(*CASES)
     def test_evaluation(self, case):
         """Batches of unequal lengths, against all of the data in one batch."""

@@ -11,6 +11,7 @@ from absl.testing import parameterized
 from lars_keras.metrics import MaskedExamples
 from lars_keras.training import Trainer
 from lars_keras.training.padding_terms import check_padding
+from lars_keras.training.scoring import score_batch, summary
 from tests.training.test_meaning import BACKEND, Subclassed, X, dataset, replicas
 
 TARGETS = np.random.default_rng(1).integers(0, 2, (64, 1)).astype("float32")
@@ -195,6 +196,11 @@ class OverrideTest(tf.test.TestCase):
         self.assertIn("kept", history)
 
 
+class Penalty(Subclassed):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return super().compute_loss(x, y, y_pred, sample_weight) + keras.ops.sum(self.dense.kernel**2)
+
+
 class PaddingTest(parameterized.TestCase, tf.test.TestCase):
     """Where the last batch is filled up, as on several hosts: what ignores weights is refused by name."""
 
@@ -226,11 +232,26 @@ class PaddingTest(parameterized.TestCase, tf.test.TestCase):
             with self.subTest(name), self.assertRaisesRegex(ValueError, f"weight 0. They would count in: {name}[.,] "):
                 self.check(refused)
 
-    def test_taken(self):
-        class Penalty(Subclassed):
-            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
-                return super().compute_loss(x, y, y_pred, sample_weight) + keras.ops.sum(self.dense.kernel**2)
+    def test_padding_leaves_the_score(self):
+        """A penalty in the loss counts once for each example, and padding is none."""
+        own, plain = Penalty(), Subclassed()
+        tracked = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_regularizer="l2")])
+        sequences = keras.Sequential([keras.Input((10, 4)), keras.layers.Dense(1)])
+        steps = np.random.default_rng(1).normal(size=(5, 10, 4)).astype("float32")
+        for model, x, y in (
+            (own, X[:5], TARGETS[:5]),
+            (plain, X[:5], TARGETS[:5]),
+            (tracked, X[:5], TARGETS[:5]),
+            (sequences, steps, steps[..., :1]),
+        ):
+            model.compile("sgd", "mse")
+            model(x)
+            filled = [np.concatenate([a, np.repeat(a[:1], 3, axis=0)]) for a in (x, y)]
+            whole = score_batch(model, x, y, None, padded=False)
+            padded = score_batch(model, *filled, np.array([1.0] * 5 + [0.0] * 3, "float32"), padded=True)
+            self.assertAllClose(summary(*map(float, padded)), summary(*map(float, whole)), rtol=1e-6)
 
+    def test_taken(self):
         own = Penalty()
         own.compile("sgd", "mse", weighted_metrics=["mae", lambda y, p: keras.ops.mean(keras.ops.abs(y - p), -1)])
         self.check(own)

@@ -111,6 +111,16 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         for a, b in zip(values(frozen), before, strict=True):
             np.testing.assert_array_equal(a, b)
 
+    def test_frozen_statistics_to_the_last_bit(self):
+        norm = keras.layers.BatchNormalization(trainable=False)
+        trainer = Trainer(sequential(norm, keras.layers.Dense(1)), batch_size=12, microbatch_size=2)
+        start = np.random.default_rng(0).random(4).astype("float32")
+        for variable in (norm.moving_mean, norm.moving_variance):
+            variable.assign(start)
+        trainer.fit(dataset(X, Y), epochs=3, verbose=0)
+        for variable in (norm.moving_mean, norm.moving_variance):
+            np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), start)
+
     def test_frozen_weights_are_not_summed(self):
         """A frozen network would double the memory of the sums, and the traffic."""
         layers = keras.layers.Dense(64, trainable=False), keras.layers.BatchNormalization(), keras.layers.Dense(1)
@@ -305,6 +315,18 @@ class AverageTest(tf.test.TestCase):
             Trainer(model, batch_size=16).fit(dataset(X, Y), verbose=0)
         for a, b in zip(values(halved), values(plain), strict=True):
             self.assertAllClose(a, b / 2, rtol=1e-6)
+
+    def test_an_average_that_is_put_in_now_and_then(self):
+        """Between two of these times a validation scores the weights that go on, as in Keras."""
+        model = sequential(
+            keras.layers.Dense(1), optimizer=keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=100)
+        )
+        trainer, seen = Trainer(model, batch_size=16), []
+        look = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: seen.append((values(model)[0], trainer.snapshot()[0]["model/0"]))
+        )
+        trainer.fit(dataset(X, Y), validation_data=(X, Y), callbacks=look, verbose=0)
+        self.assertAllEqual(*seen[0])
 
     def test_before_the_first_update(self):
         """Keras's averages start at 0."""

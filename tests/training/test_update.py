@@ -8,7 +8,9 @@ from absl.testing import parameterized
 
 from lars_keras import LARS
 from lars_keras._keras_internals import APPLY_PARTS
+from lars_keras.layerwise import MEASURES
 from lars_keras.training import Trainer
+from lars_keras.training.tensorflow.update import apply_update
 from tests import step_cases as cases
 from tests.training.test_step import difference
 
@@ -114,6 +116,31 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllGreaterEqual(kernel, 0.0)
         self.assertGreater(kernel.max(), 0.0)
 
+    def test_variables_without_decay(self):
+        """Exclusions of Keras's own count in `Trainer`, too."""
+        results = []
+        for in_trainer in (False, True):
+            keras.utils.set_random_seed(1)
+            model, optimizer = cases.hidden(), keras.optimizers.SGD(0.1, weight_decay=0.5)
+            optimizer.exclude_from_weight_decay(var_names=["bias"])
+            model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+            if in_trainer:
+                Trainer(model, batch_size=cases.BATCH).fit(*cases.examples(), shuffle=False, verbose=0)
+            else:
+                model.fit(*cases.examples(), batch_size=cases.BATCH, shuffle=False, verbose=0)
+            results.append(model.get_weights())
+        for actual, expected in zip(*results, strict=True):
+            self.assertAllClose(actual, expected, rtol=1e-5, atol=1e-7)
+
+    def test_new_values_are_not_clipped(self):
+        """The "gradient" of a float8 layer's history is its new value, and no part of the global norm."""
+        weight, history = keras.Variable([1.0]), keras.Variable([1.0])
+        history.overwrite_with_gradient = True
+        optimizer = keras.optimizers.SGD(1.0, global_clipnorm=1.0)
+        optimizer.build([weight, history])
+        apply_update(optimizer, [tf.constant([0.5]), tf.constant([30.0])], [weight, history])
+        self.assertAllClose([weight[0], history[0]], [0.5, 30.0])
+
 
 class LossScaleTest(parameterized.TestCase, tf.test.TestCase):
     """With float16 a value that is not finite, on any replica, skips the update on all of them."""
@@ -159,6 +186,35 @@ class LossScaleTest(parameterized.TestCase, tf.test.TestCase):
             self.assertAllEqual(before, after)
         self.assertNotAllEqual(weights[1][0], weights[2][0])
         self.assertAllInSet(np.isfinite(np.concatenate([w.ravel() for w in weights[2]])), [True])
+
+    def test_measures_of_a_skipped_update(self):
+        """An update that loss scaling skips has no norms: it is no divergence."""
+        keras.utils.set_random_seed(1)
+        model = cases.linear()
+        optimizer = keras.optimizers.LossScaleOptimizer(LARS(1.0), initial_scale=8.0)
+        model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+        x, y = cases.examples(3)
+        x[cases.BATCH] = np.inf
+        trainer = Trainer(model, batch_size=cases.BATCH, variable_norms=True, trust_ratios=True)
+        found = []
+
+        def record(batch, logs):
+            found.append([bool(np.any(trainer.measures[name][0])) for name in ("gradient", *MEASURES)])
+
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=record)
+        trainer.fit(x, y, shuffle=False, verbose=0, callbacks=watch)
+        self.assertEqual(found, [[True] * 5, [False] * 5, [True] * 5])
+
+    def test_the_scale_grows(self):
+        model = cases.linear()
+        optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.0), 8.0, dynamic_growth_steps=2)
+        model.compile(optimizer, "mse")
+        scales = []
+        watch = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: scales.append(float(optimizer.dynamic_scale))
+        )
+        Trainer(model, batch_size=cases.BATCH).fit(*cases.examples(5), verbose=0, callbacks=watch)
+        self.assertEqual(scales, [8.0, 16.0, 16.0, 32.0, 32.0])
 
     def test_norms_are_those_of_the_gradients_while_the_scale_grows(self):
         def norms(make_optimizer):

@@ -20,6 +20,7 @@ from lars_keras.training.inputs import (
     check_readable_again,
     copied,
     different_shapes,
+    first_batches,
     joined,
     spec_of,
 )
@@ -170,11 +171,11 @@ def as_dataset(batches: Any, close: bool = False) -> tf.data.Dataset:
     if isinstance(batches, tf.data.Dataset):
         return _of_known_ranks(batches)
     if isinstance(batches, Iterator):  # opened by a function, and read once
-        first = [copied(arrays_of(batch)) for batch in itertools.islice(batches, 2)]
+        first = first_batches(batches, 2)
         source: Iterable[Batch] = itertools.chain(first, batches)
     else:
         check_readable_again(batches)
-        first, source = [copied(arrays_of(batch)) for batch in itertools.islice(iter(batches), 2)], batches
+        first, source = first_batches(batches, 2), batches
     if not first:
         raise ValueError("The data must have at least one batch.")
     spec = _common_spec(first)
