@@ -203,6 +203,12 @@ def halfway(comparison: str) -> str:
     return f"{run['parts'][len(run['parts']) // 2 - 1]['noise_scale']:,.0f}"
 
 
+def points(comparison: str, better: tuple[str, int], worse: tuple[str, int]) -> str:
+    """Return how many points of top-1 one cell is ahead of another."""
+    ahead, behind = (float(mean(comparison, *cell)) for cell in (better, worse))
+    return f"{ahead - behind:.2f}"
+
+
 def efficiency(comparison: str, batch_size: int) -> str:
     """Return the efficiency of an example by the noise scale halfway, in percent."""
     return f"{100 / (1 + batch_size / float(halfway(comparison).replace(',', ''))):.0f} %"
@@ -228,6 +234,7 @@ def phrases() -> dict[str, list[str]]:
     return {
         "README.md": [
             f"{fast_loss(8192)} points at 8,192 and {fast_loss(16384)} points at 16,384",
+            f"momentum loses {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points at 1,024",
             f"momentum is {fast_gap(4096)} points behind at 4,096",
             fast_table(),
             equal_epochs_table(),
@@ -236,7 +243,12 @@ def phrases() -> dict[str, list[str]]:
             f"Momentum loses {lost('momentum')} points, Adam {lost('adam')} and SGD {lost('sgd')}",
             f"In {at_edge('cifar10_fast')} cells, momentum at 256",
             f"In {at_edge('digits')} cells",
-            table("cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192, 16384)),
+            table("systemds_cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192)),
+            f"momentum {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points. At 4,096",
+            f"LARS is {points('systemds_cifar10', ('lars', 4096), ('momentum', 4096))} and "
+            f"{points('systemds_cifar10', ('lars', 8192), ('momentum', 8192))} points ahead",
+            f"best rates of LARS span a factor of {spread_of_rates('systemds_cifar10', 'lars')}, those of momentum "
+            f"{spread_of_rates('systemds_cifar10', 'momentum')}",
             table("digits", optimizers, (64, 1024, 8192)),
             equal_epochs_table(),
             f"are LARS {rates('cifar10_fast', 'lars')}, momentum {rates('cifar10_fast', 'momentum')}",

@@ -117,7 +117,7 @@ class FiguresTest(absltest.TestCase):
         for document, name, keys in (
             ("README.md", "compare_cifar10_fast", ("table", 0, "top1", 0)),
             ("docs/choosing.md", "compare_digits", ("table", 0, "top1", 0)),
-            ("docs/choosing.md", "compare_cifar10", ("table", 0, "top1", 0)),
+            ("docs/choosing.md", "compare_systemds_cifar10", ("table", 0, "top1", 0)),
             ("docs/choosing.md", "compare_questions", ("table", 1, "top1", 2)),
             ("docs/optimizers.md", "optimizer_step", ("results", "resnet50, float32", "rows", 3, "times_sgd")),
             (
