@@ -60,6 +60,15 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
             return schedule(self.iterations)
         return super()._get_current_learning_rate()
 
+    # In float16 a norm above 256 has no square.
+    def _clip_gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        if self.clipnorm or self.global_clipnorm or self.clipvalue:
+            grads = [
+                keras.ops.cast(g, "float32") if keras.backend.standardize_dtype(g.dtype) == "float16" else g
+                for g in grads
+            ]
+        return super()._clip_gradients(grads)
+
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
         self.update_variables(grads, trainable_variables, learning_rate)
 

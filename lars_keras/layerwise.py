@@ -6,7 +6,7 @@ import contextvars
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -202,8 +202,16 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         """
         of_jax = hasattr(gradient, "todense")
         if not of_jax and not hasattr(gradient, "dense_shape"):
-            is_known = getattr(getattr(gradient, "shape", None), "is_fully_defined", None)  # of TensorFlow's shapes
-            return gradient if is_known is None or is_known() else ops.reshape(gradient, variable.shape)
+            shape = getattr(gradient, "shape", None)
+            is_known = getattr(shape, "is_fully_defined", None)  # of TensorFlow's shapes
+            if is_known is not None and not is_known():
+                return ops.reshape(gradient, variable.shape)
+            if shape is not None and tuple(shape) != tuple(variable.shape):
+                raise ValueError(
+                    f"A gradient must have the shape of its variable. Received: a gradient of shape {tuple(shape)} "
+                    f"for {getattr(variable, 'path', variable.name)} of shape {tuple(variable.shape)}"
+                )
+            return gradient
         dtype = keras.backend.standardize_dtype(gradient.dtype)
         wide = "float64" if dtype == "float64" else "float32"
         if of_jax:
@@ -251,7 +259,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config() | {name: getattr(self, name) for name in self._constants()}
         config |= {name: None if p is None else list(p) for name, p in self._patterns.items()}
-        return config if self._matches is None else config | {"matches": self._matches}
+        return config if self._matches is None else config | {"matches": _plain(self._matches)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "LayerwiseOptimizer":
@@ -261,6 +269,13 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         optimizer = super().from_config(config, custom_objects)
         optimizer._matches = matches
         return optimizer
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy of nested dictionaries and lists, without the trackers that Keras and TensorFlow make of them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> None:

@@ -194,9 +194,11 @@ def ratio_with_interval(gradient: np.ndarray, noise: np.ndarray, confidence: flo
         confidence: in (0, 1).
 
     Raises:
-        ValueError: for fewer than two updates.
+        ValueError: for fewer than two updates, or a confidence outside of (0, 1).
     """
     _check_updates(len(gradient))
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be in (0, 1). Received: confidence={confidence}")
     blocks = np.array_split(np.arange(len(gradient)), min(BLOCKS, len(gradient)))
     rest = np.array([[np.delete(v, b).mean() for v in (gradient, noise)] for b in blocks])
     g, s = float(gradient.mean()), float(noise.mean())
@@ -237,7 +239,11 @@ def _percent(fraction: float) -> str:
 
 
 def _student_quantile(p: float, degrees: int) -> float:
-    """Return a quantile of Student's t. Source: Abramowitz and Stegun 1964, formula 26.7.5."""
+    """Return a quantile of Student's t: exact for 1 and 2 degrees, else Abramowitz and Stegun 1964, formula 26.7.5."""
+    if degrees == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if degrees == 2:
+        return (2 * p - 1) / math.sqrt(2 * p * (1 - p))
     z = statistics.NormalDist().inv_cdf(p)
     return (
         z

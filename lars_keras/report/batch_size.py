@@ -12,7 +12,8 @@ With noise scale `N`, and `gain = (1 + N / b) / (1 + N / B)` from batch `b` to b
   equation 2.11; the gain is AdaScale's, Johnson et al. 2020, arXiv 2007.05105.
 - The rate of SGD, with or without momentum, grows by the gain (equation 2.10).
 - The rate of LARS grows by the square root of the gain. LARS divides by the norm of the gradient, which shrinks by the
-  square root of the gain while the batch grows, so the rest comes by itself.
+  square root of the gain while the batch grows, so the rest comes by itself. LAMB and Adam divide by the root mean
+  square of each element, which shrinks alike.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def propose(
     updates: int,
     warmup_updates: int,
     num_train: int,
-    layerwise: bool,
+    normalized: bool,
 ) -> list[Proposal]:
     """Return settings for each of `batch_sizes`.
 
@@ -75,13 +76,13 @@ def propose(
         updates: number of its updates.
         warmup_updates: updates of its warm-up.
         num_train: examples of an epoch.
-        layerwise: if true the rate is of LARS or LAMB, else of SGD.
+        normalized: if true the rate is of LARS or LAMB, else of SGD.
     """
     proposals = []
     for batch in batch_sizes:
         gain = found.gain(batch_size, batch)
         needed = max(1, math.ceil(updates / gain))
-        rate = learning_rate * (math.sqrt(gain) if layerwise else gain)
+        rate = learning_rate * (math.sqrt(gain) if normalized else gain)
         proposals.append(
             Proposal(
                 batch,
@@ -136,7 +137,7 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
         updates=log_length(log),
         warmup_updates=0 if reached == next(iter(rates)) else reached,
         num_train=round(per_epoch * size),
-        layerwise=config["optimizer"] in ("lars", "lamb"),
+        normalized=config["optimizer"] in ("lars", "lamb", "adam"),
     )
 
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+import pickle
 import tempfile
 import warnings
 
@@ -151,6 +152,33 @@ class VariablesTest(parameterized.TestCase):
     def test_complex(self):
         with self.assertRaisesRegex(ValueError, "real variables.*Received: phase of dtype complex64"):
             LARS().build([keras.Variable(np.ones((2, 2), "complex64"), dtype="complex64", name="phase")])
+
+    def test_a_gradient_of_another_shape(self):
+        """It would be broadcast, and train on rubbish."""
+        kernel = keras.Variable(np.ones((2, 3)), name="kernel")
+        optimizer = LARS(0.1)
+        optimizer.build([kernel])
+        message = r"shape of its variable. Received: a gradient of shape \(3,\) for kernel of shape \(2, 3\)"
+        with self.assertRaisesRegex(ValueError, message):
+            optimizer.apply([keras.ops.ones(3)], [kernel])
+
+    @parameterized.parameters({"global_clipnorm": 1.0}, {"clipnorm": 1.0})
+    def test_clipping_in_float16(self, **clipping):
+        """The square of a norm above 256 is no float16."""
+        kernel = keras.Variable(np.zeros((250, 1000)), dtype="float16")
+        optimizer = LARS(1.0, trust_coefficient=1.0, exclude=(".*",), momentum=0.0, **clipping)
+        optimizer.build([kernel])
+        optimizer.apply([keras.ops.ones((250, 1000), "float16")], [kernel])  # of norm 500
+        moved = np.asarray(keras.ops.convert_to_numpy(kernel), "float64")
+        np.testing.assert_allclose(moved, -1 / 500, rtol=1e-3)
+
+    def test_config_is_a_copy(self):
+        optimizer = LARS(0.1, exclude=("kernel",))
+        optimizer.build([keras.Variable(np.ones((2, 3)), name="kernel")])
+        config = optimizer.get_config()
+        self.assertEqual(pickle.loads(pickle.dumps(config)), config)
+        config["matches"]["patterns"]["kernel"].append(99)
+        self.assertEqual(optimizer.get_config()["matches"]["patterns"], {"kernel": [0]})
 
 
 class NameTest(parameterized.TestCase):

@@ -166,6 +166,9 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         path.write_text("".join(json.dumps(e) + "\n" for e in lines))
         _, (lars,) = batch_size.propose_from_run(self.run_dir, [4096])
         self.assertAllClose(lars.efficiency, 1 / (1 + 4096 / 7467), rtol=0.1)
+        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "adam"}))
+        _, (adam,) = batch_size.propose_from_run(self.run_dir, [4096])
+        self.assertEqual(adam.learning_rate, lars.learning_rate)
         (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "momentum"}))
         _, (sgd,) = batch_size.propose_from_run(self.run_dir, [4096])
         self.assertAllClose((lars.learning_rate / 5) ** 2, sgd.learning_rate / 5, rtol=1e-6)
@@ -203,7 +206,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
 
 
 class ProposalTest(tf.test.TestCase):
-    def propose(self, scale, layerwise):
+    def propose(self, scale, normalized):
         found = NoiseScale(scale, scale, scale, 1.0, scale, 10)
         (proposal,) = batch_size.propose(
             found,
@@ -213,7 +216,7 @@ class ProposalTest(tf.test.TestCase):
             updates=1600,
             warmup_updates=160,
             num_train=25600,
-            layerwise=layerwise,
+            normalized=normalized,
         )
         return proposal
 
