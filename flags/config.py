@@ -232,7 +232,7 @@ class RunConfig:
         if self.eval_only and not self.run_dir:
             raise ValueError("--eval_only needs --run_dir, the folder of the run to score. Received: no --run_dir")
         if self.optimizer == "lars" and self.nesterov and self.variant == "ratio_on_momentum":
-            raise ValueError("--variant=ratio_on_momentum has no Nesterov form. Received: --nesterov")
+            raise ValueError("--variant=ratio_on_momentum does not go with Nesterov momentum. Received: --nesterov")
         if self.replicas and self.strategy not in ("auto", "mirrored"):
             raise ValueError(
                 f"--replicas goes with --strategy=mirrored. Received: --replicas={self.replicas} "

@@ -44,7 +44,7 @@ class LARS(LayerwiseOptimizer):
         learning_rate: the global rate, a number or a `LearningRateSchedule`. Rates of LARS recipes are large (2 to
             40), because `trust_coefficient` makes the steps small.
         momentum: `m`, in [0, 1).
-        nesterov: look ahead along the momentum. Not defined for `"ratio_on_momentum"`.
+        nesterov: look ahead along the momentum. Not supported for `"ratio_on_momentum"`.
         weight_decay: `b`; None is 0. It acts inside the rule only, never as the base class's decoupled decay. Without
             it the variables are adapted all the same.
         trust_coefficient: `eta`. The ratio is `eta ||w|| / ||g||` without weight decay.
@@ -143,7 +143,7 @@ class LARS(LayerwiseOptimizer):
     def _check_nesterov(self) -> None:
         if self.nesterov and self.variant == "ratio_on_momentum":
             raise ValueError(
-                'Nesterov momentum is not defined for variant="ratio_on_momentum". Received: nesterov=True'
+                'Nesterov momentum is not supported for variant="ratio_on_momentum". Received: nesterov=True'
             )
 
     def _ratio(self, w: Tensor, x: Tensor, b: float, lr: Tensor, role: VariableRole) -> Tensor:

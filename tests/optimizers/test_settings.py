@@ -112,10 +112,10 @@ class HyperparametersTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, r"`exclude` must be .*\(\) for none. Received: exclude=None"):
             LARS(exclude=None)
 
-    def test_nesterov_set_where_it_is_not_defined(self):
+    def test_nesterov_set_where_it_is_not_supported(self):
         optimizer = LARS(0.1, variant="ratio_on_momentum")
         optimizer.nesterov = True
-        with self.assertRaisesRegex(ValueError, "Nesterov momentum is not defined"):
+        with self.assertRaisesRegex(ValueError, "Nesterov momentum is not supported"):
             optimizer.apply([keras.ops.convert_to_tensor(GRADIENT)], [keras.Variable(np.ones((1, 2)), name="kernel")])
 
     def test_rate_of_excluded_variables_set_after_an_update(self):
