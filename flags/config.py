@@ -231,6 +231,8 @@ class RunConfig:
             raise ValueError("--epochs must be above 0. Received: --epochs=0")
         if self.eval_only and not self.run_dir:
             raise ValueError("--eval_only needs --run_dir, the folder of the run to score. Received: no --run_dir")
+        if self.eval_only and self.dry_run:
+            raise ValueError("--dry_run rehearses a training, and --eval_only has none. Received: both")
         if self.optimizer == "lars" and self.nesterov and self.variant == "ratio_on_momentum":
             raise ValueError("--variant=ratio_on_momentum does not go with Nesterov momentum. Received: --nesterov")
         if self.replicas and self.strategy not in ("auto", "mirrored"):

@@ -168,6 +168,7 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         (["--tpu=name", "--strategy=single"], "--tpu goes with"),
         (["--strategy=one"], "single"),
         (["--eval_only"], "--run_dir"),
+        (["--eval_only", "--dry_run", "--run_dir=run"], "--dry_run rehearses a training"),
         (["--variant=ratio_on_momentum", "--nesterov"], "Nesterov"),
         (["stray"], "stray"),
         (["--flagfile=no_such_file.flags"], "no_such_file"),
