@@ -76,7 +76,7 @@ def propose(
         updates: number of its updates.
         warmup_updates: updates of its warm-up.
         num_train: examples of an epoch.
-        normalized: if true the rate is of LARS or LAMB, else of SGD.
+        normalized: if true the rate is that of LARS, LAMB or Adam, else of SGD.
     """
     proposals = []
     for batch in batch_sizes:

@@ -337,13 +337,13 @@ class PyDatasetBatches(Reread):
     def __len__(self) -> int:
         return self.batches.num_batches
 
-    def begin(self) -> Iterator[Batch]:
-        """Yield the batches for a look at the first ones, which is no epoch."""
+    def without_hooks(self) -> Iterator[Batch]:
+        """Return an iterator over the batches, for a look at the first ones, which is no epoch."""
         return (self.batches[i] for i in range(len(self)))
 
     def __iter__(self) -> Iterator[Batch]:
         getattr(self.batches, "on_epoch_begin", lambda: None)()
-        yield from self.begin()
+        yield from self.without_hooks()
         self.batches.on_epoch_end()
 
 

@@ -91,8 +91,8 @@ def element_spec(data: Data, context: Any, *first_update: int) -> Any:
 
 def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
     """Return copies of the first batches, for a look at their shapes."""
-    begin = batches.begin() if hasattr(batches, "begin") else batches
-    return [copied(arrays_of(batch)) for batch in itertools.islice(begin, count)]
+    found = batches.without_hooks() if hasattr(batches, "without_hooks") else batches
+    return [copied(arrays_of(batch)) for batch in itertools.islice(found, count)]
 
 
 def is_known(spec: Any) -> bool:
