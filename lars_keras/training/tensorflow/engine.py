@@ -53,7 +53,7 @@ class TensorFlowEngine:
         self._ghost_sums = self._on_replicas(self.step.ghost_sums, jit_compile)
         self._accumulate = self._on_replicas(self.step.accumulate, jit_compile)
         self._train_fn = tf.function(self._train)
-        self._score_fn = tf.function(self._score, reduce_retracing=True)  # sequences may have many lengths
+        self._score_fn = tf.function(self._score)  # one program a shape: `_score_replica` asks for it
         self._results_fn = tf.function(self._results)
         self._snapshot_fn = tf.function(self._metric_values)
 
