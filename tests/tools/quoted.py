@@ -40,7 +40,6 @@ UNBOUND = {
     "docs/recipes.md": (
         "| 58.7, 58.5, 58.2, 55.0, 46.9 % | LARS paper",
         "| 60.2, 60.4, 60.1, 59.3, 57.8 % | LARS paper",
-        "| 4,096 | 2.4 | 32 |",
         "| 10, 17, 21.2, 24.7 | 42, 44, 57, 86 | 75.9 % (target) | MLPerf reference points",
     ),
     "docs/quickstart.py": ("need a factor of 0.05",),
@@ -219,6 +218,17 @@ def times_noise_scale(comparison: str, batch_size: int) -> str:
     return f"{batch_size / float(halfway(comparison).replace(',', '')):.0f} times"
 
 
+def settings(*recipes: str) -> dict[str, str]:
+    """Return batch sizes, rates and epochs of flagfiles, as in `20, 40`."""
+    found = []
+    for name in recipes:
+        lines = (results.RESULTS.parent / "flags" / "recipes" / f"{name}.flags").read_text().splitlines()
+        found.append(dict(line.removeprefix("--").split("=", 1) for line in lines if "=" in line and line[0] == "-"))
+    for flags in found:
+        flags["batch_size"] = f"{int(flags['batch_size']):,}"
+    return {name: ", ".join(flags[name] for flags in found) for name in ("batch_size", "learning_rate", "epochs")}
+
+
 def stored(form: str) -> str:
     """Return how much faster batches of stored images come than batches from full-size files."""
     row = results.read("input_pipeline")["results"]["stored at 256 x 256"][f"lars_keras, --resized={form}"]
@@ -234,7 +244,8 @@ def phrases() -> dict[str, list[str]]:
     return {
         "README.md": [
             f"{fast_loss(8192)} points at 8,192 and {fast_loss(16384)} points at 16,384",
-            f"momentum loses {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points at 1,024",
+            f"momentum loses {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points at 1,024, "
+            f"and LARS {points('systemds_cifar10', ('lars', 256), ('lars', 1024))}",
             f"momentum is {fast_gap(4096)} points behind at 4,096",
             fast_table(),
             equal_epochs_table(),
@@ -244,7 +255,8 @@ def phrases() -> dict[str, list[str]]:
             f"In {at_edge('cifar10_fast')} cells, momentum at 256",
             f"In {at_edge('digits')} cells",
             table("systemds_cifar10", ("lars", "momentum"), (256, 1024, 4096, 8192)),
-            f"momentum {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points. At 4,096",
+            f"LARS loses {points('systemds_cifar10', ('lars', 256), ('lars', 1024))} points and momentum "
+            f"{points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points. At 4,096",
             f"LARS is {points('systemds_cifar10', ('lars', 4096), ('momentum', 4096))} and "
             f"{points('systemds_cifar10', ('lars', 8192), ('momentum', 8192))} points ahead",
             f"best rates of LARS span a factor of {spread_of_rates('systemds_cifar10', 'lars')}, those of momentum "
@@ -280,6 +292,12 @@ def phrases() -> dict[str, list[str]]:
             f"the digits at {times_noise_scale('digits', 8192)}, CIFAR-10 at {times_noise_scale('cifar10', 4096)}",
             f"256 to 1,024, where an example contributes {efficiency('cifar10', 1024)}, top-1 falls from "
             f"{mean('cifar10', 'lars', 256)} % to {mean('cifar10', 'lars', 1024)} %",
+        ],
+        "docs/recipes.md": [
+            "| {batch_size} | {learning_rate} | {epochs} |".format(**settings("cifar10_fast_4k_momentum")),
+            "| {batch_size} | {learning_rate} | {epochs} |".format(
+                **settings(*(f"cifar10_fast_{size}" for size in ("1k", "4k", "8k", "16k")))
+            ),
         ],
         "docs/running.md": [f"Runs were killed {sum(cell['kills'] for cell in results.read('resume'))} times"],
         "docs/optimizers.md": [
