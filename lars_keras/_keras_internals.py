@@ -29,6 +29,15 @@ def training_mode(model: keras.Model) -> dict[str, bool]:
 class WholeUpdateOptimizer(keras.optimizers.Optimizer):
     """Base of optimizers that update all variables at once and decay the weights within their own rule."""
 
+    # A sum of many terms needs the digits: in bfloat16 256 + 1 is 256.
+    float32_slots: tuple[str, ...] = ("gradient_accumulator",)
+
+    def add_variable(self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any) -> keras.Variable:
+        """Add a variable, one of float32 if its name ends in one of `float32_slots`."""
+        if dtype in ("float16", "bfloat16") and (kwargs.get("name") or "").endswith(self.float32_slots):
+            dtype = "float32"
+        return super().add_variable(shape, initializer, dtype, **kwargs)
+
     def prepared(self, gradient: Tensor, variable: Any) -> Tensor:
         """Return the gradient of a variable as Keras is to unscale, accumulate, clip and reduce it."""
         return gradient
@@ -39,6 +48,8 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
         grads, known = list(grads), self._trainable_variables if variables is None else variables
         if len(grads) == len(known):  # else Keras says so
             grads = [g if g is None else self.prepared(g, v) for g, v in zip(grads, known, strict=True)]
+            if self.gradient_accumulation_steps:
+                grads = [_at_least_float32(g) for g in grads]
         super().apply(grads, variables)
 
     def update_variables(self, gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Tensor) -> None:
@@ -63,11 +74,22 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
     # In float16 a norm above 256 has no square.
     def _clip_gradients(self, grads: Sequence[Tensor]) -> list[Tensor]:
         if self.clipnorm or self.global_clipnorm or self.clipvalue:
-            grads = [
-                keras.ops.cast(g, "float32") if keras.backend.standardize_dtype(g.dtype) == "float16" else g
-                for g in grads
-            ]
+            grads = [_at_least_float32(g) if _dtype(g) == "float16" else g for g in grads]
         return super()._clip_gradients(grads)
+
+    # The base class would move the average with each micro-batch of `gradient_accumulation_steps`.
+    def _update_model_variables_moving_average(self, trainable_variables: Sequence[Any]) -> None:
+        steps = self.gradient_accumulation_steps
+        if not steps:
+            super()._update_model_variables_moving_average(trainable_variables)
+            return
+        is_update = keras.ops.equal((self._iterations + 1) % steps, 0)
+        momentum = keras.ops.where(is_update, self.ema_momentum, 1.0)
+        momentum = keras.ops.where(keras.ops.equal(self.iterations, 0), 0.0, momentum)
+        for variable, average in zip(trainable_variables, self._model_variables_moving_average, strict=True):
+            if average is not None:
+                m = keras.ops.cast(momentum, average.dtype)
+                average.assign(m * average + (1 - m) * variable)
 
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
         self.update_variables(grads, trainable_variables, learning_rate)
@@ -78,6 +100,15 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
 
     def _use_weight_decay(self, variable: Any) -> bool:
         return False
+
+
+def _dtype(tensor: Tensor) -> str:
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def _at_least_float32(tensor: Tensor | None) -> Tensor | None:
+    short = tensor is not None and _dtype(tensor) in ("float16", "bfloat16")
+    return keras.ops.cast(tensor, "float32") if short else tensor
 
 
 def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:

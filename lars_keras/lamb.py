@@ -27,7 +27,8 @@ class LAMB(LayerwiseOptimizer):
         w -= lr ||w|| / ||r|| * r
 
     The ratio is 1 where either norm is 0. Arithmetic and norms are float32 whatever the variable's dtype (float64 for
-    float64 variables). What is stored has the variable's dtype, and the weights move by the moments as they are stored.
+    float64 variables), and so is the second moment. The first has the variable's dtype. The weights move by the moments
+    as they are stored.
 
     Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to
     `optax.lamb`. `keras.optimizers.Lamb` subtracts the decay outside the ratio.
@@ -54,6 +55,7 @@ class LAMB(LayerwiseOptimizer):
     """
 
     slots = ("momentum", "velocity")
+    float32_slots = (*LayerwiseOptimizer.float32_slots, "velocity")  # 0.999 of a number of bfloat16 rounds to itself
     hyperparameters = {
         "beta_1": functools.partial(check_number, below=1.0),
         "beta_2": functools.partial(check_number, below=1.0),
@@ -101,7 +103,7 @@ class LAMB(LayerwiseOptimizer):
         m, v = slots
         b = self.weight_decay if role.decay else 0.0
         m = rounded(self.beta_1 * m + (1 - self.beta_1) * g, role.dtype)
-        v = rounded(self.beta_2 * v + (1 - self.beta_2) * ops.square(g), role.dtype)
+        v = self.beta_2 * v + (1 - self.beta_2) * ops.square(g)
         c1, c2 = self._correction(self.beta_1, t), self._correction(self.beta_2, t)
 
         def r(m: Tensor, v: Tensor, w: Tensor) -> Tensor:

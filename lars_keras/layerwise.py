@@ -42,7 +42,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     A subclass names its `slots`, its `hyperparameters` with the check of each, and states its `rule`. That is called
     for one variable, in float32 (float64 for float64 variables) whatever the variable's dtype. What is stored has the
-    variable's dtype.
+    variable's dtype, except slots that are `float32_slots`.
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
@@ -72,6 +72,13 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             weight_decay=weight_decay,
             **kwargs,
         )
+        if self.use_ema and self.ema_overwrite_frequency and self.gradient_accumulation_steps:
+            raise ValueError(
+                "`ema_overwrite_frequency` is not supported with `gradient_accumulation_steps`: Keras would overwrite "
+                "the weights between the micro-batches of an update. Use `lars_keras.training.Trainer` with its "
+                f"`microbatch_size`. Received: ema_overwrite_frequency={self.ema_overwrite_frequency}, "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
         self._peak_rate = _peak_of(learning_rate)
         self.excluded_lr_scale = excluded_lr_scale
         overrides = {

@@ -135,10 +135,11 @@ class ReferenceLAMB:
         lr = self.learning_rate
         lr = lr(self.updates) if callable(lr) else lr
         self.updates += 1
+        wide = "float64" if self.dtype == "float64" else "float32"
         for i, g in enumerate(gradients):
             w = self.weights[i]
             mean = round_to(self.dtype, self.first[i] + (1 - self.beta_1) * (g - self.first[i]))
-            square = round_to(self.dtype, self.second[i] + (1 - self.beta_2) * (g * g - self.second[i]))
+            square = round_to(wide, self.second[i] + (1 - self.beta_2) * (g * g - self.second[i]))
             unbiased, spread = mean, square
             if self.corrected:
                 unbiased = mean / (1 - math.pow(self.beta_1, self.updates))

@@ -106,6 +106,18 @@ class LAMBTest(tf.test.TestCase, parameterized.TestCase):
                 cases.relative_error(np.asarray(v, "float64"), expected), 2**-9 if dtype == "float16" else 2**-6
             )
 
+    def test_second_moment_in_bfloat16(self):
+        """Stored in bfloat16 it would stay at a quarter of the squares, and never sink."""
+        arguments = {"learning_rate": 1e-3, "beta_2": 0.99}
+        optimizer, oracle = LAMB(**arguments), ReferenceLAMB([np.ones((2, 3))], [1], [1], dtype="bfloat16", **arguments)
+        variable = keras.Variable(np.ones((2, 3)), dtype="bfloat16", name="kernel")
+        for update in range(200):
+            g = 1.0 if update < 150 else 0.0
+            optimizer.apply([tf.fill((2, 3), tf.constant(g, "bfloat16"))], [variable])
+            oracle.step([np.full((2, 3), g)])
+        velocity = next(v for v in optimizer.variables if v.path.endswith("velocity"))
+        self.assertLess(cases.relative_error(velocity, oracle.second[0]), 1e-5)
+
     def test_equals_optax(self):
         try:
             import jax
