@@ -163,13 +163,14 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
     def test_dry_run(self):
         run_dir = self.dir / "r"
         arguments = (*SMALL, "--model=alexnet_small", f"--run_dir={run_dir}", "--dry_run")
-        code, out, err = run(*arguments, "--optimizer=adam", "--learning_rate=1")
+        code, out, err = run(*arguments, "--optimizer=adam", "--learning_rate=11")
         self.assertEqual(code, 0, err)
         self.assertEmpty(list(self.dir.iterdir()))
         weights = 4 * (models.get("alexnet_small", num_classes=10, input_shape=(16, 16, 1)).count_params()) / 2**20
         self.assertIn(f"weights per device      {weights:,.1f} MiB", out)
         for line in (
-            r"rate, peak +1 at update 1",
+            r"WARNING: --learning_rate=11 is a rate for lars, not for adam",
+            r"rate, peak +11 at update 1",
             r"rate, last .* at update 30",
             r"optimizer per device +0\.8 MiB",
             r"37 images once each, in 3 batches with 11 padded",
