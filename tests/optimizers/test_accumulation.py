@@ -2,10 +2,14 @@
 
 import keras
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from lars_keras import LAMB, LARS
 from tests import cases
+
+# As in test_backends.py: Keras converts tensors of torch in a way that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 
 def kernel(value, dtype="float32"):

@@ -38,7 +38,7 @@ class Comparison(parameterized.TestCase):
 @on("tensorflow")
 class SecondProcessTest(parameterized.TestCase):
     def test_torch(self):
-        run_on("torch", self, __file__, "tests/test_blocks.py")
+        run_on("torch", self, __file__, "tests/optimizers/test_accumulation.py", "tests/test_blocks.py")
 
 
 @on("jax")
