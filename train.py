@@ -48,6 +48,7 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
 def _main(
     config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback], held: contextlib.ExitStack
 ) -> None:
+    validation_split = config.validation_split
     if config.eval_only:  # on the test split, also where rates were chosen on held-out training images
         config = dataclasses.replace(config, validation_split=0.0)
     with usage_errors():
@@ -70,12 +71,16 @@ def _main(
         # ---- Data
         data = datasets.load(config.dataset, remote=cluster.remote_input, **config.data_options)
         require_same_data(cluster, data)
+        trained_on = data
+        if unfinished and validation_split:  # its first layer has the mean and deviation of these images
+            options = config.data_options | {"validation_split": validation_split}
+            trained_on = datasets.load(config.dataset, remote=cluster.remote_input, **options)
         steps_per_epoch = data.num_train / config.batch_size  # the batch that crosses the end of an epoch is whole
         total_updates = config.total_updates(data.num_train)
 
         # ---- Model, with its optimizer, schedule, loss and metrics
         with cluster.scope():
-            model = load_model(run_dir) if config.eval_only and not unfinished else make_model(config, data)
+            model = load_model(run_dir) if config.eval_only and not unfinished else make_model(config, trained_on)
             compile_model(model, config, data)
 
         # ---- Trainer: takes the place of `model.fit`
