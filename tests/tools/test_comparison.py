@@ -196,6 +196,16 @@ class StoreTest(absltest.TestCase):
         with self.assertRaisesRegex(UsageError, "is damaged"):
             ResultsStore(self.out, self.about, self.cells)
 
+    def test_a_candidate_that_was_left_out_comes_back_with_its_flags_only(self):
+        """Its runs are still there, and they are of these flags."""
+        ResultsStore(self.out, self.about, self.cells).write()
+        candidates = self.about["settings"]["candidates"]
+        fewer = self.changed(candidates={"lars": candidates["lars"]})
+        ResultsStore(self.out, fewer, self.cells[:1]).write()
+        with self.assertRaisesRegex(UsageError, r"other settings \(candidates\)"):
+            ResultsStore(self.out, self.changed(candidates={"sgd": "--epochs=9"}), self.cells[1:])
+        ResultsStore(self.out, self.about, self.cells)
+
     def test_only_comparisons_of_this_rule_go_on(self):
         """All committed comparisons are shown. Those of the earlier rule are not resumed by this one."""
         for path in sorted((ROOT / "results").glob("compare_*.json")):

@@ -49,8 +49,10 @@ class ResultsStore:
             )
         for outcome in self.outcomes.values():
             outcome.setdefault("commit", before["commit"])
+        candidates = settings["candidates"] | about["settings"]["candidates"]  # one that is left out now may come back
+        self._about = about | {"settings": about["settings"] | {"candidates": candidates}}
         if not self.left:  # no new run, so what made the old ones stays; the table is of the cells asked for now
-            self._about = about | {name: before[name] for name in about if name not in ("settings", "command")}
+            self._about |= {name: before[name] for name in about if name not in ("settings", "command")}
 
     @property
     def commit(self) -> str | None:
