@@ -206,6 +206,12 @@ class StoreTest(absltest.TestCase):
             ResultsStore(self.out, self.changed(candidates={"sgd": "--epochs=9"}), self.cells[1:])
         ResultsStore(self.out, self.about, self.cells)
 
+    def test_a_search_is_added(self):
+        store = ResultsStore(self.out, self.changed(search=None, tuning_runs=0), [a_cell(tuning_runs=0)])
+        (job, _) = a_cell(tuning_runs=0).jobs({})
+        store.add(job.name, outcome(0.5))
+        self.assertEqual(list(ResultsStore(self.out, self.about, self.cells).outcomes), [job.name])
+
     def test_only_comparisons_of_this_rule_go_on(self):
         """All committed comparisons are shown. Those of the earlier rule are not resumed by this one."""
         for path in sorted((ROOT / "results").glob("compare_*.json")):
