@@ -123,6 +123,16 @@ class RunTest(tf.test.TestCase):
         shutil.copytree(self.dir / "stopped", self.dir / "resumed")
         self.check_resumed(self.dir / "resumed")
 
+    def test_it_is_evaluated_more_often(self):
+        path = self.dir / "evaluated"
+        shutil.copytree(self.dir / "stopped", path)
+        code, _, err = run(f"--run_dir={path}", "--eval_every=1")
+        self.assertEqual(code, 0, err)
+        more, whole = metrics(path), metrics(self.dir / "whole")
+        self.assertLen([e for e in more if e["event"] == "eval"], 5)  # after epochs 2 to 6
+        self.assertEqual(*([e for e in events if e["event"] == "update"] for events in (more, whole)))
+        self.assertEqual(more[-1], whole[-1])
+
     def test_a_folder_of_an_earlier_version_goes_on_exactly(self):
         shutil.copytree(self.dir / "stopped", self.dir / "earlier")
         make_earlier(self.dir / "earlier")
