@@ -145,6 +145,15 @@ class RunTest(tf.test.TestCase):
         self.assertEqual(code, 0, err)
         self.assertRegex(out, r"after update 5:\ntop-1 .*n=37")
 
+    def test_a_run_that_goes_on_is_scored_whatever_the_times_of_its_files(self):
+        """Its model is that of its earlier end, as after a copy of the folder."""
+        path = self.dir / "copied"
+        shutil.copytree(self.dir / "stopped", path)
+        shutil.copy(self.dir / "whole/model.keras", path)
+        code, out, err = run(f"--run_dir={path}", "--eval_only")
+        self.assertEqual(code, 0, err)
+        self.assertIn("after update 5:", out)
+
     def test_an_unfinished_run_is_scored_with_the_statistics_that_it_trains_with(self):
         """Without those of the held-out images, although the test split is scored."""
 
