@@ -21,6 +21,7 @@ import keras
 
 import flags
 from lars_keras import data as datasets
+from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import SavePolicy
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
@@ -99,7 +100,7 @@ def _main(
     if config.eval_only:
         with latest_state(config, run_dir, trainer, train_feed) if unfinished else contextlib.nullcontext():
             scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
-        print(scores_line(scores, data.num_test))
+        say(scores_line(scores, data.num_test))
         return
 
     # ---- Resume, if the folder holds a run that was interrupted
@@ -116,7 +117,7 @@ def _main(
     if chief:
         set_results_aside(run_dir, trainer.position.update)
         write_plan(run_dir, config, plan, model.optimizer)
-        print(plan.text, flush=True)
+        say(plan.text)
         for note in resumed.notes:
             callbacks.log.note(trainer.position.update, note)
 
@@ -142,8 +143,8 @@ def _main(
     if not chief:
         return
     report = write_results(run_dir, scores, total_updates, callbacks, resumed.record["rollbacks"])
-    print(scores_line(scores, data.num_test))
-    print(f"report: {report}")
+    say(scores_line(scores, data.num_test))
+    say(f"report: {report}")
 
 
 def run(argv: list[str]) -> int:

@@ -15,6 +15,7 @@ import tensorflow as tf
 from flags.config import RunConfig
 from lars_keras._keras_internals import layers_of, output_tensors
 from lars_keras.data import ImageData
+from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.training.trainer import Trainer
@@ -31,12 +32,12 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
     Raises:
         UsageError: if something cannot work; it names the flag to change.
     """
-    print(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
+    say(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
     place = _nearest_folder(run_dir)
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix="dry-run-") as folder:
             _check_disk(config, trainer, place)
-            print(f"\n{_table(_rehearsal(trainer, data, Path(folder)))}")
+            say(f"\n{_table(_rehearsal(trainer, data, Path(folder)))}")
     except (tf.errors.ResourceExhaustedError, RuntimeError) as e:  # JAX has a RuntimeError for it
         if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -47,7 +48,7 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
     except OSError as e:
         raise UsageError(f"--run_dir={run_dir} cannot be written: {e.strerror or e}") from e
     copies = ", only the copies of --cache=disk" if config.cache == "disk" else ""
-    print(f"\ndry run passed; no run folder was written{copies}")
+    say(f"\ndry run passed; no run folder was written{copies}")
 
 
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:

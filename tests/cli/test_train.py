@@ -192,6 +192,16 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(code, 2)
             self.assertRegex(err, "1 MiB free, and --keep_checkpoints=3 needs 4 MiB")
 
+    def test_a_closed_pipe_ends_no_run(self):
+        """As of `train.py | head`."""
+        source, sink = os.pipe()
+        os.close(source)
+        load = unittest.mock.patch.object(train.datasets, "load", lambda *_, **__: few_digits())
+        with open(sink, "w") as closed, unittest.mock.patch.object(sys, "stdout", closed), load:
+            for arguments in (["--help"], [*SMALL, "--steps=1", f"--run_dir={self.dir}/r"]):
+                self.assertEqual(train.run(["train.py", *arguments]), 0)
+        self.assertTrue((self.dir / "r/results.json").exists())
+
     def test_a_full_disk_ends_with_a_message(self):
         def full(*_, **__):
             raise OSError(28, "No space left on device")
