@@ -123,7 +123,8 @@ def _main(
 
     # ---- Fit
     policy = SavePolicy(config.checkpoint_updates, config.checkpoint_minutes)
-    with report_of_failure(run_dir, callbacks.log, write=chief), StopOnSignal() as stop:
+    stop = held.enter_context(StopOnSignal())  # to the end: after the last update a signal would only undo the results
+    with report_of_failure(run_dir, callbacks.log, write=chief):
         history = fit_with_recovery(
             train_feed,
             CheckpointCallback(trainer, checkpoints, policy, resumed.record, save_first=resumed.changed),

@@ -35,9 +35,9 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
     say(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
     place = _nearest_folder(run_dir)
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix="dry-run-") as folder:
+        with _folder_in(place):  # so a folder that cannot be written is said before anything is compiled
             _check_disk(config, trainer, place)
-            say(f"\n{_table(_rehearsal(trainer, data, Path(folder)))}")
+        say(f"\n{_table(_rehearsal(trainer, data, place))}")
     except (tf.errors.ResourceExhaustedError, RuntimeError) as e:  # JAX has a RuntimeError for it
         if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -124,7 +124,11 @@ def _nearest_folder(path: Path) -> Path:
     return path if path.is_dir() else _nearest_folder(path.absolute().parent)
 
 
-def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[str, str]]:
+def _folder_in(place: Path) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(dir=place, prefix="dry-run-")
+
+
+def _rehearsal(trainer: Trainer, data: ImageData, place: Path) -> list[tuple[str, str]]:
     """Take two updates, an evaluation, a save and a restore; return how long each of them took."""
     rng = np.random.default_rng(0)
     micro, classes = trainer.microbatch_size, data.num_classes
@@ -147,13 +151,14 @@ def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[st
     started = time.perf_counter()
     trainer.fit(train_feed, epochs=1, steps_per_epoch=2, callbacks=[watch], verbose=0)
     scores, evaluation = timed(lambda: trainer.evaluate(test_feed))
-    checkpoints = CheckpointManager(folder)
     arrays, position = trainer.snapshot()
 
     def save_and_restore() -> Any:
-        checkpoints.save(position["update"], arrays, {"position": position})
-        checkpoints.wait()
-        found = checkpoints.latest()
+        with _folder_in(place) as folder:
+            checkpoints = CheckpointManager(folder)
+            checkpoints.save(position["update"], arrays, {"position": position})
+            checkpoints.wait()
+            found = checkpoints.latest()
         assert found
         trainer.restore(found.arrays, found.metadata["position"], train_feed)
         return trainer.snapshot()[0]
