@@ -21,6 +21,7 @@ import keras
 
 import flags
 from lars_keras import data as datasets
+from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import SavePolicy
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
@@ -48,6 +49,7 @@ def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callb
 def _main(
     config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback], held: contextlib.ExitStack
 ) -> None:
+    validation_split = config.validation_split
     if config.eval_only:  # on the test split, also where rates were chosen on held-out training images
         config = dataclasses.replace(config, validation_split=0.0)
     with usage_errors():
@@ -70,12 +72,16 @@ def _main(
         # ---- Data
         data = datasets.load(config.dataset, remote=cluster.remote_input, **config.data_options)
         require_same_data(cluster, data)
+        trained_on = data
+        if unfinished and validation_split:  # its first layer has the mean and deviation of these images
+            options = config.data_options | {"validation_split": validation_split}
+            trained_on = datasets.load(config.dataset, remote=cluster.remote_input, **options)
         steps_per_epoch = data.num_train / config.batch_size  # the batch that crosses the end of an epoch is whole
         total_updates = config.total_updates(data.num_train)
 
         # ---- Model, with its optimizer, schedule, loss and metrics
         with cluster.scope():
-            model = load_model(run_dir) if config.eval_only and not unfinished else make_model(config, data)
+            model = load_model(run_dir) if config.eval_only and not unfinished else make_model(config, trained_on)
             compile_model(model, config, data)
 
         # ---- Trainer: takes the place of `model.fit`
@@ -94,7 +100,7 @@ def _main(
     if config.eval_only:
         with latest_state(config, run_dir, trainer, train_feed) if unfinished else contextlib.nullcontext():
             scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
-        print(scores_line(scores, data.num_test))
+        say(scores_line(scores, data.num_test))
         return
 
     # ---- Resume, if the folder holds a run that was interrupted
@@ -111,13 +117,14 @@ def _main(
     if chief:
         set_results_aside(run_dir, trainer.position.update)
         write_plan(run_dir, config, plan, model.optimizer)
-        print(plan.text, flush=True)
+        say(plan.text)
         for note in resumed.notes:
             callbacks.log.note(trainer.position.update, note)
 
     # ---- Fit
     policy = SavePolicy(config.checkpoint_updates, config.checkpoint_minutes)
-    with report_of_failure(run_dir, callbacks.log, write=chief), StopOnSignal() as stop:
+    stop = held.enter_context(StopOnSignal())  # to the end: after the last update a signal would only undo the results
+    with report_of_failure(run_dir, callbacks.log, write=chief):
         history = fit_with_recovery(
             train_feed,
             CheckpointCallback(trainer, checkpoints, policy, resumed.record, save_first=resumed.changed),
@@ -137,8 +144,8 @@ def _main(
     if not chief:
         return
     report = write_results(run_dir, scores, total_updates, callbacks, resumed.record["rollbacks"])
-    print(scores_line(scores, data.num_test))
-    print(f"report: {report}")
+    say(scores_line(scores, data.num_test))
+    say(f"report: {report}")
 
 
 def run(argv: list[str]) -> int:

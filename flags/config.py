@@ -176,7 +176,7 @@ class RunConfig:
     sync_batch_norm: bool = _switch("Take batch statistics over all replicas, not over each ghost batch.")
     jit_compile: str = _choice("auto", ("auto", "on", "off"), "Compile gradients with XLA; auto: on GPU and TPU.")
     steps_per_execution: int = _whole(1, "Run this many updates without returning to Python.", affects_result=False)
-    eval_every: int = _whole(1, "Evaluate every N epochs, and at the end of the run.")
+    eval_every: int = _whole(1, "Evaluate every N epochs, and at the end of the run.", affects_result=False)
     seed: int = _whole(0, "Seed weights, order, augmentation and dropout.", low=0)
     telemetry_every: int = _whole(
         0,

@@ -12,7 +12,7 @@ from lars_keras.data import ImageData
 from lars_keras.report.layers import LayerTelemetry
 from lars_keras.report.log import MetricsLog
 from lars_keras.report.noise import NoiseScaleLog
-from lars_keras.report.progress import Progress
+from lars_keras.report.progress import Progress, say
 from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.unreadable_images import UnreadableImageLimit
@@ -54,7 +54,7 @@ class RunCallbacks:
         """Print and log a rollback."""
         if self._chief:
             text = f"went back to update {rollback['update']}: {rollback['reason']}"
-            print(text, file=sys.stderr, flush=True)
+            say(text, sys.stderr)
             self.log.note(rollback["update"], text)
 
     def _on_unreadable_image(self, update: int, where: str, reason: str) -> None:

@@ -14,6 +14,7 @@ from absl import flags as absl_flags
 from absl import logging
 
 import flags
+from lars_keras.report.progress import say
 from lars_keras.runtime.errors import Diverged, Preempted, TooManyUnreadableImages, UsageError
 from lars_keras.training.cluster import has_peers, is_host_lost
 from running import exit_codes
@@ -50,13 +51,13 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
 
     def end(code: int, message: str) -> int:
-        print(f"train.py: {message}", file=sys.stderr)
+        say(f"train.py: {message}", sys.stderr)
         return code
 
     try:
         values, arguments = flags.parse(argv, flags_of_run)
         if values["help"].value:
-            print(f"{usage}\n{_help()}")
+            say(f"{usage}\n{_help()}")
             return 0
         with usage_errors():
             if arguments:

@@ -72,12 +72,12 @@ def hold_run_dir(path: Path, config: RunConfig) -> Iterator[None]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return True if the newest state of a run is in its checkpoints, not in `model.keras`."""
-    model = path / "model.keras"
-    if not model.is_file():
-        return True
-    saved = [checkpoint.stat().st_mtime for checkpoint in path.glob("checkpoints/update-*.npz")]
-    return not (path / "results.json").is_file() and max(saved, default=0.0) > model.stat().st_mtime
+    """Return True if the newest state of a run is in its checkpoints, not only in `model.keras`.
+
+    The last state is saved before `model.keras`, which a run that goes on keeps until its new end.
+    """
+    finished = (path / "results.json").is_file() or not any(path.glob("checkpoints/update-*.npz"))
+    return not (finished and (path / "model.keras").is_file())
 
 
 def write_plan(path: Path, config: RunConfig, plan: Plan, optimizer: keras.optimizers.Optimizer) -> None:

@@ -15,6 +15,7 @@ import tensorflow as tf
 from flags.config import RunConfig
 from lars_keras._keras_internals import layers_of, output_tensors
 from lars_keras.data import ImageData
+from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.training.trainer import Trainer
@@ -31,12 +32,12 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
     Raises:
         UsageError: if something cannot work; it names the flag to change.
     """
-    print(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
+    say(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
     place = _nearest_folder(run_dir)
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix="dry-run-") as folder:
+        with _folder_in(place):  # so a folder that cannot be written is said before anything is compiled
             _check_disk(config, trainer, place)
-            print(f"\n{_table(_rehearsal(trainer, data, Path(folder)))}")
+        say(f"\n{_table(_rehearsal(trainer, data, place))}")
     except (tf.errors.ResourceExhaustedError, RuntimeError) as e:  # JAX has a RuntimeError for it
         if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
@@ -47,7 +48,7 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
     except OSError as e:
         raise UsageError(f"--run_dir={run_dir} cannot be written: {e.strerror or e}") from e
     copies = ", only the copies of --cache=disk" if config.cache == "disk" else ""
-    print(f"\ndry run passed; no run folder was written{copies}")
+    say(f"\ndry run passed; no run folder was written{copies}")
 
 
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:
@@ -123,7 +124,11 @@ def _nearest_folder(path: Path) -> Path:
     return path if path.is_dir() else _nearest_folder(path.absolute().parent)
 
 
-def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[str, str]]:
+def _folder_in(place: Path) -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(dir=place, prefix="dry-run-")
+
+
+def _rehearsal(trainer: Trainer, data: ImageData, place: Path) -> list[tuple[str, str]]:
     """Take two updates, an evaluation, a save and a restore; return how long each of them took."""
     rng = np.random.default_rng(0)
     micro, classes = trainer.microbatch_size, data.num_classes
@@ -146,13 +151,14 @@ def _rehearsal(trainer: Trainer, data: ImageData, folder: Path) -> list[tuple[st
     started = time.perf_counter()
     trainer.fit(train_feed, epochs=1, steps_per_epoch=2, callbacks=[watch], verbose=0)
     scores, evaluation = timed(lambda: trainer.evaluate(test_feed))
-    checkpoints = CheckpointManager(folder)
     arrays, position = trainer.snapshot()
 
     def save_and_restore() -> Any:
-        checkpoints.save(position["update"], arrays, {"position": position})
-        checkpoints.wait()
-        found = checkpoints.latest()
+        with _folder_in(place) as folder:
+            checkpoints = CheckpointManager(folder)
+            checkpoints.save(position["update"], arrays, {"position": position})
+            checkpoints.wait()
+            found = checkpoints.latest()
         assert found
         trainer.restore(found.arrays, found.metadata["position"], train_feed)
         return trainer.snapshot()[0]

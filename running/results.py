@@ -11,6 +11,7 @@ import keras
 from lars_keras.files import atomic_write_text
 from lars_keras.report.log import MetricsLog
 from lars_keras.report.page import write_report
+from lars_keras.report.progress import say
 from lars_keras.runtime.errors import Diverged, TooManyUnreadableImages
 from running.callbacks import RunCallbacks
 from running.folder import all_versions
@@ -76,5 +77,5 @@ def report_of_failure(run_dir: Path, log: MetricsLog, write: bool) -> Iterator[N
     except (Diverged, TooManyUnreadableImages) as e:
         if write:
             log.note(log.finished, str(e))
-            print(f"report: {write_report(run_dir)}", flush=True)
+            say(f"report: {write_report(run_dir)}")
         raise

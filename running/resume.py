@@ -25,6 +25,7 @@ import flags
 from flags import RunConfig
 from lars_keras.data import ImageData
 from lars_keras.files import local_path
+from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.recovery import require_same_checkpoint
@@ -197,7 +198,7 @@ def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed:
             raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={run_dir}")
         trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
     assert trainer.engine
-    print(f"after update {checkpoint.update}:")
+    say(f"after update {checkpoint.update}:")
     with trainer.engine.ema_weights():
         yield
 

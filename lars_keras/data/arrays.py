@@ -106,13 +106,8 @@ class ArrayData(ImageData):
         """Return an iterator over the batches of `train_batches` as arrays, without TensorFlow.
 
         RandAugment, mixup and cutmix do need TensorFlow.
-
-        Raises:
-            ValueError: as `train_batches`, and if `count` is negative.
         """
-        check_arguments(batch_size, shard, seed, first)
-        if count is not None and count < 0:
-            raise ValueError(f"`count` must not be negative. Received: count={count}")
+        check_arguments(batch_size, shard, seed, first, count)
         kind = self.augment if augment else "none"
         if kind not in ("none", "crop_flip", "alternating_flip"):
             return super().train_numpy(batch_size, first=first, count=count, seed=seed, shard=shard)

@@ -94,7 +94,7 @@ class ImageData(abc.ABC):
             ValueError: if an argument is out of range, if `W` does not divide `batch_size`, or if a worker's rows are
                 odd in number where images are mixed in pairs.
         """
-        check_arguments(batch_size, shard, seed, first)
+        check_arguments(batch_size, shard, seed, first, count)
         kind = self.augment if augment else "none"
         if kind in MIXES and batch_size // shard[1] % 2:
             raise ValueError(
@@ -217,7 +217,9 @@ def _dataset(block: Callable[[Any], Any], first: int, count: int | None) -> tf.d
     return batches.with_options(options).prefetch(2)
 
 
-def check_arguments(batch_size: int, shard: tuple[int, int], seed: int = 0, first: int = 0) -> None:
+def check_arguments(
+    batch_size: int, shard: tuple[int, int], seed: int = 0, first: int = 0, count: int | None = None
+) -> None:
     """Raise a `ValueError` for an argument of `train_batches` or `test_batches` that is out of range."""
     worker, workers = shard
     if not 0 <= worker < workers:
@@ -227,5 +229,6 @@ def check_arguments(batch_size: int, shard: tuple[int, int], seed: int = 0, firs
             "`batch_size` must be a positive multiple of the number of workers. "
             f"Received: batch_size={batch_size}, shard={shard}"
         )
-    if seed < 0 or first < 0:
-        raise ValueError(f"`seed` and `first` must not be negative. Received: seed={seed}, first={first}")
+    for name, value in (("seed", seed), ("first", first), ("count", count or 0)):
+        if value < 0:
+            raise ValueError(f"`{name}` must not be negative. Received: {name}={value}")

@@ -69,7 +69,7 @@ class FolderExamples:
         """
         yield os.fsencode("\0".join("/".join(path.rsplit(os.sep, 2)[1:]) for path in self.paths))
         yield self.labels.tobytes()
-        sample = self.paths[:: -(-len(self.paths) // _SIZES)]
+        sample = self.paths[:: -(-len(self.paths) // _SIZES) or 1]
         yield np.array([os.stat(path).st_size for path in sample], np.int64).tobytes()
 
     @functools.cached_property
@@ -80,7 +80,9 @@ class FolderExamples:
             return tf.constant([os.fsencode(path) for path in self.paths]), tf.constant(self.labels)
 
 
-def read_folder(root: str | os.PathLike[str]) -> tuple[FolderExamples, FolderExamples, list[str]]:
+def read_folder(
+    root: str | os.PathLike[str], needs_test: bool = True
+) -> tuple[FolderExamples, FolderExamples, list[str]]:
     """List the images in `root/train/CLASS/` and `root/val/CLASS/` (or `validation`, or `test`).
 
     Classes are numbered by the lines of `root/labels.txt` if that file exists, which may list classes without a folder.
@@ -91,6 +93,7 @@ def read_folder(root: str | os.PathLike[str]) -> tuple[FolderExamples, FolderExa
 
     Args:
         root: the folder, on a local disk.
+        needs_test: whether the test split must have a folder; otherwise it is empty without one.
 
     Returns:
         The training split, the test split, and the classes. A split is ordered by class name, then by file name.
@@ -102,7 +105,7 @@ def read_folder(root: str | os.PathLike[str]) -> tuple[FolderExamples, FolderExa
     root = local_path(root, "data_dir")
     train = root / "train"
     test = next((root / name for name in _TEST_FOLDERS if (root / name).is_dir()), None)
-    if not train.is_dir() or test is None:
+    if not train.is_dir() or (needs_test and not test):
         raise FileNotFoundError(
             f"A folder of images needs {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg (or validation, or test). "
             f"Received: `data_dir` without a folder {'val' if train.is_dir() else 'train'}, data_dir={root}"
@@ -117,7 +120,7 @@ def read_folder(root: str | os.PathLike[str]) -> tuple[FolderExamples, FolderExa
             raise ValueError(f"{numbering} lists a class twice: {printable(twice[0])}")
     else:
         classes = sorted(entry.name for entry in os.scandir(train) if _holds(entry.is_dir) and not _is_hidden(entry))
-    return _split(train, classes), _split(test, classes), classes
+    return _split(train, classes), _split(test, classes) if test else FolderExamples([], np.array([])), classes
 
 
 def _split(folder: Path, classes: list[str]) -> FolderExamples:

@@ -63,7 +63,8 @@ def load(
             and holds them encoded; `"disk"` copies them once to `cache_dir` on a local disk.
         cache_dir: folder of the copies; None for `~/.cache/lars_keras`.
         remote: whether hosts other than this process's make the batches; see `ImageFileData`.
-        validation_split: fraction of the training images to hold out. They take the place of the test split.
+        validation_split: fraction of the training images to hold out. They take the place of the test split, for which
+            a folder of images then needs no folder.
 
     Returns:
         The data set.
@@ -83,7 +84,7 @@ def load(
     if name == "folder" and not resized:
         if "://" in os.fspath(root):
             raise ValueError(f"A folder of images must be on a local disk: copy it to one. Received: data_dir={root}")
-        train_files, test_files, classes = read_folder(root)
+        train_files, test_files, classes = read_folder(root, needs_test=not validation_split)
         contents = itertools.chain(train_files.parts(), test_files.parts())
         options["fingerprint"] = fingerprint(len(train_files), len(test_files), len(classes), contents)
         if cache == "disk":

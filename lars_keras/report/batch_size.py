@@ -99,12 +99,15 @@ def propose(
 def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[str], list[Proposal]]:
     """Return the measurements of a run, as lines of text, and settings for `batch_sizes`.
 
+    A run that was stopped counts with the length that it was to have.
+
     Args:
         run_dir: folder of a run that logged its noise scale.
         batch_sizes: global batches; if empty, powers of 2 around the noise scale.
 
     Raises:
-        ValueError: if the folder has no such run, or its lines are too few.
+        ValueError: if the folder has no such run, its lines are too few, it had several batch sizes, or it was stopped
+            in its warm-up.
     """
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"`run_dir` must be a run folder, with a config.json. Received: run_dir={run_dir}")
@@ -116,6 +119,9 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
             "The run needs at least 2 `noise_scale` lines in its metrics.jsonl: train with `noise_scale_every`. "
             f"Received: {len(events)} in {run_dir}"
         )
+    sizes = sorted({config["batch_size"], *(e["batch_size"] for e in events)})
+    if len(sizes) > 1:  # lengths and rates of both are mixed
+        raise ValueError(f"The run needs one batch size from its start to its end. Received: {sizes} in {run_dir}")
     rates = {e["update"]: e["learning_rate"] for e in log if e["event"] == "update" and e["learning_rate"] is not None}
     if not rates:
         raise ValueError(f"The run needs the learning rates of its updates in its metrics.jsonl. Received: {run_dir}")
@@ -123,18 +129,21 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
     found, last, size = combine(events[-max(2, len(events) // 3) :]).total(), events[-1], config["batch_size"]
     peak = max(rates.values())
     reached = next(update for update, rate in rates.items() if rate >= (1 - 1e-6) * peak)  # but for rounding
+    per_epoch = last["update"] / last["epoch"]
+    updates = config.get("steps") or math.ceil(config.get("epochs", 0) * per_epoch - 1e-9) or log_length(log)
+    if reached == log_length(log) < updates:
+        raise ValueError(f"The run needs an update after its warm-up. Received: {reached} updates in {run_dir}")
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
     lines += ["", found.describe(size, last["epoch"]), "", CAVEATS]
     if not batch_sizes:
         middle = round(math.log2(max(found.value, 4.0) if math.isfinite(found.value) else size))
         batch_sizes = [2**n for n in range(middle - 2, middle + 3)]
-    per_epoch = last["update"] / last["epoch"]
     return lines, propose(
         found,
         batch_sizes,
         batch_size=size,
         learning_rate=peak,
-        updates=log_length(log),
+        updates=updates,
         warmup_updates=0 if reached == next(iter(rates)) else reached,
         num_train=round(per_epoch * size),
         normalized=config["optimizer"] in ("lars", "lamb", "adam"),

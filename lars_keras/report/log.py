@@ -74,10 +74,9 @@ class MetricsLog(keras.callbacks.Callback):
         earlier = max((e["seconds"] for e in events if e["event"] == "update"), default=0.0)
         self._began = self._clock() - earlier
         self._speed = Throughput(self.params["batch_size"], self._finished, self._clock)
-        # A resumed run writes new event files; TensorBoard lets their steps replace the older ones.
         self._close_tensorboard()
         with self._or_without_tensorboard():
-            self._writers = _tensorboard_writers(self._run_dir / "tensorboard")
+            self._writers = _tensorboard_writers(self._run_dir / "tensorboard", self._finished + 1)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._finished = batch + 1
@@ -214,11 +213,21 @@ def _line(event: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _tensorboard_writers(folder: Path) -> dict[str, Any]:
-    """Return a writer each for training and validation, or none if TensorBoard is not installed."""
+def _tensorboard_writers(folder: Path, first: int) -> dict[str, Any]:
+    """Return a writer each for training and validation, or none if TensorBoard is not installed.
+
+    TensorBoard drops what earlier files have from update `first` on.
+    """
     try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary import Writer  # needs no TensorFlow
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError:
         logging.warning("tensorboard is not installed: no TensorBoard events are written.")
         return {}
-    return {run: Writer(str(folder / run)) for run in ("train", "validation")}
+    folders = {run: str(folder / run) for run in ("train", "validation")}
+    for path in folders.values():
+        start = EventFileWriter(path)
+        start.add_event(Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)))
+        start.close()
+    return {run: Writer(path) for run, path in folders.items()}

@@ -7,6 +7,7 @@ The callback expects `params` and calls as `lars_keras.training.Trainer.fit` mak
 
 import contextlib
 import math
+import os
 import sys
 import time
 from typing import Any, TextIO
@@ -15,6 +16,17 @@ import keras
 from tqdm import tqdm
 
 from lars_keras.report.throughput import Clock, Throughput
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Write a line to a stream, `sys.stdout` by default. A closed pipe or a full disk must not end a run."""
+    file = file or sys.stdout
+    with contextlib.suppress(OSError):
+        try:
+            tqdm.write(text, file=file)
+            file.flush()
+        except BrokenPipeError:  # what is left of the line must not fail at the exit of Python
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class Progress(keras.callbacks.Callback):
@@ -73,7 +85,7 @@ class Progress(keras.callbacks.Callback):
             scores = [*_accuracies(logs, "val_"), f"loss {logs['val_loss']:.4g}"]
             scores += [f"n={logs['val_n']:.0f}"] if "val_n" in logs else []
             epochs = f"epoch {epoch + 1}/{self.params['epochs']:g}"
-            self._write("  ".join([epochs, self._updates(), "val " + scores[0], *scores[1:]]))
+            say("  ".join([epochs, self._updates(), "val " + scores[0], *scores[1:]]), self._file)
         elif not self._terminal:
             self._line(logs)
 
@@ -108,13 +120,8 @@ class Progress(keras.callbacks.Callback):
 
     def _line(self, logs: dict[str, float]) -> None:
         percent = 100 * self._finished / self.params["steps"]
-        self._write(f"{self._updates()}  {percent:.0f} %  {self._status(logs)}")
+        say(f"{self._updates()}  {percent:.0f} %  {self._status(logs)}", self._file)
         self._last_line = self._clock()
-
-    def _write(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end a run
-            tqdm.write(line, file=self._file)
-            self._file.flush()
 
 
 def _accuracies(logs: dict[str, float], prefix: str = "") -> list[str]:

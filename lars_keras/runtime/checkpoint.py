@@ -133,7 +133,7 @@ class CheckpointManager:
     def _paths(self) -> list[Path]:
         """Return the files of all checkpoints, newest first."""
         found = [path for path in self.directory.glob("update-*.npz") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (_update(path), path.stat().st_mtime), reverse=True)
+        return sorted(found, key=lambda path: (_update(path), path.name), reverse=True)
 
     def _write(self, update: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
         contents: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(json.dumps(metadata).encode(), np.uint8)}
@@ -146,13 +146,14 @@ class CheckpointManager:
                 os.fsync(file.fileno())
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            os.replace(temporary, self.directory / f"update-{update:08d}-{digest}.npz")
+            path = self.directory / f"update-{update:08d}-{digest}.npz"
+            os.replace(temporary, path)
             descriptor = os.open(self.directory, os.O_RDONLY)  # the new name must be on the disk, too
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            self._prune(update)
+            self._prune(path)
         except OSError as e:
             e.filename = e.filename or os.fspath(self.directory)  # writing to an open file names none
             with contextlib.suppress(OSError):
@@ -162,13 +163,14 @@ class CheckpointManager:
             )
             raise
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, newest: Path) -> None:
         for leftover in self.directory.glob(".writing-*"):
             if _is_abandoned(leftover):
                 leftover.unlink(missing_ok=True)
-        for path in self._damaged:
-            if _update(path) > newest:
-                path.unlink(missing_ok=True)
+        for path in self._paths():
+            again = _update(path) == _update(newest) and path != newest  # the state before a rollback
+            if again or (_update(path) > _update(newest) and path in self._damaged):
+                path.unlink()
         hours, kept_at = self._keep_every_n_hours, -math.inf
         for path in reversed(self._paths()[self._max_to_keep :]):  # the oldest first
             written = path.stat().st_mtime

@@ -45,6 +45,16 @@ class DivergenceGuard(keras.callbacks.Callback):
             raise ValueError(f"`explosion_factor` must be above 1. Received: explosion_factor={explosion_factor}")
         self._trainer, self._factor, self._window = trainer, explosion_factor, window
 
+    @property
+    def memory(self) -> dict[str, list[float]]:
+        """The recent values, of which the medians are; a `Trainer` saves and restores them with its position."""
+        return {name: list(values) for name, values in self._recent.items()}
+
+    @memory.setter
+    def memory(self, values: dict[str, list[float]]) -> None:
+        for name, recent in self._recent.items():
+            recent.extend(values[name])
+
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._recent = {name: collections.deque[float](maxlen=self._window) for name in ("loss", "gradient norm")}
         self._weights: np.ndarray | None = None

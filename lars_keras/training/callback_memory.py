@@ -1,4 +1,4 @@
-"""The memory of Keras's callbacks, so that a resumed run decides as one that was never stopped."""
+"""The memory of callbacks, so that a resumed run decides as one that was never stopped."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 import keras
 from absl import logging
 
+from lars_keras.runtime.divergence import DivergenceGuard
+
 # Plain values only. Each of these classes resets them, or begins without them, in a new process.
 _REMEMBERED: dict[type, tuple[str, ...]] = {
     keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_epoch"),
     keras.callbacks.ReduceLROnPlateau: ("wait", "cooldown_counter", "best"),
     keras.callbacks.ModelCheckpoint: ("best",),
+    DivergenceGuard: ("memory",),
 }
 
 
@@ -85,4 +88,4 @@ def _with_memory(
 
 
 def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, int) else float(value)
+    return value if value is None or isinstance(value, (int, dict)) else float(value)

@@ -15,7 +15,7 @@ class Position:
         epoch: the epoch that metrics are gathered for; -1 before the first.
         losses: losses of its updates so far.
         logs: the logs that callbacks got last.
-        callbacks: the memory of `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`; None if not known.
+        callbacks: the memory of callbacks (see `callback_memory`); None if not known.
         order: the values on which the order of arrays, or of batches by index, depends; None for other data.
     """
 

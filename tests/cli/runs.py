@@ -41,10 +41,11 @@ def few_digits():
 
 
 def run(*arguments, data=None):
-    """Run train.py on `data`; returns exit code, stdout and stderr."""
+    """Run train.py on `data`, or on what that returns as `load`; returns exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
+    load = data if callable(data) else lambda *_, **__: data or few_digits()
     with (
-        unittest.mock.patch.object(datasets, "load", lambda *_, **__: data or few_digits()),
+        unittest.mock.patch.object(datasets, "load", load),
         redirect_stdout(out),
         redirect_stderr(err),
     ):

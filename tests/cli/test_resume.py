@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+import train
 from flags import RunConfig
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
@@ -122,6 +123,16 @@ class RunTest(tf.test.TestCase):
         shutil.copytree(self.dir / "stopped", self.dir / "resumed")
         self.check_resumed(self.dir / "resumed")
 
+    def test_it_is_evaluated_more_often(self):
+        path = self.dir / "evaluated"
+        shutil.copytree(self.dir / "stopped", path)
+        code, _, err = run(f"--run_dir={path}", "--eval_every=1")
+        self.assertEqual(code, 0, err)
+        more, whole = metrics(path), metrics(self.dir / "whole")
+        self.assertLen([e for e in more if e["event"] == "eval"], 5)  # after epochs 2 to 6
+        self.assertEqual(*([e for e in events if e["event"] == "update"] for events in (more, whole)))
+        self.assertEqual(more[-1], whole[-1])
+
     def test_a_folder_of_an_earlier_version_goes_on_exactly(self):
         shutil.copytree(self.dir / "stopped", self.dir / "earlier")
         make_earlier(self.dir / "earlier")
@@ -133,6 +144,33 @@ class RunTest(tf.test.TestCase):
         code, out, err = run(f"--run_dir={self.dir}/stopped", "--eval_only")
         self.assertEqual(code, 0, err)
         self.assertRegex(out, r"after update 5:\ntop-1 .*n=37")
+
+    def test_a_run_that_goes_on_is_scored_whatever_the_times_of_its_files(self):
+        """Its model is that of its earlier end, as after a copy of the folder."""
+        path = self.dir / "copied"
+        shutil.copytree(self.dir / "stopped", path)
+        shutil.copy(self.dir / "whole/model.keras", path)
+        code, out, err = run(f"--run_dir={path}", "--eval_only")
+        self.assertEqual(code, 0, err)
+        self.assertIn("after update 5:", out)
+
+    def test_an_unfinished_run_is_scored_with_the_statistics_that_it_trains_with(self):
+        """Without those of the held-out images, although the test split is scored."""
+
+        def load(name, *, validation_split, **_):
+            data = few_digits()
+            data.mean = (100 * validation_split,)
+            return data
+
+        path = self.dir / "held_out"
+        shutil.copytree(self.dir / "stopped", path)
+        with open(path / "flags.txt", "a") as file:
+            file.write("--validation_split=0.25\n")
+        with unittest.mock.patch.object(train, "make_model", wraps=train.make_model) as make_model:
+            code, out, err = run(f"--run_dir={path}", "--eval_only", data=load)
+        self.assertEqual(code, 0, err)
+        self.assertEqual(make_model.call_args.args[1].mean, (25.0,))
+        self.assertIn("n=37", out)
 
     def test_a_finished_run_goes_on(self):
         path = self.dir / "extended"

@@ -163,7 +163,15 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
     def test_dry_run(self):
         run_dir = self.dir / "r"
         arguments = (*SMALL, "--model=alexnet_small", f"--run_dir={run_dir}", "--dry_run")
-        code, out, err = run(*arguments, "--optimizer=adam", "--learning_rate=11")
+        evaluate, seen = train.Trainer.evaluate, []
+
+        def look_and_evaluate(*data):
+            seen.append(os.listdir(self.dir))  # what a signal would leave behind
+            return evaluate(*data)
+
+        with unittest.mock.patch.object(train.Trainer, "evaluate", look_and_evaluate):
+            code, out, err = run(*arguments, "--optimizer=adam", "--learning_rate=11")
+        self.assertEqual(seen, [[]])
         self.assertEqual(code, 0, err)
         self.assertEmpty(list(self.dir.iterdir()))
         weights = 4 * (models.get("alexnet_small", num_classes=10, input_shape=(16, 16, 1)).count_params()) / 2**20
@@ -192,6 +200,29 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
                 code, _, err = run(*arguments)
             self.assertEqual(code, 2)
             self.assertRegex(err, "1 MiB free, and --keep_checkpoints=3 needs 4 MiB")
+
+    def test_a_closed_pipe_ends_no_run(self):
+        """As of `train.py | head`."""
+        source, sink = os.pipe()
+        os.close(source)
+        load = unittest.mock.patch.object(train.datasets, "load", lambda *_, **__: few_digits())
+        with open(sink, "w") as closed, unittest.mock.patch.object(sys, "stdout", closed), load:
+            for arguments in (["--help"], [*SMALL, "--steps=1", f"--run_dir={self.dir}/r"]):
+                self.assertEqual(train.run(["train.py", *arguments]), 0)
+        self.assertTrue((self.dir / "r/results.json").exists())
+
+    def test_after_a_signal_results_are_written(self):
+        """One that arrives after the last update, so there is nothing to save."""
+        received, write_results = [], train.write_results
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: received.append("it")))
+
+        def write(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return write_results(*arguments)
+
+        with unittest.mock.patch.object(train, "write_results", write):
+            code, _, err = run(*SMALL, "--steps=1", f"--run_dir={self.dir}/r")
+        self.assertEqual((code, received), (0, []), err)
 
     def test_a_full_disk_ends_with_a_message(self):
         def full(*_, **__):

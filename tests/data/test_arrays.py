@@ -145,16 +145,13 @@ assert "keras" not in sys.modules
         self.assertLess(peak, 2 * images.nbytes)
         self.assertAllClose(found[0], [images[..., c].mean() for c in (0, 1)], rtol=1e-12)
 
-    def test_a_negative_count(self):
-        with self.assertRaisesRegex(ValueError, "`count` must not be negative. Received: count=-1"):
-            small_arrays().train_numpy(8, count=-1)
-
     @parameterized.parameters(
         ({"batch_size": 0}, "`batch_size`.*batch_size=0"),
         ({"batch_size": 6, "shard": (0, 4)}, "`batch_size`.*multiple.*batch_size=6"),
         ({"batch_size": 8, "shard": (2, 2)}, "`shard`.*shard=\\(2, 2\\)"),
         ({"batch_size": 8, "seed": -1}, "`seed`.*seed=-1"),
         ({"batch_size": 8, "first": -1}, "`first`.*first=-1"),
+        ({"batch_size": 8, "count": -1}, "`count` must not be negative. Received: count=-1"),
     )
     def test_arguments(self, options, message):
         data = small_arrays()

@@ -119,8 +119,8 @@ class FolderTest(tf.test.TestCase):
                 tf.io.encode_jpeg(image).numpy() if "j" in file.suffix.lower() else tf.io.encode_png(image).numpy()
             )
 
-    def load(self):
-        return lars_keras.data.load("folder", data_dir=self.root, image_size=16)
+    def load(self, **options):
+        return lars_keras.data.load("folder", data_dir=self.root, image_size=16, **options)
 
     def test_classes_are_numbered_by_name(self):
         self.write("train/b/1.jpg", "train/a/2.JPEG", "train/a/1.png", "train/c/9.jpg", "test/c/1.jpg", "test/a/1.jpg")
@@ -151,6 +151,12 @@ class FolderTest(tf.test.TestCase):
             self.load()
         with self.assertRaisesRegex(ValueError, "folder needs `data_dir`.*Received: data_dir=None"):
             lars_keras.data.load("folder")
+
+    def test_held_out_images_need_no_folder_of_their_own(self):
+        self.write(*(f"train/{name}/{i}.jpg" for name in "ab" for i in range(4)))
+        for cache in ("none", "memory", "disk"):
+            data = self.load(validation_split=0.25, cache=cache, cache_dir=self.root / "copies")
+            self.assertEqual((data.num_train, data.num_test, data.num_classes), (6, 2, 2))
 
     def test_hidden_folders_are_no_classes(self):
         self.write("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.jpg")

@@ -11,6 +11,7 @@ from unittest import mock
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from lars_keras.report import log as log_module
 from lars_keras.report.progress import Progress
@@ -259,8 +260,8 @@ class MetricsLogTest(tf.test.TestCase):
         self.run_log()
         found = {}
         for run in ("train", "validation"):
-            (path,) = (self.run_dir / "tensorboard" / run).iterdir()
-            for record in tf.data.TFRecordDataset(str(path)):
+            paths = map(str, sorted((self.run_dir / "tensorboard" / run).iterdir()))
+            for record in tf.data.TFRecordDataset(list(paths)):
                 event = tf.compat.v1.Event.FromString(record.numpy())
                 for value in event.summary.value:
                     number = float(tf.make_ndarray(value.tensor))
@@ -268,6 +269,12 @@ class MetricsLogTest(tf.test.TestCase):
         self.assertAllClose(found["train", "learning_rate"], [(u + 1, 0.5 * u) for u in range(6)])
         self.assertAllClose(found["validation", "top1"], [(3, 0.9725), (6, 0.9725)])
         self.assertLen(found["train", "images_per_second"], 5)
+
+    def test_tensorboard_has_each_update_once(self):
+        self.run_log(stop=5)
+        self.run_log(first=3)
+        events = EventAccumulator(str(self.run_dir / "tensorboard/train")).Reload()
+        self.assertEqual([e.step for e in events.Tensors("loss")], [1, 2, 3, 4, 5, 6])
 
     def test_a_full_disk_ends_no_run(self):
         """/dev/full takes nothing; what can be written again later is."""

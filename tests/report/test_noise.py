@@ -28,9 +28,10 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
     def setUp(self):
         super().setUp()
         self.run_dir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        (self.run_dir / "config.json").write_text(
-            json.dumps({"batch_size": 256, "optimizer": "lars", "layer_plan": LAYERS})
-        )
+        self.write_config(layer_plan=LAYERS)
+
+    def write_config(self, **more):
+        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "lars"} | more))
 
     def log(self, updates, update_freq, per_call=1, first=0):
         """Log `updates` updates of three variables, whose noise scales are 32, 64 and 128 times 100."""
@@ -54,7 +55,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_report_without_layers(self):
         """Write the page of a Keras optimizer, which has no plan of layers."""
-        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "momentum"}))
+        self.write_config(optimizer="momentum")
         self.log(60, 20)
         self.assertIn("Noise scale ", write_report(self.run_dir).read_text())
 
@@ -113,9 +114,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_report(self):
         self.log(60, 20)
-        (self.run_dir / "config.json").write_text(
-            json.dumps({"model": "m", "dataset": "d", "batch_size": 256, "optimizer": "lars", "layer_plan": LAYERS})
-        )
+        self.write_config(model="m", dataset="d", layer_plan=LAYERS)
         page = write_report(self.run_dir).read_text()
         self.assertIn("<h2>Noise scale</h2>", page)
         self.assertIn("at batch 256 each example contributes", page)
@@ -166,10 +165,10 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         path.write_text("".join(json.dumps(e) + "\n" for e in lines))
         _, (lars,) = batch_size.propose_from_run(self.run_dir, [4096])
         self.assertAllClose(lars.efficiency, 1 / (1 + 4096 / 7467), rtol=0.1)
-        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "adam"}))
+        self.write_config(optimizer="adam")
         _, (adam,) = batch_size.propose_from_run(self.run_dir, [4096])
         self.assertEqual(adam.learning_rate, lars.learning_rate)
-        (self.run_dir / "config.json").write_text(json.dumps({"batch_size": 256, "optimizer": "momentum"}))
+        self.write_config(optimizer="momentum")
         _, (sgd,) = batch_size.propose_from_run(self.run_dir, [4096])
         self.assertAllClose((lars.learning_rate / 5) ** 2, sgd.learning_rate / 5, rtol=1e-6)
 
@@ -184,6 +183,26 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         (self.run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
         _, (itself,) = batch_size.propose_from_run(self.run_dir, [256])
         self.assertEqual((itself.learning_rate, itself.updates, itself.warmup_updates), (1.0, 400, 80))
+
+    def test_a_run_that_was_stopped(self):
+        """It counts with the length that it was to have, by its epochs or its steps."""
+        self.log(60, 20)
+        for length, updates in (({"epochs": 20.0, "steps": None}, 200), ({"epochs": 8.0, "steps": 90}, 90)):
+            self.write_config(**length)
+            _, (itself,) = batch_size.propose_from_run(self.run_dir, [256])
+            self.assertEqual((itself.updates, itself.epochs), (updates, updates / 10))
+        path = self.run_dir / "metrics.jsonl"
+        log = read_metrics(path)
+        rising = [e | {"learning_rate": e["update"] / 80} if e["event"] == "update" else e for e in log]
+        path.write_text("".join(json.dumps(e) + "\n" for e in rising))
+        with self.assertRaisesRegex(ValueError, "an update after its warm-up. Received: 60 updates in"):
+            batch_size.propose_from_run(self.run_dir, [256])
+
+    def test_a_run_with_another_batch_size_before(self):
+        self.log(60, 20)
+        self.write_config(batch_size=512)
+        with self.assertRaisesRegex(ValueError, r"one batch size .* Received: \[256, 512\] in"):
+            batch_size.propose_from_run(self.run_dir, [256])
 
     def test_refusals(self):
         for run in (self.run_dir, self.run_dir / "absent"):  # no line of the noise scale; no run

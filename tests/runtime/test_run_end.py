@@ -13,6 +13,7 @@ import tensorflow as tf
 from lars_keras import LARS
 from lars_keras.runtime import checkpoint
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
+from lars_keras.runtime.divergence import DivergenceGuard
 from lars_keras.runtime.errors import Diverged, UsageError
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
@@ -219,6 +220,15 @@ class CallbackMemoryTest(HostTestCase):
             ({"update": 9}, {"update": 12}, {"epoch": 3}),
             Script.rate,
         )
+
+    def test_medians_of_the_guard(self):
+        """A resumed run is guarded from its first update on."""
+        folder = self.folder()
+        Script(folder).fit(DivergenceGuard(window=5), Stop(update=9), updates=8)
+        guard = DivergenceGuard(window=5)
+        Script(folder).fit(guard, Stop(update=10), updates=8)
+        with self.assertRaisesRegex(Diverged, "median over the last 5 updates"):
+            guard.on_train_batch_end(10, {"step_loss": 1e6})
 
     def test_the_best_model_is_not_overwritten_by_a_worse(self):
         folder = self.folder()

@@ -19,6 +19,7 @@ import flags
 from lars_keras import data as datasets
 from lars_keras.data.parallel_map import cores
 from lars_keras.files import local_path
+from lars_keras.report.progress import say
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.versions import versions
@@ -289,20 +290,20 @@ def _run(argv: Sequence[str], usage: str | None, held: contextlib.ExitStack) -> 
     try:
         arguments = own(argv)[1:]
         if own.help:
-            print(f"{usage}\n{own.get_help()}")
+            say(f"{usage}\n{own.get_help()}")
             return 0
         with usage_errors():
             if arguments:
                 raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
             ready = prepare(own, argv, held)
     except (absl_flags.Error, UsageError) as e:
-        print(f"compare.py: error: {in_flags(str(e))}", file=sys.stderr)
+        say(f"compare.py: error: {in_flags(str(e))}", sys.stderr)
         return exit_codes.USAGE
-    print("".join(f"  {line}\n" for line in ready.plan), end="", flush=True)
+    say("\n".join(f"  {line}" for line in ready.plan))
     store = ready.store
     code = Runner(ready.cells, ready.trials, ready.mode, store, ready.out, ready.workers, own.validation_split).run()
     found = store.write()
     page.write(ready.out, found)
-    print(page.text(found["table"]))
-    print(f"report: {ready.out}/compare.html")
+    say(page.text(found["table"]))
+    say(f"report: {ready.out}/compare.html")
     return code

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lars_keras.report.progress import say
 from running import exit_codes
 from tools.comparison.candidates import Job
 from tools.comparison.search import GridCell, ModeTrial, Outcomes
@@ -92,7 +93,7 @@ class Runner:
                         outcome = future.result()
                     except Failed as e:
                         log = f"{self._out}/runs/{job.name}/log.txt"
-                        print(f"compare.py: {job.name} failed: {e} See {log}.", file=sys.stderr)
+                        say(f"compare.py: {job.name} failed: {e} See {log}.", sys.stderr)
                         return 1
                     if outcome:
                         self._store.add(job.name, outcome)
@@ -100,13 +101,13 @@ class Runner:
         except concurrent.futures.process.BrokenProcessPool:
             if not self._stopping:
                 names = ", ".join(job.name for job in running.values())
-                print(
+                say(
                     f"compare.py: a process was killed during {names} (out of memory?). Run the same command "
                     "to resume; fewer --workers need less memory.",
-                    file=sys.stderr,
+                    sys.stderr,
                 )
                 return 1
-        print("compare.py: stopped; run the same command to resume", file=sys.stderr)
+        say("compare.py: stopped; run the same command to resume", sys.stderr)
         return exit_codes.PREEMPTED
 
     def _jobs(self) -> list[Job]:
@@ -141,8 +142,7 @@ class Runner:
             result = f"top-1 {100 * outcome['top1']:.2f} %"
         result = "diverged" if outcome["diverged"] else "lost" if outcome.get("lost") else result
         took = "" if outcome["seconds"] is None else f"  {outcome['seconds']:.0f} s"
-        tqdm.write(f"{len(store.outcomes)}/{bar.total}  {job.name}: {result}{took}{until}")
-        sys.stdout.flush()
+        say(f"{len(store.outcomes)}/{bar.total}  {job.name}: {result}{took}{until}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

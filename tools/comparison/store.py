@@ -49,8 +49,10 @@ class ResultsStore:
             )
         for outcome in self.outcomes.values():
             outcome.setdefault("commit", before["commit"])
+        candidates = settings["candidates"] | about["settings"]["candidates"]  # one that is left out now may come back
+        self._about = about | {"settings": about["settings"] | {"candidates": candidates}}
         if not self.left:  # no new run, so what made the old ones stays; the table is of the cells asked for now
-            self._about = about | {name: before[name] for name in about if name not in ("settings", "command")}
+            self._about |= {name: before[name] for name in about if name not in ("settings", "command")}
 
     @property
     def commit(self) -> str | None:
@@ -83,10 +85,11 @@ class ResultsStore:
 def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that keep a comparison from being resumed.
 
-    Candidates may come and go, but each keeps its flags. A setting that is None may be missing before: comparisons made
-    by the earlier search rule do not record `search`.
+    Candidates may come and go, but each keeps its flags. A search may be added where there was none. A setting that is
+    None may be missing before: comparisons made by the earlier search rule do not record `search`.
     """
-    other = [name for name in now if name not in (*MAY_DIFFER, "candidates") and before.get(name) != now[name]]
+    may_differ = (*MAY_DIFFER, "candidates") if before.get("tuning_runs") else (*MAY_DIFFER, "candidates", "search")
+    other = [name for name in now if name not in may_differ and before.get(name) != now[name]]
     candidates, earlier = now["candidates"], before.get("candidates", {})
     same = earlier and all(_same_flags(candidates[c], earlier[c]) for c in candidates if c in earlier)
     return other if same else ["candidates", *other]
