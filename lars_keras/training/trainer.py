@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -17,7 +17,7 @@ from lars_keras.training.averages import long_averages
 from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
-from lars_keras.training.engine import Engine, EngineOptions, as_log
+from lars_keras.training.engine import Engine, EngineOptions, Scores, as_log
 from lars_keras.training.given_data import GivenData
 from lars_keras.training.inputs import Data
 from lars_keras.training.position import Position
@@ -187,6 +187,7 @@ class Trainer:
             callbacks: Keras callbacks, or one. `on_train_batch_end(batch, logs)` gets the index of the last update of
                 the whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
+                `on_test_batch_end` gets the scores so far, which are fetched only for a callback that defines it.
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
                 they are evaluated; `last` is True if no update follows. In `on_epoch_end` the model has the EMA
                 weights, if the optimizer keeps them: those that were scored. On several hosts `model.stop_training`
@@ -248,11 +249,7 @@ class Trainer:
         self.callbacks, logs = callback_list.callbacks, position.logs
         if restored and position.update:
             restore_memory(self.callbacks, position.callbacks)
-
-        def test_batch_end(batch: int) -> None:
-            hold_vote(self.cluster, self.callbacks, position.update, {})
-            callback_list.on_test_batch_end(batch)
-
+        [reads_scores] = self.cluster.any_across_hosts(any(map(_reads_scores, self.callbacks)))
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
@@ -282,10 +279,8 @@ class Trainer:
             with contextlib.ExitStack() as averaged:
                 averaged.enter_context(self._ema)
                 if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
-                    callback_list.on_test_begin()
                     with kept_random_state(self.model):
-                        scores = self._evaluate(validation_data, callback_list.on_test_batch_begin, test_batch_end)
-                    callback_list.on_test_end(scores)
+                        scores = self._evaluate(validation_data, callback_list, reads_scores)
                     logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
                 if any(map(_swaps_at_epochs, self.callbacks)):
                     averaged.close()
@@ -331,12 +326,19 @@ class Trainer:
             ValueError: if the data have no known form or no end; on several hosts and on TPUs, if the model would count
                 the padding of the last batch, as `metrics=` do and `weighted_metrics=` do not.
         """
-        return self._evaluate(self._given.scoring(x, y, sample_weight), lambda batch: None, lambda batch: None)
+        data = self._given.scoring(x, y, sample_weight)
+        return self._evaluate(data, keras.callbacks.CallbackList(), reads_scores=False)
 
-    def _evaluate(
-        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
-    ) -> dict[str, Any]:
-        return self._current.of(data).evaluate(data, before_batch, after_batch)
+    def _evaluate(self, data: Data, callback_list: keras.callbacks.CallbackList, reads_scores: bool) -> dict[str, Any]:
+        def after_batch(batch: int, scores: Scores) -> None:
+            hold_vote(self.cluster, callback_list.callbacks, self.position.update, {})
+            callback_list.on_test_batch_end(batch, scores() if reads_scores else {})
+
+        engine = self._current.of(data)
+        callback_list.on_test_begin()
+        scores = engine.evaluate(data, callback_list.on_test_batch_begin, after_batch)
+        callback_list.on_test_end(scores)
+        return scores
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the state of the run between two updates: weights, optimizer, random numbers, metrics and position.
@@ -403,6 +405,11 @@ class Trainer:
 
     def _sizes(self) -> dict[str, int]:
         return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size}
+
+
+def _reads_scores(callback: keras.callbacks.Callback) -> bool:
+    """Return True if a callback may read the logs of `on_test_batch_end`. Keras's and ours do not within a training."""
+    return not str(callback.on_test_batch_end.__module__).startswith(("keras.", "lars_keras."))
 
 
 def _swaps_at_epochs(callback: keras.callbacks.Callback) -> bool:

@@ -1,0 +1,72 @@
+"""Callbacks are called by `Trainer` as by `model.fit`, with the same logs.
+
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
+"""
+
+import unittest.mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.training import Trainer
+from tests.training.test_meaning import replicas
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 4)).astype("float32")
+Y = RNG.normal(size=(64, 1)).astype("float32")
+SCORED = X[:25], Y[:25]  # in batches of 8
+
+
+def make():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    model.compile(keras.optimizers.SGD(0.1), "mse", weighted_metrics=["mae"])
+    return model
+
+
+class Scores(keras.callbacks.Callback):
+    """Keeps the logs of each batch of the validations."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.logs.append((batch, logs))
+
+
+class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(1, 2)
+    def test_logs_of_its_batches(self, devices):
+        """They are the scores so far, as in Keras, and do not change the score at the end."""
+        with replicas(devices):
+            model, seen = make(), Scores()
+            trainer = Trainer(model, batch_size=16, microbatch_size=8 // devices)
+            history = trainer.fit(X, Y, epochs=2, validation_data=SCORED, callbacks=seen, shuffle=False, verbose=0)
+            plain = Trainer(make(), batch_size=16, microbatch_size=8 // devices)
+            alone = plain.fit(X, Y, epochs=2, validation_data=SCORED, shuffle=False, verbose=0)
+        reference, expected = make(), Scores()
+        options = {"validation_data": SCORED, "validation_batch_size": 8, "shuffle": False, "verbose": 0}
+        reference.fit(X, Y, batch_size=16, epochs=2, callbacks=[expected], **options)
+        self.assertLen(seen.logs, 8)
+        for (batch, logs), (number, those_of_keras) in zip(seen.logs, expected.logs, strict=True):
+            self.assertEqual((batch, logs.pop("n")), (number, min(8 * (batch + 1), 25)))
+            self.assertEqual(logs.keys(), those_of_keras.keys())
+            self.assertAllClose(logs, those_of_keras, rtol=1e-5)
+        for name in ("val_loss", "val_mae"):
+            self.assertEqual(history.history[name], alone.history[name])
+
+    def test_they_are_fetched_for_who_reads_them(self):
+        for callback, times in ((keras.callbacks.Callback(), 1), (keras.callbacks.ProgbarLogger(), 1), (Scores(), 5)):
+            trainer = Trainer(make(), batch_size=16, microbatch_size=8)
+            trainer.evaluate(*SCORED)
+            with unittest.mock.patch.object(
+                trainer.engine, "_results_fn", side_effect=trainer.engine._results_fn
+            ) as fetched:
+                trainer.fit(X, Y, validation_data=SCORED, callbacks=callback, verbose=0)
+            self.assertEqual(fetched.call_count - 4 * (keras.backend.backend() == "jax"), times)
+
+
+if __name__ == "__main__":
+    tf.test.main()
