@@ -259,7 +259,7 @@ class Trainer:
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             self._current.check_unchanged(engine)
-            [stop] = self.cluster.any_across_hosts(self.model.stop_training)
+            stop = False  # as in Keras, a stop from here or `on_train_begin` acts after the next call of the engine
             while position.update < end and not stop:
                 callback_list.on_train_batch_begin(position.update)
                 data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))

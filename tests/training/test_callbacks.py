@@ -68,5 +68,48 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(fetched.call_count - 4 * (keras.backend.backend() == "jax"), times)
 
 
+class StopTest(parameterized.TestCase, tf.test.TestCase):
+    class Stop(keras.callbacks.Callback):
+        """Stops the training in one of the hooks, and notes which are called."""
+
+        def __init__(self, where):
+            super().__init__()
+            self.where, self.calls = where, []
+
+        def note(self, name):
+            self.calls.append(name)
+            if name == self.where:
+                self.model.stop_training = True
+
+        def on_train_begin(self, logs=None):
+            self.note("train")
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.note(f"epoch {epoch}")
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.note("batch")
+
+        def on_test_batch_end(self, batch, logs=None):
+            self.note("scored")
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.note(f"end of epoch {epoch}")
+
+        def on_train_end(self, logs=None):
+            self.note("end")
+
+    @parameterized.parameters("train", "epoch 0", "epoch 1", "batch", "scored", "end of epoch 1")
+    def test_stop_training(self, where):
+        """Keras takes a batch before it looks."""
+        model, reference = make(), make()
+        stop, expected = self.Stop(where), self.Stop(where)
+        options = {"epochs": 3, "validation_data": SCORED, "shuffle": False, "verbose": 0}
+        history = Trainer(model, batch_size=16).fit(X, Y, callbacks=stop, **options)
+        of_keras = reference.fit(X, Y, batch_size=16, validation_batch_size=16, callbacks=[expected], **options)
+        self.assertEqual(stop.calls, expected.calls)
+        self.assertAllClose({name: history.history[name] for name in of_keras.history}, of_keras.history, rtol=1e-5)
+
+
 if __name__ == "__main__":
     tf.test.main()
