@@ -309,7 +309,7 @@ class Trainer:
         }
         return result.data_wait
 
-    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None) -> dict[str, Any]:
+    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None, verbose: int | str = 0) -> dict[str, Any]:
         """Score every example exactly once, at any batch size and number of replicas.
 
         Args:
@@ -317,6 +317,8 @@ class Trainer:
                 those of one host's own examples, as many batches on each host.
             y: targets, if `x` is arrays.
             sample_weight: weights, if `x` is arrays.
+            verbose: as in Keras: 0 for silence; 1 or "auto" for a progress bar, for which the devices are waited for
+                after each batch; 2 for a line at the end.
 
         Returns:
             `loss`, the compiled metrics, and `n`, the sum of the weights: the number of examples if none
@@ -327,7 +329,10 @@ class Trainer:
                 the padding of the last batch, as `metrics=` do and `weighted_metrics=` do not.
         """
         data = self._given.scoring(x, y, sample_weight)
-        return self._evaluate(data, keras.callbacks.CallbackList(), reads_scores=False)
+        bars = [keras.callbacks.ProgbarLogger()] if verbose else []
+        callback_list = keras.callbacks.CallbackList(bars, verbose=verbose, epochs=1, steps=None)
+        [reads_scores] = self.cluster.any_across_hosts(verbose in (1, "auto"))
+        return self._evaluate(data, callback_list, reads_scores)
 
     def _evaluate(self, data: Data, callback_list: keras.callbacks.CallbackList, reads_scores: bool) -> dict[str, Any]:
         def after_batch(batch: int, scores: Scores) -> None:

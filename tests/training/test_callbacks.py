@@ -3,6 +3,10 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import contextlib
+import functools
+import io
+import re
 import unittest.mock
 
 import keras
@@ -66,6 +70,19 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
             ) as fetched:
                 trainer.fit(X, Y, validation_data=SCORED, callbacks=callback, verbose=0)
             self.assertEqual(fetched.call_count - 4 * (keras.backend.backend() == "jax"), times)
+
+    @parameterized.parameters(0, 1, 2, "auto")
+    def test_verbose(self, verbose):
+        model, shown = make(), []
+        trainer = Trainer(model, batch_size=16, microbatch_size=8)
+        for evaluate in (trainer.evaluate, functools.partial(model.evaluate, batch_size=8)):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                evaluate(*SCORED, verbose=verbose)
+            shown.append(re.findall(r"\d/|loss: [\d.]+|mae: [\d.]+", printed.getvalue()))
+        self.assertEqual(shown[0][-3:], shown[1][-3:])  # how much is shown before depends on the time
+        self.assertLen(shown[0][-3:], 3 if verbose else 0)
+        self.assertEqual(trainer.evaluate(*SCORED).keys(), {"loss", "mae", "n"})
 
 
 class StopTest(parameterized.TestCase, tf.test.TestCase):
