@@ -255,7 +255,7 @@ class Trainer:
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
                 continue
             if position.epoch != epoch:
-                position.epoch, position.losses = epoch, []
+                position.begin_epoch(epoch)
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             self._current.check_unchanged(engine)
@@ -300,7 +300,7 @@ class Trainer:
         position = self.position
         position.update += updates
         position.batches_consumed += updates
-        position.losses += result.losses
+        position.add_losses(result.losses)
         position.logs = {
             **result.metrics,
             "loss": position.mean_loss(),

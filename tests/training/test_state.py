@@ -3,6 +3,7 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import dataclasses
 import json
 import math
 import unittest
@@ -94,6 +95,29 @@ class AsFitTest(tf.test.TestCase):
     def test_mean_of_infinities(self):
         self.assertEqual(str(Position(losses=[math.inf, -math.inf]).mean_loss()), "nan")
         self.assertEqual(Position(losses=[1.0, 2.0]).mean_loss(), 1.5)
+        for losses, mean in (
+            ([math.inf, -math.inf, 1.0], "nan"),
+            ([1.0, math.inf, 1e300], "inf"),
+            ([math.nan, math.inf], "nan"),
+        ):
+            position = Position()
+            position.add_losses(losses)
+            self.assertEqual((str(position.mean_loss()), position.counted), (mean, len(losses)))
+
+    def test_mean_of_many_losses(self):
+        """It is exact however the losses come in, also after a restart, and takes as long in a long epoch."""
+        rng = np.random.default_rng(0)
+        losses = (rng.normal(size=2000) * 10.0 ** rng.integers(-15, 15, 2000)).tolist() + [1e15, 1e-15, -1e15]
+        position = Position(losses=losses[:9])  # of an earlier version
+        for i in range(9, len(losses), 7):
+            position = Position(**json.loads(json.dumps(dataclasses.asdict(position))))
+            position.add_losses(losses[i : i + 7])
+            so_far = losses[: i + 7]
+            self.assertEqual(position.mean_loss(), math.fsum(so_far) / len(so_far))
+        self.assertLess(len(position.losses), 12)
+        position.begin_epoch(3)
+        position.add_losses([2.0])
+        self.assertEqual((position.epoch, position.mean_loss()), (3, 2.0))
 
 
 class KeptTest(parameterized.TestCase, tf.test.TestCase):
