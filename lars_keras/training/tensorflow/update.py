@@ -5,6 +5,8 @@ in ways that tf.distribute forbids. Here the gradients come in already summed, s
 the same on any number of replicas.
 """
 
+from collections.abc import Sequence
+
 import keras
 import tensorflow as tf
 from keras import ops
@@ -15,14 +17,27 @@ from lars_keras.training.state import inner_optimizer
 
 
 def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
-    """Refuse optimizers that do more than their `update_step`, the only part of them that `apply_update` calls.
+    """Refuse optimizers that do more than their `update_step` or `rule`, the only part that `apply_update` calls.
 
     Raises:
-        ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`.
+        ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`, and for such
+            subclasses of `LayerwiseOptimizer` and `LossScaleOptimizer`.
     """
-    own, base = type(inner_optimizer(optimizer)), keras.optimizers.Optimizer
-    replaced = [name for name in keras_internals.APPLY_PARTS if getattr(own, name) is not getattr(base, name)]
-    if replaced and not issubclass(own, LayerwiseOptimizer):
+    inner, parts = inner_optimizer(optimizer), keras_internals.APPLY_PARTS
+    if isinstance(inner, LayerwiseOptimizer):
+        _check_parts(inner, LayerwiseOptimizer, (*parts, "prepared", "update_variables"))
+    else:
+        _check_parts(inner, keras.optimizers.Optimizer, parts)
+    if optimizer is not inner:
+        _check_parts(optimizer, keras.optimizers.LossScaleOptimizer, (*parts, *keras_internals.LOSS_SCALE_PARTS))
+
+
+def _check_parts(optimizer: keras.optimizers.Optimizer, base: type, parts: Sequence[str]) -> None:
+    own = type(optimizer)
+    replaced = [
+        name for name in parts if name in vars(optimizer) or getattr(own, name, None) is not getattr(base, name, None)
+    ]
+    if replaced:
         raise ValueError(
             f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it "
             f"replaces {', '.join(replaced)}. On JAX it can."
