@@ -204,7 +204,7 @@ class Trainer:
         Raises:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
                 data that `evaluate` will refuse to score; if a callback is `BackupAndRestore`, or on several hosts of
-                JAX `ModelCheckpoint`; if no variable is trainable, or the loss does not depend on one that is; if
+                JAX `ModelCheckpoint`; if no variable is trainable, or the loss depends on none that is; if
                 layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
         callbacks = keras.tree.flatten(callbacks or ())

@@ -33,7 +33,7 @@ class JaxEngine:
     """The compiled functions of a model over the devices of a cluster; see `lars_keras.training.engine.Engine`.
 
     Raises:
-        ValueError: if the loss does not depend on a trainable variable.
+        ValueError: if the loss depends on no trainable variable.
 
     Attributes:
         step: the programs of an update.
@@ -62,7 +62,7 @@ class JaxEngine:
             reduce_dtype=options.reduce_dtype,
             masked=self.loss_terms.masked,
         )
-        self.step.check_every_weight_is_used(element_spec, options.microbatch_size)
+        self.step.find_unreached(element_spec, options.microbatch_size)
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         self._scoring_assigns: list[int] = []  # numbers of the state that scoring a batch changes, once that is traced
         self._score_fn = jax.jit(self._score)
