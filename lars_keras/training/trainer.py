@@ -194,7 +194,7 @@ class Trainer:
                 of one stops all of them, after the next call of the engine.
             verbose: 0 for silence, else a progress bar.
             shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
-            class_weight: weight of the examples of each class, for arrays and a `PyDataset`.
+            class_weight: weight of the examples of each class, for arrays, a `PyDataset` and a `tf.data.Dataset`.
             sample_weight: weights, if `x` is arrays.
             seed: seed of the order. The order depends on it and on the epoch only, so a resumed run continues exactly.
 

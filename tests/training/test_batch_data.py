@@ -5,10 +5,12 @@
 
 import threading
 
+import keras
 import numpy as np
 import tensorflow as tf
+from absl.testing import parameterized
 
-from lars_keras.training import batch_data, inputs
+from lars_keras.training import Trainer, batch_data, inputs
 from lars_keras.training.given_data import GivenData
 from lars_keras.training.inputs import InputContext
 from tests.training.test_data_forms import DataLoader, Files, W, X, Y, batches, feed_of, generator, trainer_of
@@ -51,6 +53,52 @@ class PyDatasetTest(tf.test.TestCase):
     def test_class_weights_need_batches_without_weights(self):
         with self.assertRaisesRegex(ValueError, "needs batches of .*Received: batches of length 3"):
             batch_data.Indexed(batches(10, X, Y, W), 4, "PyDataset", {0: 1.0})
+
+
+def images(*parts, size=10, **options):
+    return tf.data.Dataset.from_tensor_slices(parts).batch(size, **options)
+
+
+class TensorFlowDataTest(parameterized.TestCase, tf.test.TestCase):
+    CLASSES = np.arange(40) % 3
+
+    @parameterized.parameters(
+        ("sparse_categorical_crossentropy", CLASSES),
+        ("sparse_categorical_crossentropy", CLASSES[:, None].astype("float32")),
+        ("categorical_crossentropy", np.eye(3, dtype="float32")[CLASSES]),
+    )
+    def test_class_weights_as_keras(self, loss, targets):
+        results = []
+        for in_trainer in (True, False):
+            outputs = keras.layers.Dense(3, "softmax", kernel_initializer="ones")
+            model = keras.Sequential([keras.Input((4,)), outputs])
+            model.compile(keras.optimizers.SGD(0.1), loss)
+            data, options = images(X.astype("float32"), targets), {"class_weight": {0: 0.2, 2: 5}, "verbose": 0}
+            if in_trainer:
+                history = Trainer(model, batch_size=10, microbatch_size=5).fit(data, epochs=2, **options)
+            else:
+                history = model.fit(data, epochs=2, shuffle=False, **options)
+            results.append([history.history["loss"], *map(np.array, model.get_weights())])
+        for actual, expected in zip(*results, strict=True):
+            self.assertAllClose(actual, expected, rtol=1e-5, atol=1e-6)
+
+    @parameterized.parameters(
+        ((X, Y, W), {0: 1.0}, "needs batches of `.x, y.`"),
+        ((X, {"a": Y}), {0: 1.0}, "one output"),
+        ((X, np.ones((40, 2, 3))), {0: 1.0}, "a class for each example"),
+        ((X, Y), [1.0], "must be a dictionary"),
+    )
+    def test_class_weights_that_are_refused(self, parts, class_weight, message):
+        with self.assertRaisesRegex(ValueError, message):
+            feed_of(images(*parts), class_weight=class_weight)
+
+    @parameterized.parameters(True, False)
+    def test_examples_are_counted_without_reading_where_that_can_be(self, drop):
+        read = []
+        watched = images(X[:35], drop_remainder=drop).map(
+            lambda x: tf.ensure_shape(tf.numpy_function(lambda a: read.append(len(a)) or a, [x], x.dtype), x.shape)
+        )
+        self.assertEqual((inputs.count_examples(watched), sum(read)), (30, 0) if drop else (35, 35))
 
 
 class GeneratorTest(tf.test.TestCase):

@@ -381,7 +381,7 @@ class RefusedTest(parameterized.TestCase, tf.test.TestCase):
         (lambda: feed_of([1, 2], [3, 4]), "numpy.array"),
         (lambda: feed_of(dataset(), Y), "Data of other forms hold their targets"),
         (lambda: feed_of(Files(), sample_weight=W), "hold weights in their batches"),
-        (lambda: feed_of(dataset(), class_weight={0: 1}), "hold weights in their batches"),
+        (lambda: feed_of(batches(), class_weight={0: 1}), "hold weights in their batches"),
         (lambda: feed_of(X, Y, W, {0: 1}), "one of `sample_weight` and `class_weight`"),
         (lambda: feed_of(X, Y, class_weight=[1]), "must be a dictionary"),
         (lambda: feed_of(X, {"a": Y}, class_weight={0: 1}), "one output"),
