@@ -93,7 +93,11 @@ class Engine(Protocol):
         """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
 
     def train(self, iterator: Any, updates: int) -> StepResult:
-        """Take `updates` updates without returning to Python between them."""
+        """Take `updates` updates without returning to Python between them.
+
+        Raises:
+            DataEnded: if the data end before; how many of several updates were taken is not known then.
+        """
 
     def check_scoring(self) -> None:
         """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""

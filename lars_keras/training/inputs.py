@@ -27,7 +27,13 @@ Data: TypeAlias = Any
 """
 
 
-ENDED = "The data have ended before the last update. Data for training must have no end, or be readable again."
+class DataEnded(ValueError):
+    """The data have ended within an update, which is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The data have ended before the last update. Data for training must have no end, or be readable again."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

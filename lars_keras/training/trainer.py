@@ -14,12 +14,13 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
+from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions, Scores, as_log
 from lars_keras.training.given_data import GivenData
-from lars_keras.training.inputs import Data
+from lars_keras.training.inputs import Data, DataEnded
 from lars_keras.training.position import Position
 from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
@@ -242,6 +243,8 @@ class Trainer:
             first_update=position.update,
             verbose=verbose,
         )
+        may_end = isinstance(data, GeneratorFeed)
+        steps_per_execution = 1 if may_end else self.steps_per_execution  # what is taken before the end must be known
         self.model.stop_training = False
         iterator = engine.training_iterator(data, position.batches_consumed, (ends or [0])[-1] - position.update)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
@@ -262,7 +265,14 @@ class Trainer:
             stop = False  # as in Keras, a stop from here or `on_train_begin` acts after the next call of the engine
             while position.update < end and not stop:
                 callback_list.on_train_batch_begin(position.update)
-                data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
+                try:
+                    data_wait = self._execute(engine, iterator, min(steps_per_execution, end - position.update))
+                except DataEnded as error:
+                    if not may_end or not position.update:
+                        raise
+                    logging.warning("%s The training ends with update %d of %d.", error, position.update, ends[-1])
+                    stop = True
+                    break
                 # Not part of the position: a resumed run waits otherwise.
                 logs = {**position.logs, "data_wait": data_wait}
                 stop = hold_vote(self.cluster, self.callbacks, position.update, logs, self.model.stop_training)
@@ -274,7 +284,7 @@ class Trainer:
                 if hasattr(callback, "on_updates_end"):
                     callback.on_updates_end(last)
             self._current.check_unchanged(engine)
-            logs = position.logs
+            logs = position.logs if position.counted else {}  # the data may have ended with the epoch before
             self._ema = engine.ema_weights()
             with contextlib.ExitStack() as averaged:
                 averaged.enter_context(self._ema)

@@ -413,7 +413,14 @@ class RefusedTest(parameterized.TestCase, tf.test.TestCase):
             (lambda: trainer.fit(generator(), verbose=0), "`steps_per_epoch` is needed"),
             (lambda: trainer.fit(IterDataset(), verbose=0), "`steps_per_epoch` is needed"),
             (lambda: trainer.fit(X[:3], Y[:3], verbose=0), "at most the number of examples, 3"),
-            (lambda: trainer.fit((b for b in batches()), steps_per_epoch=9, verbose=0), "have ended before the last"),
+            (
+                lambda: trainer.fit((b for b in batches(4)[:1]), steps_per_epoch=9, verbose=0),
+                "have ended before the last",
+            ),
+            (
+                lambda: trainer.fit(lambda *_: iter(batches()), steps_per_epoch=9, verbose=0),
+                "have ended before the last",
+            ),
             (lambda: trainer.fit([(X, Y), (X[:3], Y)], steps_per_epoch=9, verbose=0), "of length 3, 40"),
             (lambda: trainer.fit([(X, 3)], verbose=0), "first dimension"),
             (lambda: trainer.fit([(X, Y, W, W)], verbose=0), "of length 4"),

@@ -98,7 +98,7 @@ class JaxEngine:
         def batch() -> Any:
             for arrays in batches:
                 return arrays
-            raise ValueError(inputs.ENDED)
+            raise inputs.DataEnded
 
         return Prefetcher(batch, self.on_devices, updates * self.options.accumulation_steps)
 

@@ -14,9 +14,9 @@ import tensorflow as tf
 from lars_keras.training.array_data import weights_of_classes
 from lars_keras.training.batch_data import IndexedFeed
 from lars_keras.training.inputs import (
-    ENDED,
     Batch,
     Data,
+    DataEnded,
     InputContext,
     arrays_of,
     check_readable_again,
@@ -291,7 +291,7 @@ def errors_of_data() -> Iterator[None]:
         if _errors:
             raise _errors.pop() from e
         if isinstance(e, tf.errors.OutOfRangeError):
-            raise ValueError(ENDED) from e
+            raise DataEnded from e
         if "MaybeMoveContiguousSlices" in str(e):  # of `rebatch`
             raise ValueError(different_shapes(e.message.splitlines()[0])) from e
         raise

@@ -151,12 +151,14 @@ class TensorFlowStep:
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
-        taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
-        for variable, value, assigned in zip(averaged, statistics, self.forward.assigned, strict=True):
-            if assigned:
-                variable.assign(tf.cast(value, variable.dtype))
-        for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
-            variable.assign(value)
+        with tf.control_dependencies([loss]):  # or, where the data have ended, weights would decay all the same
+            taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
+            for variable, value, assigned in zip(averaged, statistics, self.forward.assigned, strict=True):
+                if assigned:
+                    variable.assign(tf.cast(value, variable.dtype))
+            for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
+                variable.assign(value)
+            taken = tf.identity(taken)
         norms = self._norms(gradients, squares, taken, tf.cast(scale, tf.float32))
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
 
