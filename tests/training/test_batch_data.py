@@ -92,6 +92,8 @@ class TensorFlowDataTest(parameterized.TestCase, tf.test.TestCase):
     def test_class_weights_that_are_refused(self, parts, class_weight, message):
         with self.assertRaisesRegex(ValueError, message):
             feed_of(images(*parts), class_weight=class_weight)
+        with self.assertRaisesRegex(ValueError, "one output"):
+            feed_of(images(X).map(lambda x: (x, None)), class_weight={0: 1.0})
 
     @parameterized.parameters(True, False)
     def test_examples_are_counted_without_reading_where_that_can_be(self, drop):

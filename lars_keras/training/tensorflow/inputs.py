@@ -82,10 +82,9 @@ def weighted_by_class(dataset: tf.data.Dataset, class_weight: Mapping[int, float
     spec = dataset.element_spec
     if not isinstance(spec, tuple) or len(spec) != 2:
         raise ValueError(f"`class_weight` needs batches of `(x, y)`. Received: batches of {spec!r:.100}")
-    targets = spec[1]
-    if not keras.tree.is_nested(targets):  # try one, because errors of the function below come late and wrapped
-        targets = np.zeros([1, *(size or 1 for size in (targets.shape[1:] if targets.shape.rank else ()))])
-    weights_of_classes(targets, class_weight)
+    shape = getattr(spec[1], "shape", None)
+    if shape is None or shape.rank:  # try one, because errors of the function below come late and wrapped
+        weights_of_classes(None if shape is None else np.zeros([1, *(s or 1 for s in shape[1:])]), class_weight)
 
     def weighted(x: Any, y: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
         weight = tf.numpy_function(lambda y: weights_of_classes(y, class_weight), [y], tf.float32)
