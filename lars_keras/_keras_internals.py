@@ -17,6 +17,15 @@ Moments = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # The parts of an update that an optimizer may replace, in the order in which Keras's loop calls them.
 APPLY_PARTS = ("apply_gradients", "apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
 
+# Of `LossScaleOptimizer`, too, on TensorFlow.
+LOSS_SCALE_PARTS = (
+    "_tf_apply",
+    "_common_apply",
+    "_stateful_handle_finite_grads",
+    "_stateful_handle_non_finite_grads",
+    "check_finite",
+)
+
 
 def training_mode(model: keras.Model) -> dict[str, bool]:
     """Return the arguments, beside its inputs, with which Keras's training loop calls a model.

@@ -43,7 +43,7 @@ def jax_programs(
             devices (unless batch normalization is synchronized), so it is the same on any number of them.
 
     Raises:
-        ValueError: if the loss does not depend on a trainable variable.
+        ValueError: if the loss depends on no trainable variable.
         jax.errors.JaxRuntimeError: of the compiler.
     """
     spec = keras.tree.map_structure(lambda a: TensorSpec((None, *a.shape), a.dtype), batch)
@@ -59,7 +59,7 @@ def jax_programs(
         reduce_dtype=reduce_dtype,
         masked=terms.masked,
     )
-    step.check_every_weight_is_used(spec, microbatch_size)
+    step.find_unreached(spec, microbatch_size)
 
     def shaped(tree: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)

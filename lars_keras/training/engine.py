@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import keras
 import numpy as np
@@ -12,6 +12,9 @@ from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import LossTerms
 from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.state import EmaWeights, inner_optimizer
+
+Scores: TypeAlias = Callable[[], dict[str, Any]]
+"""Fetches the result of an evaluation so far: loss, metrics and `n`."""
 
 
 def as_log(value: Any) -> float | np.ndarray:
@@ -90,20 +93,25 @@ class Engine(Protocol):
         """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
 
     def train(self, iterator: Any, updates: int) -> StepResult:
-        """Take `updates` updates without returning to Python between them."""
+        """Take `updates` updates without returning to Python between them.
+
+        Raises:
+            DataEnded: if the data end before; how many of several updates were taken is not known then.
+        """
 
     def check_scoring(self) -> None:
         """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
 
     def evaluate(
-        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]
     ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once.
 
         Args:
             data: for evaluation.
             before_batch: called with the index of each batch, before it.
-            after_batch: called with the index of each batch, after it.
+            after_batch: called after each batch, with its index and a function that returns the result so far. It is
+                collective: call it on every host or on none.
         """
 
     def snapshot(self) -> dict[str, np.ndarray]:

@@ -61,6 +61,7 @@ class StatelessForward:
         averaged: what of it is averaged over the ghost batches: all but the frozen weights.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
         assigned: for each of `averaged`, True if a layer assigns it; known once `loss` was traced.
+        unreached: for each of `trainable`, True if the loss does not depend on it, as `leave_alone` was told.
         loss_dtype: dtype in which the loss is summed: float64 if a weight has it, else float32.
         metrics: variables of all metrics, which a loss, layer or `compute_loss` may update.
     """
@@ -76,6 +77,7 @@ class StatelessForward:
         self._moments = (lambda: one_pass_moments(model, over_replicas)) if compiled else contextlib.nullcontext
         self.trainable = list(model.trainable_variables)
         self.overwritten = [is_overwritten(v) for v in self.trainable]
+        self.unreached = [False] * len(self.trainable)
         self.loss_dtype = "float64" if any(v.dtype == "float64" for v in self.trainable) else "float32"
         state = list(model.non_trainable_variables)
         self.batch_stats = [v for v in state if keras.backend.is_float_dtype(v.dtype)]
@@ -85,6 +87,22 @@ class StatelessForward:
         self.assigned = [True] * len(self.averaged)
         self.metrics = [v for metric in model.metrics for v in metric.variables]
         self._is_seed = [is_seed_state(v) for v in self.rng_state]
+
+    def leave_alone(self, unreached: list[bool]) -> None:
+        """Set `unreached`, and name these variables once: an update leaves them alone.
+
+        Raises:
+            ValueError: if the loss depends on no variable.
+        """
+        if all(unreached):
+            raise ValueError("The loss depends on no trainable variable.")
+        if unreached != self.unreached:
+            logging.warning(
+                "The loss does not depend on these trainable variables, so they keep their values: %s. Set "
+                "`trainable = False` on their layers if that is meant.",
+                ", ".join(v.path for v, left in zip(self.trainable, unreached, strict=True) if left),
+            )
+        self.unreached = unreached
 
     def loss(
         self,

@@ -27,7 +27,13 @@ Data: TypeAlias = Any
 """
 
 
-ENDED = "The data have ended before the last update. Data for training must have no end, or be readable again."
+class DataEnded(ValueError):
+    """The data have ended within an update, which is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The data have ended before the last update. Data for training must have no end, or be readable again."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +208,7 @@ def to_array(a: Any) -> Any:
 
 
 def count_examples(data: Data) -> int:
-    """Return the number of examples in finite data, by reading them once.
+    """Return the number of examples in finite data, by reading them once unless all batches have one known size.
 
     Raises:
         ValueError: if they may be endless: neither a `tf.data.Dataset` of known cardinality nor a sequence of NumPy
@@ -213,6 +219,9 @@ def count_examples(data: Data) -> int:
     if is_dataset(data):
         spec_of(data.element_spec)  # refuses what cannot be counted
         finite = int(data.cardinality()) >= 0
+        size = next(s.shape[0] if s.shape.rank else None for s in keras.tree.flatten(data.element_spec) if _spec(s))
+        if finite and size is not None:  # batched with `drop_remainder`
+            return int(data.cardinality()) * size
     else:
         finite = not callable(data) and hasattr(data, "__len__")
     if not finite:

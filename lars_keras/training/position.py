@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -13,7 +14,8 @@ class Position:
         update: updates finished.
         batches_consumed: global batches of training data used or skipped.
         epoch: the epoch that metrics are gathered for; -1 before the first.
-        losses: losses of its updates so far.
+        losses: numbers, few of them, whose exact sum is that of the losses of its updates so far.
+        counted: how many losses these are; by default each number is one, as earlier versions saved them.
         logs: the logs that callbacks got last.
         callbacks: the memory of callbacks (see `callback_memory`); None if not known.
         order: the values on which the order of arrays, or of batches by index, depends; None for other data.
@@ -23,13 +25,37 @@ class Position:
     batches_consumed: int = 0
     epoch: int = -1
     losses: list[float] = dataclasses.field(default_factory=list)
+    counted: int = -1
     logs: dict[str, Any] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, Any] | None = None
     order: list[Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.counted < 0:
+            self.counted = len(self.losses)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch, without losses."""
+        self.epoch, self.losses, self.counted = epoch, [], 0
+
+    def add_losses(self, losses: Iterable[float]) -> None:
+        """Add losses of updates exactly: what rounding takes from a sum is kept beside it (Shewchuk 1997).
+
+        So the mean does not depend on where a run was stopped, and takes no longer in a long epoch.
+        """
+        for total in losses:
+            rest = []
+            for part in self.losses:
+                large, small = (total, part) if abs(total) >= abs(part) else (part, total)
+                total = large + small
+                if lost := small - (total - large):
+                    rest.append(lost)
+            self.losses = [*rest, total] if math.isfinite(total) else [total]
+            self.counted += 1
+
     def mean_loss(self) -> float:
-        """Return the mean of `losses`, exactly rounded; NaN if infinities of both signs are among them."""
+        """Return the mean of the losses, exactly rounded; NaN if infinities of both signs are among them."""
         try:
-            return math.fsum(self.losses) / len(self.losses)
+            return math.fsum(self.losses) / self.counted
         except ValueError:
             return math.nan

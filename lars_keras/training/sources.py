@@ -63,6 +63,10 @@ def training_data(
     _refuse_targets(x, sample_weight=sample_weight)
     if isinstance(x, keras.utils.PyDataset):
         return feed_of_pydataset(x, class_weight, order, batch_size, microbatch_size)
+    if is_dataset(x) and class_weight is not None:
+        from lars_keras.training.tensorflow.inputs import weighted_by_class
+
+        return weighted_by_class(x, class_weight)
     _refuse_targets(x, class_weight=class_weight)
     if is_dataset(x) or _is_function(x):
         return x
@@ -165,8 +169,9 @@ def _refuse_targets(x: Any, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` goes with arrays{' or a PyDataset' * (name == 'class_weight')}. Other data hold weights in "
-                f"their batches, `(x, y, sample_weight)`. Received: `{name}` and x of type {type(x).__name__}"
+                f"`{name}` goes with arrays{', a PyDataset or tf.data' * (name == 'class_weight')}. Other data hold "
+                f"weights in their batches, `(x, y, sample_weight)`. Received: `{name}` and x of type "
+                f"{type(x).__name__}"
             )
 
 

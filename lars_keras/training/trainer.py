@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,12 +14,13 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
+from lars_keras.training.batch_data import GeneratorFeed
 from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
-from lars_keras.training.engine import Engine, EngineOptions, as_log
+from lars_keras.training.engine import Engine, EngineOptions, Scores, as_log
 from lars_keras.training.given_data import GivenData
-from lars_keras.training.inputs import Data
+from lars_keras.training.inputs import Data, DataEnded
 from lars_keras.training.position import Position
 from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
@@ -187,13 +188,14 @@ class Trainer:
             callbacks: Keras callbacks, or one. `on_train_batch_end(batch, logs)` gets the index of the last update of
                 the whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
+                `on_test_batch_end` gets the scores so far, which are fetched only for a callback that defines it.
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
                 they are evaluated; `last` is True if no update follows. In `on_epoch_end` the model has the EMA
                 weights, if the optimizer keeps them: those that were scored. On several hosts `model.stop_training`
                 of one stops all of them, after the next call of the engine.
             verbose: 0 for silence, else a progress bar.
             shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
-            class_weight: weight of the examples of each class, for arrays and a `PyDataset`.
+            class_weight: weight of the examples of each class, for arrays, a `PyDataset` and a `tf.data.Dataset`.
             sample_weight: weights, if `x` is arrays.
             seed: seed of the order. The order depends on it and on the epoch only, so a resumed run continues exactly.
 
@@ -203,7 +205,7 @@ class Trainer:
         Raises:
             ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
                 data that `evaluate` will refuse to score; if a callback is `BackupAndRestore`, or on several hosts of
-                JAX `ModelCheckpoint`; if no variable is trainable, or the loss does not depend on one that is; if
+                JAX `ModelCheckpoint`; if no variable is trainable, or the loss depends on none that is; if
                 layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
         callbacks = keras.tree.flatten(callbacks or ())
@@ -241,6 +243,8 @@ class Trainer:
             first_update=position.update,
             verbose=verbose,
         )
+        may_end = isinstance(data, GeneratorFeed)
+        steps_per_execution = 1 if may_end else self.steps_per_execution  # what is taken before the end must be known
         self.model.stop_training = False
         iterator = engine.training_iterator(data, position.batches_consumed, (ends or [0])[-1] - position.update)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
@@ -248,24 +252,27 @@ class Trainer:
         self.callbacks, logs = callback_list.callbacks, position.logs
         if restored and position.update:
             restore_memory(self.callbacks, position.callbacks)
-
-        def test_batch_end(batch: int) -> None:
-            hold_vote(self.cluster, self.callbacks, position.update, {})
-            callback_list.on_test_batch_end(batch)
-
+        [reads_scores] = self.cluster.any_across_hosts(any(map(_reads_scores, self.callbacks)))
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
                 continue
             if position.epoch != epoch:
-                position.epoch, position.losses = epoch, []
+                position.begin_epoch(epoch)
                 self.model.reset_metrics()
             callback_list.on_epoch_begin(epoch)
             self._current.check_unchanged(engine)
-            [stop] = self.cluster.any_across_hosts(self.model.stop_training)
+            stop = False  # as in Keras, a stop from here or `on_train_begin` acts after the next call of the engine
             while position.update < end and not stop:
                 callback_list.on_train_batch_begin(position.update)
-                data_wait = self._execute(engine, iterator, min(self.steps_per_execution, end - position.update))
+                try:
+                    data_wait = self._execute(engine, iterator, min(steps_per_execution, end - position.update))
+                except DataEnded as error:
+                    if not may_end or not position.update:
+                        raise
+                    logging.warning("%s The training ends with update %d of %d.", error, position.update, ends[-1])
+                    stop = True
+                    break
                 # Not part of the position: a resumed run waits otherwise.
                 logs = {**position.logs, "data_wait": data_wait}
                 stop = hold_vote(self.cluster, self.callbacks, position.update, logs, self.model.stop_training)
@@ -277,15 +284,13 @@ class Trainer:
                 if hasattr(callback, "on_updates_end"):
                     callback.on_updates_end(last)
             self._current.check_unchanged(engine)
-            logs = position.logs
+            logs = position.logs if position.counted else {}  # the data may have ended with the epoch before
             self._ema = engine.ema_weights()
             with contextlib.ExitStack() as averaged:
                 averaged.enter_context(self._ema)
                 if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
-                    callback_list.on_test_begin()
                     with kept_random_state(self.model):
-                        scores = self._evaluate(validation_data, callback_list.on_test_batch_begin, test_batch_end)
-                    callback_list.on_test_end(scores)
+                        scores = self._evaluate(validation_data, callback_list, reads_scores)
                     logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
                 if any(map(_swaps_at_epochs, self.callbacks)):
                     averaged.close()
@@ -305,7 +310,7 @@ class Trainer:
         position = self.position
         position.update += updates
         position.batches_consumed += updates
-        position.losses += result.losses
+        position.add_losses(result.losses)
         position.logs = {
             **result.metrics,
             "loss": position.mean_loss(),
@@ -314,7 +319,7 @@ class Trainer:
         }
         return result.data_wait
 
-    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None) -> dict[str, Any]:
+    def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None, verbose: int | str = 0) -> dict[str, Any]:
         """Score every example exactly once, at any batch size and number of replicas.
 
         Args:
@@ -322,6 +327,8 @@ class Trainer:
                 those of one host's own examples, as many batches on each host.
             y: targets, if `x` is arrays.
             sample_weight: weights, if `x` is arrays.
+            verbose: as in Keras: 0 for silence; 1 or "auto" for a progress bar, for which the devices are waited for
+                after each batch; 2 for a line at the end.
 
         Returns:
             `loss`, the compiled metrics, and `n`, the sum of the weights: the number of examples if none
@@ -331,12 +338,22 @@ class Trainer:
             ValueError: if the data have no known form or no end; on several hosts and on TPUs, if the model would count
                 the padding of the last batch, as `metrics=` do and `weighted_metrics=` do not.
         """
-        return self._evaluate(self._given.scoring(x, y, sample_weight), lambda batch: None, lambda batch: None)
+        data = self._given.scoring(x, y, sample_weight)
+        bars = [keras.callbacks.ProgbarLogger()] if verbose else []
+        callback_list = keras.callbacks.CallbackList(bars, verbose=verbose, epochs=1, steps=None)
+        [reads_scores] = self.cluster.any_across_hosts(verbose in (1, "auto"))
+        return self._evaluate(data, callback_list, reads_scores)
 
-    def _evaluate(
-        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
-    ) -> dict[str, Any]:
-        return self._current.of(data).evaluate(data, before_batch, after_batch)
+    def _evaluate(self, data: Data, callback_list: keras.callbacks.CallbackList, reads_scores: bool) -> dict[str, Any]:
+        def after_batch(batch: int, scores: Scores) -> None:
+            hold_vote(self.cluster, callback_list.callbacks, self.position.update, {})
+            callback_list.on_test_batch_end(batch, scores() if reads_scores else {})
+
+        engine = self._current.of(data)
+        callback_list.on_test_begin()
+        scores = engine.evaluate(data, callback_list.on_test_batch_begin, after_batch)
+        callback_list.on_test_end(scores)
+        return scores
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the state of the run between two updates: weights, optimizer, random numbers, metrics and position.
@@ -403,6 +420,11 @@ class Trainer:
 
     def _sizes(self) -> dict[str, int]:
         return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size}
+
+
+def _reads_scores(callback: keras.callbacks.Callback) -> bool:
+    """Return True if a callback may read the logs of `on_test_batch_end`. Keras's and ours do not within a training."""
+    return not str(callback.on_test_batch_end.__module__).startswith(("keras.", "lars_keras."))
 
 
 def _swaps_at_epochs(callback: keras.callbacks.Callback) -> bool:

@@ -57,6 +57,8 @@ class KerasTest(parameterized.TestCase):
     def test_parts_of_apply(self):
         for name in _keras_internals.APPLY_PARTS:
             self.name(keras.optimizers.Optimizer, name)
+        for name in _keras_internals.LOSS_SCALE_PARTS:
+            self.name(keras.optimizers.LossScaleOptimizer, name)
 
     def test_apply_calls_what_is_replaced(self):
         """A part that `Optimizer.apply` no longer calls would leave the decay of the base class in place."""

@@ -37,13 +37,4 @@ def failing() -> keras.Model:
     raise KeyError("no such layer")
 
 
-def unused_weight() -> keras.Model:
-    inputs = keras.Input((16, 16, 3))
-    x = keras.layers.Flatten()(inputs)
-    unused = keras.layers.Dense(3, name="unused")(x)
-    model = keras.Model(inputs, [keras.layers.Dense(10)(x), unused])
-    model.compile(LARS(1.0), [keras.losses.SparseCategoricalCrossentropy(from_logits=True), None])
-    return model
-
-
 SIZE = 3  # no function

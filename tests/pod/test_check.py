@@ -386,9 +386,8 @@ class OwnModelTest(tf.test.TestCase):
 
     @pytest.mark.slow
     def test_refusals_come_from_the_worker(self):
-        for name, message in (("not_compiled", "not compiled"), ("unused_weight", "does not depend on .*unused")):
-            with self.assertRaisesRegex(ValueError, message):
-                pod.check(f"{HERE}:{name}", BATCH, topology="v5e:2x2", batch_size=64)
+        with self.assertRaisesRegex(ValueError, "not compiled"):
+            pod.check(f"{HERE}:not_compiled", BATCH, topology="v5e:2x2", batch_size=64)
         with self.assertRaisesRegex(RuntimeError, "`make_model` failed.*KeyError") as raised:
             pod.check(own_model.failing, BATCH, topology="v5e:2x2", batch_size=64)
         self.assertIn("own_model.py", raised.exception.__notes__[0])

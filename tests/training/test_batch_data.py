@@ -5,13 +5,16 @@
 
 import threading
 
+import keras
 import numpy as np
 import tensorflow as tf
+from absl.testing import parameterized
 
-from lars_keras.training import batch_data, inputs
+from lars_keras.training import Trainer, batch_data, inputs
 from lars_keras.training.given_data import GivenData
 from lars_keras.training.inputs import InputContext
 from tests.training.test_data_forms import DataLoader, Files, W, X, Y, batches, feed_of, generator, trainer_of
+from tests.training.test_meaning import replicas
 
 
 class Watched(Files):
@@ -53,7 +56,92 @@ class PyDatasetTest(tf.test.TestCase):
             batch_data.Indexed(batches(10, X, Y, W), 4, "PyDataset", {0: 1.0})
 
 
-class GeneratorTest(tf.test.TestCase):
+def images(*parts, size=10, **options):
+    return tf.data.Dataset.from_tensor_slices(parts).batch(size, **options)
+
+
+class TensorFlowDataTest(parameterized.TestCase, tf.test.TestCase):
+    CLASSES = np.arange(40) % 3
+
+    @parameterized.parameters(
+        ("sparse_categorical_crossentropy", CLASSES),
+        ("sparse_categorical_crossentropy", CLASSES[:, None].astype("float32")),
+        ("categorical_crossentropy", np.eye(3, dtype="float32")[CLASSES]),
+    )
+    def test_class_weights_as_keras(self, loss, targets):
+        results = []
+        for in_trainer in (True, False):
+            outputs = keras.layers.Dense(3, "softmax", kernel_initializer="ones")
+            model = keras.Sequential([keras.Input((4,)), outputs])
+            model.compile(keras.optimizers.SGD(0.1), loss)
+            data, options = images(X.astype("float32"), targets), {"class_weight": {0: 0.2, 2: 5}, "verbose": 0}
+            if in_trainer:
+                history = Trainer(model, batch_size=10, microbatch_size=5).fit(data, epochs=2, **options)
+            else:
+                history = model.fit(data, epochs=2, shuffle=False, **options)
+            results.append([history.history["loss"], *map(np.array, model.get_weights())])
+        for actual, expected in zip(*results, strict=True):
+            self.assertAllClose(actual, expected, rtol=1e-5, atol=1e-6)
+
+    @parameterized.parameters(
+        ((X, Y, W), {0: 1.0}, "needs batches of `.x, y.`"),
+        ((X, {"a": Y}), {0: 1.0}, "one output"),
+        ((X, np.ones((40, 2, 3))), {0: 1.0}, "a class for each example"),
+        ((X, Y), [1.0], "must be a dictionary"),
+    )
+    def test_class_weights_that_are_refused(self, parts, class_weight, message):
+        with self.assertRaisesRegex(ValueError, message):
+            feed_of(images(*parts), class_weight=class_weight)
+        with self.assertRaisesRegex(ValueError, "one output"):
+            feed_of(images(X).map(lambda x: (x, None)), class_weight={0: 1.0})
+
+    @parameterized.parameters(True, False)
+    def test_examples_are_counted_without_reading_where_that_can_be(self, drop):
+        read = []
+        watched = images(X[:35], drop_remainder=drop).map(
+            lambda x: tf.ensure_shape(tf.numpy_function(lambda a: read.append(len(a)) or a, [x], x.dtype), x.shape)
+        )
+        self.assertEqual((inputs.count_examples(watched), sum(read)), (30, 0) if drop else (35, 35))
+
+
+class GeneratorTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters((1, 8, None), (3, 4, None), (1, 8, 2), (2, 4, 5), (1, 4, 5, 2))
+    def test_it_ends_early(self, steps_per_execution, microbatch_size, steps_per_epoch, devices=1):
+        """Five updates are there. The run ends as Keras's would, but at the end of the last whole global batch."""
+
+        def make():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="ones")])
+            model.compile(keras.optimizers.SGD(0.1, weight_decay=0.1), "mse", weighted_metrics=["mae"])
+            return model
+
+        options = {"steps_per_execution": steps_per_execution, "microbatch_size": microbatch_size}
+        with replicas(devices):
+            model = make()
+            trainer, calls = Trainer(model, batch_size=8, **options), []
+        reference = make()
+        callback = keras.callbacks.LambdaCallback(on_train_end=lambda logs: calls.append(logs))
+        data = (batch for batch in [*batches(7, X[:35].astype("float32"), Y[:35]), (X[35:], Y[35:]), (X[:5], Y[:5])])
+        with self.assertLogs(level="WARNING") as logs:
+            history = trainer.fit(
+                data,
+                steps_per_epoch=steps_per_epoch or 9,
+                epochs=9,
+                validation_data=(X, Y),
+                callbacks=callback,
+                verbose=0,
+            ).history
+        self.assertRegex("".join(logs.output), "have ended .* ends with update 5 of")
+        updates = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+        self.assertEqual((trainer.position.update, updates, len(calls)), (5, 5, 1))
+        expected = reference.fit(X, Y, batch_size=8, shuffle=False, verbose=0).history
+        for actual, value in zip(model.get_weights(), reference.get_weights(), strict=True):
+            self.assertAllClose(np.array(actual), np.array(value), rtol=1e-5)
+        self.assertLen(history["val_loss"], {None: 1, 2: 3, 5: 2}[steps_per_epoch])
+        self.assertLen(history["loss"], {None: 1, 2: 3, 5: 1}[steps_per_epoch])  # none of an epoch without an update
+        if steps_per_epoch != 2:
+            for name in expected:
+                self.assertAllClose(history[name], expected[name], rtol=1e-5)
+
     def test_it_goes_on_where_it_is(self):
         feed = feed_of(generator())
         read = feed(InputContext(), 0)

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging
 from absl.testing import parameterized
 
 from lars_keras import LAMB, LARS
@@ -181,7 +182,7 @@ class SparseTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class UnreachedTest(tf.test.TestCase, parameterized.TestCase):
-    """A trainable layer that is called, and that the loss does not depend on. `Trainer` refuses it on both backends."""
+    """A trainable layer that is called, and that the loss does not depend on."""
 
     class Model(keras.Model):
         def __init__(self):
@@ -208,15 +209,47 @@ class UnreachedTest(tf.test.TestCase, parameterized.TestCase):
         kept = 1.0 - decay if BACKEND == "jax" else 1.0
         self.assertAllClose(values(model.unreached.weights), [kept * before[0], before[1]], rtol=1e-5)
 
-    def test_in_trainer(self):
-        with self.assertRaisesRegex(ValueError, "set `trainable = False` on their layers: .*unreached/kernel"):
-            Trainer(self.model(LARS()), batch_size=cases.BATCH).fit(*cases.examples(1), verbose=0)
-        model = self.model(LARS())
-        model.unreached.trainable = False
-        before = values(model.unreached.weights)
-        Trainer(model, batch_size=cases.BATCH).fit(*cases.examples(1), epochs=1, verbose=0)
-        for a, b in zip(values(model.unreached.weights), before, strict=True):
-            self.assertAllEqual(a, b)
+    @parameterized.parameters(
+        (OPTIMIZERS["lars"], 1, {}),
+        (OPTIMIZERS["lars"], 2, {"microbatch_size": 8, "trust_ratios": True}),
+        (OPTIMIZERS["scaled"], 1, {"microbatch_size": 16, "variable_norms": True}),
+        (lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.5), 1, {}),
+        (lambda: keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1, loss_scale_factor=8.0), 2, {}),
+    )
+    def test_in_trainer(self, optimizer, devices, options):
+        """It is named once and keeps its values, whatever the optimizer does beside the gradient; the rest trains."""
+        results = []
+        for trainable in (True, False):
+            keras.utils.set_random_seed(1)
+            with replicas(devices):
+                model = self.model(optimizer())
+                model.unreached.trainable = trainable
+                model.compile(optimizer(), "mse")
+                before = values(model.unreached.weights)
+                trainer = Trainer(model, batch_size=cases.BATCH, **options)
+                with self.assertLogs(level="WARNING") as logs:
+                    logging.warning("none yet")
+                    trainer.fit(*cases.examples(2), epochs=2, shuffle=False, verbose=0)
+            self.assertLen([line for line in logs.output if "unreached/kernel, " in line], 1 if trainable else 0)
+            for a, b in zip(values(model.unreached.weights), before, strict=True):
+                self.assertAllEqual(a, b)
+            results.append(values(model.reached.weights))
+            for name, rows in trainer.measures.items() if trainable else ():
+                self.assertAllEqual(rows[:, 2:], np.zeros_like(rows[:, 2:]) if name != "weight" else rows[:, 2:])
+                self.assertTrue(rows[:, :2].any())
+        for a, b in zip(*results, strict=True):
+            self.assertAllClose(a, b, rtol=1e-6)
+
+    def test_nothing_reached(self):
+        class Constant(self.Model):
+            def call(self, x):
+                return keras.ops.zeros_like(super().call(x))
+
+        model = Constant()
+        model(np.zeros((1, cases.FEATURES)))
+        trainer = Trainer(compiled(model, "sgd"), batch_size=cases.BATCH)
+        with self.assertRaisesRegex(ValueError, "depends on no trainable variable"):
+            trainer.fit(*cases.examples(1), verbose=0)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras import LARS
+from lars_keras import LAMB, LARS
 from lars_keras._keras_internals import APPLY_PARTS
 from lars_keras.layerwise import MEASURES
 from lars_keras.training import Trainer
-from lars_keras.training.tensorflow.update import apply_update
+from lars_keras.training.tensorflow.update import apply_update, check_rule
 from tests import step_cases as cases
 from tests.training.test_step import difference
 
@@ -63,6 +63,35 @@ class OptionsTest(parameterized.TestCase, tf.test.TestCase):
 
         with self.assertRaisesRegex(ValueError, "cannot take Frozen, .*replaces apply_gradients"):
             cases.trained(cases.hidden, Frozen)
+
+    def test_subclasses_of_ours_and_of_loss_scaling(self):
+        class Own(LARS):
+            def update_variables(self, gradients, variables, learning_rate):
+                super().update_variables([0.0 * g for g in gradients], variables, learning_rate)
+
+        class Scaled(keras.optimizers.LossScaleOptimizer):
+            def apply(self, grads, trainable_variables=None):
+                super().apply([0.0 * g for g in grads], trainable_variables)
+
+        def patched():
+            optimizer = keras.optimizers.SGD()
+            optimizer.apply = lambda grads, variables=None: None
+            return optimizer
+
+        class Rule(LARS):
+            def rule(self, w, g, slots, lr, t, role):
+                return super().rule(w, 0.0 * g, slots, lr, t, role)
+
+        for make, message in (
+            (Own, "cannot take Own, .*replaces update_variables"),
+            (lambda: Scaled(keras.optimizers.SGD()), "cannot take Scaled, .*replaces apply"),
+            (lambda: keras.optimizers.LossScaleOptimizer(Own()), "cannot take Own, .*replaces update_variables"),
+            (patched, "cannot take SGD, .*replaces apply"),
+        ):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                cases.trained(cases.hidden, make)
+        for allowed in (Rule(), keras.optimizers.LossScaleOptimizer(Rule()), LAMB()):
+            check_rule(allowed)
 
     def check(self, strategy, option, make_model=cases.hidden):
         def optimizer():

@@ -13,7 +13,7 @@ from lars_keras._keras_internals import backend_value, set_backend_value
 from lars_keras.files import atomic_path
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
-from lars_keras.training.engine import EngineOptions, StepResult, as_log, check_optimizer
+from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Batch, Data
 from lars_keras.training.jax.cluster import JaxCluster
@@ -33,7 +33,7 @@ class JaxEngine:
     """The compiled functions of a model over the devices of a cluster; see `lars_keras.training.engine.Engine`.
 
     Raises:
-        ValueError: if the loss does not depend on a trainable variable.
+        ValueError: if the loss depends on no trainable variable.
 
     Attributes:
         step: the programs of an update.
@@ -62,7 +62,7 @@ class JaxEngine:
             reduce_dtype=options.reduce_dtype,
             masked=self.loss_terms.masked,
         )
-        self.step.check_every_weight_is_used(element_spec, options.microbatch_size)
+        self.step.find_unreached(element_spec, options.microbatch_size)
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         self._scoring_assigns: list[int] = []  # numbers of the state that scoring a batch changes, once that is traced
         self._score_fn = jax.jit(self._score)
@@ -98,7 +98,7 @@ class JaxEngine:
         def batch() -> Any:
             for arrays in batches:
                 return arrays
-            raise ValueError(inputs.ENDED)
+            raise inputs.DataEnded
 
         return Prefetcher(batch, self.on_devices, updates * self.options.accumulation_steps)
 
@@ -222,7 +222,7 @@ class JaxEngine:
             check_padding(self.model, self.loss_terms)
 
     def evaluate(
-        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]
     ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         data, as_arrays = self._opened(data)
@@ -238,6 +238,15 @@ class JaxEngine:
         weights = [jax.device_put(v.value, s) for v, s in state]
         metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
         scores: list[Tensor] = []
+        sums = np.zeros(5)
+
+        def results() -> dict[str, Any]:
+            for score in jax.device_get(scores):
+                np.add(sums, score, out=sums)
+            scores.clear()
+            values = self._results_fn(metrics)
+            return {name: as_log(value) for name, value in values.items()} | summary(*sums.tolist())
+
         for i, batch in enumerate(self._shareable(batches)):
             check_scored_terms(self.model, self.loss_terms, i + 1)
             self.metric_terms.check(i + 1, replicas=1)
@@ -247,13 +256,13 @@ class JaxEngine:
             for place, value in zip(self._scoring_assigns, changed, strict=True):
                 weights[place] = jax.device_put(value, state[place][1])
             scores.append(score)
-            after_batch(i)
-        for place in self._scoring_assigns if scores else ():  # counters, and the state of random numbers
+            after_batch(i, results)
+        final = results()
+        for place in self._scoring_assigns:  # counters, and the state of random numbers
             state[place][0].assign(weights[place])
         for variable, value in zip(self.step.variables["metrics"], metrics, strict=True):
             variable.assign(value)
-        results = {name: as_log(value) for name, value in self._results_fn(metrics).items()}
-        return results | summary(*np.sum(jax.device_get(scores), axis=0, dtype="float64", initial=0.0).tolist())
+        return final
 
     def _shareable(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches that this host's devices share evenly, and what is left over of the last one by itself.

@@ -12,6 +12,8 @@ micro-batches, gets its shard of the summed gradients (a reduce-scatter), and up
 sums over the shards, which the compiler adds up. `lars_keras.training.jax.sharding` has the sources.
 """
 
+import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -130,8 +132,12 @@ class JaxStep:
             )
         return self.finish(state, sums, rng_state)
 
-    def check_every_weight_is_used(self, element_spec: Any, examples: int) -> None:
-        """Raise ValueError if the loss does not depend on a trainable variable: JAX would take 0 for its gradient."""
+    def find_unreached(self, element_spec: Any, examples: int) -> None:
+        """Find the variables that the loss does not depend on, and leave them alone: JAX takes 0 for their gradient.
+
+        Raises:
+            ValueError: if the loss depends on no variable.
+        """
         shapes = {group: [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in vs] for group, vs in self.variables.items()}
         data = jax.tree.map(lambda s: jax.ShapeDtypeStruct((examples, *s.shape[1:]), s.dtype), spec_of(element_spec))
 
@@ -142,13 +148,7 @@ class JaxStep:
 
         arguments = (shapes["trainable"], shapes["batch_stats"], shapes["rng_state"], data)
         used = used_inputs(loss, list(zip(self.axes, self.mesh.devices.shape, strict=True)), *arguments)
-        weights = zip(self.forward.trainable, self._overwritten, used, strict=False)
-        unused = [v.path for v, overwritten, u in weights if not u and not overwritten]
-        if unused:
-            raise ValueError(
-                "The loss does not depend on these trainable variables; set `trainable = False` on their layers: "
-                + ", ".join(unused)
-            )
+        self.forward.leave_alone([not o and not u for o, u in zip(self._overwritten, used, strict=False)])
 
     # -- the programs --------------------------------------------------------------------------
 
@@ -253,12 +253,12 @@ class JaxStep:
             ghosts = self.devices * self.accumulation_steps
             mean = jnp.where(valid[0] > 0, ghosts / jnp.where(valid[0] > 0, valid[0], 1.0), 0.0)
             gradients, loss = self._weighted(gradients, mean), loss * mean.astype(loss.dtype)
-        with measuring() as measures:  # what nobody asks for, the compiler leaves out
-            trainable, optimizer = self.optimizer.stateless_apply(
-                state["optimizer"],
-                [g.astype(v.dtype) for g, v in zip(gradients, self.forward.trainable, strict=True)],
-                state["trainable"],
-            )
+        own = [g.astype(v.dtype) for g, v in zip(gradients, self.forward.trainable, strict=True)]
+        own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
+        # What nobody asks for of the measures, the compiler leaves out.
+        with measuring() as measures, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Gradients do not exist")  # named by `find_unreached`
+            trainable, optimizer = self.optimizer.stateless_apply(state["optimizer"], own, state["trainable"])
         iterations = inner_optimizer(self.optimizer).iterations
         i = next(i for i, v in enumerate(self.variables["optimizer"]) if v is iterations)
         taken = optimizer[i] > state["optimizer"][i]
@@ -281,7 +281,8 @@ class JaxStep:
             rows += [jnp.where(taken, jnp.sqrt(self.devices * self.accumulation_steps * squares) / scale, 0.0)]
         if self._measure_ratios:
             found = iter(measures)
-            rows += [*jnp.stack([_NOTHING if o else next(found) for o in self._overwritten], axis=1)]
+            left = map(operator.or_, self._overwritten, self.forward.unreached)
+            rows += [*jnp.stack([_NOTHING if skipped else next(found) for skipped in left], axis=1)]
         norms = jnp.stack(rows) if rows else jnp.zeros([0, len(trainable)])
         with keras.StatelessScope(self._mapping("optimizer", state)):
             rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from lars_keras._keras_internals import layers_of, supports_jit
 from lars_keras.compiled import has_accelerator
 from lars_keras.files import atomic_path
-from lars_keras.training.engine import EngineOptions, StepResult, as_log, check_optimizer
+from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
@@ -194,7 +194,7 @@ class TensorFlowEngine:
             check_padding(self.model, self.loss_terms)
 
     def evaluate(
-        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int], None]
+        self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]
     ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         self.check_scoring()
@@ -206,7 +206,10 @@ class TensorFlowEngine:
                 self.metric_terms.check((i + 1) * self.replicas, self.replicas)
                 before_batch(i)
                 self._score_fn(batch)
-                after_batch(i)
+                after_batch(i, self._scores)
+        return self._scores()
+
+    def _scores(self) -> dict[str, Any]:
         metrics, sums = self._results_fn()
         return {name: as_log(value) for name, value in metrics.items()} | summary(*sums.numpy().tolist())
 

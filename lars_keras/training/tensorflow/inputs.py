@@ -4,17 +4,19 @@ import collections
 import contextlib
 import itertools
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from lars_keras.training.array_data import weights_of_classes
 from lars_keras.training.batch_data import IndexedFeed
 from lars_keras.training.inputs import (
-    ENDED,
     Batch,
     Data,
+    DataEnded,
     InputContext,
     arrays_of,
     check_readable_again,
@@ -69,6 +71,26 @@ def scoring_batches(data: Data, strategy: tf.distribute.Strategy, batch_size: in
 
     for arrays in strategy.distribute_datasets_from_function(per_replica, _FETCH):
         yield _structured(spec, arrays)
+
+
+def weighted_by_class(dataset: tf.data.Dataset, class_weight: Mapping[int, float]) -> tf.data.Dataset:
+    """Return a dataset of `(x, y, sample_weight)`; see `lars_keras.training.array_data.weights_of_classes`.
+
+    Raises:
+        ValueError: as it does; also if the batches are not `(x, y)`.
+    """
+    spec = dataset.element_spec
+    if not isinstance(spec, tuple) or len(spec) != 2:
+        raise ValueError(f"`class_weight` needs batches of `(x, y)`. Received: batches of {spec!r:.100}")
+    shape = getattr(spec[1], "shape", None)
+    if shape is None or shape.rank:  # try one, because errors of the function below come late and wrapped
+        weights_of_classes(None if shape is None else np.zeros([1, *(s or 1 for s in shape[1:])]), class_weight)
+
+    def weighted(x: Any, y: tf.Tensor) -> tuple[Any, tf.Tensor, tf.Tensor]:
+        weight = tf.numpy_function(lambda y: weights_of_classes(y, class_weight), [y], tf.float32)
+        return x, y, tf.ensure_shape(weight, y.shape[:1])
+
+    return dataset.map(weighted)
 
 
 def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
@@ -268,7 +290,7 @@ def errors_of_data() -> Iterator[None]:
         if _errors:
             raise _errors.pop() from e
         if isinstance(e, tf.errors.OutOfRangeError):
-            raise ValueError(ENDED) from e
+            raise DataEnded from e
         if "MaybeMoveContiguousSlices" in str(e):  # of `rebatch`
             raise ValueError(different_shapes(e.message.splitlines()[0])) from e
         raise

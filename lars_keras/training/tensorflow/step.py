@@ -122,12 +122,8 @@ class TensorFlowStep:
             loss = loss / (self.replicas * self.accumulation_steps)
             scaled = loss * tf.cast(scale, loss.dtype)
         gradients = tape.gradient(scaled, trainable)
-        missing = [v.path for v, g in zip(self.forward.trainable, gradients, strict=True) if g is None]
-        if missing:
-            raise ValueError(
-                "The loss does not depend on these trainable variables; set `trainable = False` on their layers: "
-                + ", ".join(missing)
-            )
+        self.forward.leave_alone([g is None for g in gradients])
+        gradients = [tf.zeros_like(w) if g is None else g for w, g in zip(trainable, gradients, strict=True)]
         # Rows of an embedding that come more than once are added here, so never in half precision.
         gradients = [tf.convert_to_tensor(tf.cast(g, sum_dtype(g.dtype.name))) for g in gradients]
         ghosts = self.replicas * self.accumulation_steps
@@ -153,13 +149,16 @@ class TensorFlowStep:
             mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), valid)
             gradients, loss = self._weighted(gradients, mean), loss * tf.cast(mean, loss.dtype)
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
+        own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
-        taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
-        for variable, value, assigned in zip(averaged, statistics, self.forward.assigned, strict=True):
-            if assigned:
-                variable.assign(tf.cast(value, variable.dtype))
-        for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
-            variable.assign(value)
+        with tf.control_dependencies([loss]):  # or, where the data have ended, weights would decay all the same
+            taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
+            for variable, value, assigned in zip(averaged, statistics, self.forward.assigned, strict=True):
+                if assigned:
+                    variable.assign(tf.cast(value, variable.dtype))
+            for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
+                variable.assign(value)
+            taken = tf.identity(taken)
         norms = self._norms(gradients, squares, taken, tf.cast(scale, tf.float32))
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
 

@@ -5,6 +5,8 @@ in ways that tf.distribute forbids. Here the gradients come in already summed, s
 the same on any number of replicas.
 """
 
+from collections.abc import Sequence
+
 import keras
 import tensorflow as tf
 from keras import ops
@@ -15,14 +17,27 @@ from lars_keras.training.state import inner_optimizer
 
 
 def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
-    """Refuse optimizers that do more than their `update_step`, the only part of them that `apply_update` calls.
+    """Refuse optimizers that do more than their `update_step` or `rule`, the only part that `apply_update` calls.
 
     Raises:
-        ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`.
+        ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`, and for such
+            subclasses of `LayerwiseOptimizer` and `LossScaleOptimizer`.
     """
-    own, base = type(inner_optimizer(optimizer)), keras.optimizers.Optimizer
-    replaced = [name for name in keras_internals.APPLY_PARTS if getattr(own, name) is not getattr(base, name)]
-    if replaced and not issubclass(own, LayerwiseOptimizer):
+    inner, parts = inner_optimizer(optimizer), keras_internals.APPLY_PARTS
+    if isinstance(inner, LayerwiseOptimizer):
+        _check_parts(inner, LayerwiseOptimizer, (*parts, "prepared", "update_variables"))
+    else:
+        _check_parts(inner, keras.optimizers.Optimizer, parts)
+    if optimizer is not inner:
+        _check_parts(optimizer, keras.optimizers.LossScaleOptimizer, (*parts, *keras_internals.LOSS_SCALE_PARTS))
+
+
+def _check_parts(optimizer: keras.optimizers.Optimizer, base: type, parts: Sequence[str]) -> None:
+    own = type(optimizer)
+    replaced = [
+        name for name in parts if name in vars(optimizer) or getattr(own, name, None) is not getattr(base, name, None)
+    ]
+    if replaced:
         raise ValueError(
             f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it "
             f"replaces {', '.join(replaced)}. On JAX it can."
@@ -31,7 +46,7 @@ def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
 
 def apply_update(
     optimizer: keras.optimizers.Optimizer,
-    gradients: list[tf.Tensor],
+    gradients: list[tf.Tensor | None],
     variables: list[keras.Variable],
     measure: bool = False,
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -40,28 +55,29 @@ def apply_update(
     Args:
         optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
         gradients: gradients of the scaled loss, summed over replicas and micro-batches; the new values of variables
-            that are overwritten.
+            that are overwritten; None for variables to be left alone.
         variables: their variables.
         measure: return what a `LayerwiseOptimizer` measures in each variable.
 
     Returns:
         A scalar int: 1, or 0 if dynamic loss scaling found a value that is not finite and skipped the update. The
         caller adds it to `optimizer.iterations`, in cross-replica context. Then the measures of
-        `LayerwiseOptimizer.update`, 0 if it was skipped or the variable is overwritten; an empty list from other
-        optimizers.
+        `LayerwiseOptimizer.update`, 0 if it was skipped or the variable is overwritten or left alone; an empty list
+        from other optimizers.
     """
     overwritten = [keras_internals.is_overwritten(v) for v in variables]
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         if optimizer.loss_scale_factor is not None:
             scale = optimizer.loss_scale_factor
-            gradients = [g if o else g / scale for g, o in zip(gradients, overwritten, strict=True)]
+            gradients = [g if o or g is None else g / scale for g, o in zip(gradients, overwritten, strict=True)]
         return tf.constant(1), _step(optimizer, gradients, variables, measure)
 
     scale = tf.convert_to_tensor(optimizer.dynamic_scale)
-    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None])
 
     def take() -> tuple[tf.Tensor, list[tf.Tensor]]:
-        unscaled = [g if o else g / tf.cast(scale, g.dtype) for g, o in zip(gradients, overwritten, strict=True)]
+        pairs = zip(gradients, overwritten, strict=True)
+        unscaled = [g if o or g is None else g / tf.cast(scale, g.dtype) for g, o in pairs]
         measures = _step(optimizer.inner_optimizer, unscaled, variables, measure)
         grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
         optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
@@ -80,16 +96,18 @@ def apply_update(
 
 def _step(
     optimizer: keras.optimizers.Optimizer,
-    gradients: list[tf.Tensor],
+    gradients: list[tf.Tensor | None],
     variables: list[keras.Variable],
     measure: bool,
 ) -> list[tf.Tensor]:
     """Clip, decay, apply the rule, average and constrain, in the order of Keras's `Optimizer.apply`."""
-    rate, all_variables = optimizer.learning_rate, variables
-    for gradient, variable in zip(gradients, variables, strict=True):
-        if keras_internals.is_overwritten(variable):
+    rate = optimizer.learning_rate
+    given = list(zip(gradients, variables, strict=True))
+    moves = [g is not None and not keras_internals.is_overwritten(v) for g, v in given]
+    for (gradient, variable), moved in zip(given, moves, strict=True):
+        if gradient is not None and not moved:
             variable.assign(gradient)
-    pairs = [p for p in zip(gradients, variables, strict=True) if not keras_internals.is_overwritten(p[1])]
+    pairs = [pair for pair, moved in zip(given, moves, strict=True) if moved]
     gradients, variables = [g for g, _ in pairs], [v for _, v in pairs]
     gradients = keras_internals.clip_gradients(optimizer, gradients)
     for variable in variables:
@@ -100,7 +118,7 @@ def _step(
     if isinstance(optimizer, LayerwiseOptimizer):
         found = iter(optimizer.update(gradients, variables, rate, measure))
         nothing = tf.zeros([len(MEASURES)])
-        measures = [nothing if keras_internals.is_overwritten(v) else next(found) for v in all_variables if measure]
+        measures = [next(found) if moved else nothing for moved in moves if measure]
     else:
         for gradient, variable in zip(gradients, variables, strict=True):
             optimizer.update_step(gradient, variable, rate)

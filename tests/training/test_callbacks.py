@@ -1,0 +1,132 @@
+"""Callbacks are called by `Trainer` as by `model.fit`, with the same logs.
+
+`tests/jax/test_on_jax.py` runs this file on JAX, too.
+"""
+
+import contextlib
+import functools
+import io
+import re
+import unittest.mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from lars_keras.training import Trainer
+from tests.training.test_meaning import replicas
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 4)).astype("float32")
+Y = RNG.normal(size=(64, 1)).astype("float32")
+SCORED = X[:25], Y[:25]  # in batches of 8
+
+
+def make():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    model.compile(keras.optimizers.SGD(0.1), "mse", weighted_metrics=["mae"])
+    return model
+
+
+class Scores(keras.callbacks.Callback):
+    """Keeps the logs of each batch of the validations."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    def on_test_batch_end(self, batch, logs=None):
+        self.logs.append((batch, logs))
+
+
+class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(1, 2)
+    def test_logs_of_its_batches(self, devices):
+        """They are the scores so far, as in Keras, and do not change the score at the end."""
+        with replicas(devices):
+            model, seen = make(), Scores()
+            trainer = Trainer(model, batch_size=16, microbatch_size=8 // devices)
+            history = trainer.fit(X, Y, epochs=2, validation_data=SCORED, callbacks=seen, shuffle=False, verbose=0)
+            plain = Trainer(make(), batch_size=16, microbatch_size=8 // devices)
+            alone = plain.fit(X, Y, epochs=2, validation_data=SCORED, shuffle=False, verbose=0)
+        reference, expected = make(), Scores()
+        options = {"validation_data": SCORED, "validation_batch_size": 8, "shuffle": False, "verbose": 0}
+        reference.fit(X, Y, batch_size=16, epochs=2, callbacks=[expected], **options)
+        self.assertLen(seen.logs, 8)
+        for (batch, logs), (number, those_of_keras) in zip(seen.logs, expected.logs, strict=True):
+            self.assertEqual((batch, logs.pop("n")), (number, min(8 * (batch + 1), 25)))
+            self.assertEqual(logs.keys(), those_of_keras.keys())
+            self.assertAllClose(logs, those_of_keras, rtol=1e-5)
+        for name in ("val_loss", "val_mae"):
+            self.assertEqual(history.history[name], alone.history[name])
+
+    def test_they_are_fetched_for_who_reads_them(self):
+        for callback, times in ((keras.callbacks.Callback(), 1), (keras.callbacks.ProgbarLogger(), 1), (Scores(), 5)):
+            trainer = Trainer(make(), batch_size=16, microbatch_size=8)
+            trainer.evaluate(*SCORED)
+            with unittest.mock.patch.object(
+                trainer.engine, "_results_fn", side_effect=trainer.engine._results_fn
+            ) as fetched:
+                trainer.fit(X, Y, validation_data=SCORED, callbacks=callback, verbose=0)
+            self.assertEqual(fetched.call_count - 4 * (keras.backend.backend() == "jax"), times)
+
+    @parameterized.parameters(0, 1, 2, "auto")
+    def test_verbose(self, verbose):
+        model, shown = make(), []
+        trainer = Trainer(model, batch_size=16, microbatch_size=8)
+        for evaluate in (trainer.evaluate, functools.partial(model.evaluate, batch_size=8)):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                evaluate(*SCORED, verbose=verbose)
+            shown.append(re.findall(r"\d/|loss: [\d.]+|mae: [\d.]+", printed.getvalue()))
+        self.assertEqual(shown[0][-3:], shown[1][-3:])  # how much is shown before depends on the time
+        self.assertLen(shown[0][-3:], 3 if verbose else 0)
+        self.assertEqual(trainer.evaluate(*SCORED).keys(), {"loss", "mae", "n"})
+
+
+class StopTest(parameterized.TestCase, tf.test.TestCase):
+    class Stop(keras.callbacks.Callback):
+        """Stops the training in one of the hooks, and notes which are called."""
+
+        def __init__(self, where):
+            super().__init__()
+            self.where, self.calls = where, []
+
+        def note(self, name):
+            self.calls.append(name)
+            if name == self.where:
+                self.model.stop_training = True
+
+        def on_train_begin(self, logs=None):
+            self.note("train")
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.note(f"epoch {epoch}")
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.note("batch")
+
+        def on_test_batch_end(self, batch, logs=None):
+            self.note("scored")
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.note(f"end of epoch {epoch}")
+
+        def on_train_end(self, logs=None):
+            self.note("end")
+
+    @parameterized.parameters("train", "epoch 0", "epoch 1", "batch", "scored", "end of epoch 1")
+    def test_stop_training(self, where):
+        """Keras takes a batch before it looks."""
+        model, reference = make(), make()
+        stop, expected = self.Stop(where), self.Stop(where)
+        options = {"epochs": 3, "validation_data": SCORED, "shuffle": False, "verbose": 0}
+        history = Trainer(model, batch_size=16).fit(X, Y, callbacks=stop, **options)
+        of_keras = reference.fit(X, Y, batch_size=16, validation_batch_size=16, callbacks=[expected], **options)
+        self.assertEqual(stop.calls, expected.calls)
+        self.assertAllClose({name: history.history[name] for name in of_keras.history}, of_keras.history, rtol=1e-5)
+
+
+if __name__ == "__main__":
+    tf.test.main()
