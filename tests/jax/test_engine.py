@@ -372,16 +372,6 @@ class EngineTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "trust_ratios.*mixed_float16"):
             Trainer(compiled(cases.linear(), scaled), batch_size=64, trust_ratios=True).fit(data)
 
-        class Forgetful(keras.layers.Dense):
-            def build(self, shape):
-                super().build(shape)
-                self.more = self.add_weight(shape=(3,), name="more")
-
-        x = keras.Input((cases.FEATURES,))
-        model = keras.Model(x, Forgetful(cases.CLASSES, name="forgotten")(x))
-        with self.assertRaisesRegex(ValueError, "forgotten/more"):
-            Trainer(compiled(model, LARS()), batch_size=64).fit(data)
-
     def test_resume_to_the_last_bit(self):
         self.check_resume(8, True)
 

@@ -3,6 +3,8 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import unittest
+
 import keras
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from lars_keras import LAMB, LARS
 from lars_keras.layerwise import MEASURES
 from lars_keras.training import Trainer
 from tests import step_cases as cases
+from tests.jax.test_engine import distribution
 from tests.training.test_meaning import BACKEND, replicas
 
 # Keras converts tensors and variables in a way that NumPy 2 deprecates.
@@ -239,6 +242,24 @@ class UnreachedTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertTrue(rows[:, :2].any())
         for a, b in zip(*results, strict=True):
             self.assertAllClose(a, b, rtol=1e-6)
+
+    @unittest.skipIf(BACKEND == "tensorflow", "weights are sharded on JAX only")
+    def test_shards_of_a_weight_that_no_layer_uses(self):
+        class Forgetful(keras.layers.Dense):
+            def build(self, shape):
+                super().build(shape)
+                self.more = self.add_weight(shape=(256, 64), name="more")
+
+        with distribution(8, True):
+            x = keras.Input((cases.FEATURES,))
+            model = compiled(keras.Model(x, Forgetful(cases.CLASSES, name="forgotten")(x)), LARS())
+            weight = model.layers[-1].more
+            before = values([weight])
+            with self.assertLogs(level="WARNING") as logs:
+                Trainer(model, batch_size=cases.BATCH).fit(*cases.examples(2), verbose=0)
+            self.assertFalse(weight.value.is_fully_replicated)
+            self.assertAllEqual(values([weight]), before)
+        self.assertIn("forgotten/more", "".join(logs.output))
 
     def test_nothing_reached(self):
         class Constant(self.Model):
