@@ -45,17 +45,17 @@ def _switch(text: str, default: bool = False, affects_result: bool = True) -> An
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """All flags of a run, validated. A batch size without an adjective is the global one.
+    """Holds all flags of a run, validated. "Batch size" without an adjective means the global batch size.
 
     Raises:
-        ValueError: if flags contradict each other; the message names them, and what would be accepted.
+        ValueError: if flags contradict each other; the message names the flags, and what would be accepted.
     """
 
     model: str = _choice("alexnet_small", models.names(), "Train this network.")
     dataset: str = _choice("digits", data.NAMES, "Train on this data set.")
     data_dir: str | None = _text(
         None,
-        "Find the prepared data sets in this folder; with --dataset=folder, train/CLASS/ and val/CLASS/. Default: the "
+        "Read prepared data sets from this folder, or train/CLASS/ and val/CLASS/ with --dataset=folder. Default: the "
         "folder of tensorflow-datasets.",
         affects_result=False,
     )
@@ -65,13 +65,13 @@ class RunConfig:
     augment: str | None = _choice(
         None,
         data.AUGMENTS,
-        "Augment training images; crop_mirror takes a window of images stored at one size; alternating_flip shifts by "
-        "2 pixels and flips in every second epoch, for cifar10; the last three also crop and flip. Default: "
-        "crop_flip; none for digits.",
+        "Augment training images. crop_mirror takes a window of images stored at one size; alternating_flip shifts by "
+        "2 pixels and flips in every second epoch, for cifar10; randaugment, mixup and cutmix also crop and flip. "
+        "Default: crop_flip; none for digits.",
     )
     resized: str | None = _text(
         None,
-        "Read images that prepare --resize has stored at one size, as in crop256, for imagenet2012 and folder.",
+        "Read images that prepare --resize has stored in this form, such as crop256; for imagenet2012 and folder.",
     )
     validation_split: float = _real(
         0.0, "Hold out this fraction of the training images, and score it instead of the test split.", high=0.5
@@ -89,25 +89,25 @@ class RunConfig:
         affects_result=False,
     )
     eval_only: bool = _switch(
-        "Score the run in --run_dir on the test split, its newest checkpoint if unfinished, and stop.",
+        "Score the run in --run_dir on the test split, by its newest checkpoint if it is unfinished, and stop.",
         affects_result=False,
     )
     dry_run: bool = _switch(
-        "Show sizes, rehearse two updates on synthetic images, and leave nothing behind.", affects_result=False
+        "Show sizes, rehearse two updates on synthetic images, and write no run folder.", affects_result=False
     )
-    batch_size: int = _whole(8192, "Take this many examples in an update: the global batch.")
+    batch_size: int = _whole(8192, "Use this many examples in an update: the global batch size.")
     microbatch_size: int | None = _whole(
         None,
         "Take this many examples through the model at once on each replica. Default: the replica's part of the batch.",
     )
     epochs: float = _real(8.0, "Train for this many epochs; may be a fraction.")
-    steps: int | None = _whole(None, "Train for this many updates, whatever --epochs says.")
+    steps: int | None = _whole(None, "Train for this many updates, in place of --epochs.")
     optimizer: str = _choice("lars", OPTIMIZERS, "Train with this optimizer.")
     learning_rate: float = _real(15.0, "Set the peak of the learning rate.")
     schedule: str = _choice(
         "polynomial",
         SCHEDULES,
-        "Decay the rate after the warm-up; step multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run.",
+        "Decay the learning rate after the warm-up; step multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run.",
     )
     power: float = _real(2.0, "Set the exponent of the polynomial decay.")
     end_learning_rate: float = _real(0.0, "End a polynomial, cosine or exponential decay at this rate.")
@@ -117,7 +117,7 @@ class RunConfig:
     initial_lr_scale: float = _real(0.0, "Begin the warm-up at this fraction of the peak.", high=1.0)
     warmup: str | None = _text(
         None,
-        "Warm up linearly for these epochs, or for a duration such as '100 steps' or '1e6 examples'. Default: an "
+        "Warm up linearly for this many epochs, or for a duration such as '100 steps' or '1e6 examples'. Default: one "
         "epoch, but at most a fifth of the run.",
     )
     momentum: float = _real(0.9, "Set the momentum of lars and momentum, and beta_1 of lamb and adam.")
@@ -149,7 +149,7 @@ class RunConfig:
     test_views: int = _flag(
         1,
         "integer",
-        "Score the trained model also on 2 views of each image, plain and flipped, or on 6, with shifted copies. The "
+        "Also score the trained model on 2 views of each image (plain and flipped), or on 6 (with shifted copies). The "
         "plain score is reported either way.",
         affects_result=False,
         lower_bound=1,
@@ -159,7 +159,8 @@ class RunConfig:
     strategy: str = _choice(
         "auto",
         ("auto", "single", "mirrored", "multi_worker", "tpu"),
-        "Run on one device, all of this host (mirrored), those of several hosts, or a TPU; auto: what is there.",
+        "Run on one device (single), all devices of this host (mirrored), several hosts (multi_worker), or a TPU; auto "
+        "takes what is available.",
         affects_result=False,
     )
     replicas: int | None = _whole(
@@ -180,7 +181,7 @@ class RunConfig:
     seed: int = _whole(0, "Seed weights, order, augmentation and dropout.", low=0)
     telemetry_every: int = _whole(
         0,
-        "Log norms, trust ratio and effective rate of every layer every N updates; 0: never.",
+        "Log norms, trust ratio and effective learning rate of every layer every N updates; 0: never.",
         0,
         affects_result=False,
     )
@@ -283,7 +284,7 @@ class RunConfig:
 
     @property
     def warmup_duration(self) -> str:
-        """`warmup` with its unit; one epoch where there is none."""
+        """`warmup` with its unit; one epoch if it is not set."""
         text = self.warmup or "1"
         try:
             float(text)
@@ -293,20 +294,20 @@ class RunConfig:
 
     @property
     def input_size(self) -> int | None:
-        """Height and width of the images; None for a data set that has its own."""
+        """Height and width of the images; None for a data set with a size of its own."""
         if self.dataset in data.ANY_SIZE and self.image_size is None:
             return models.default_image_size(self.model)
         return self.image_size
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """Arguments of `lars_keras.data.load` beside the name."""
+        """Arguments of `lars_keras.data.load` besides the name."""
         same = ("data_dir", "augment", "resized", "cache", "cache_dir", "validation_split")
         return {"image_size": self.input_size, **{name: getattr(self, name) for name in same}}
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
-        """Arguments of `running.optimizers.make_optimizer` beside name, rate and variables."""
+        """Arguments of `running.optimizers.make_optimizer` besides name, rate and variables."""
         shared = {"weight_decay": self.weight_decay, "global_clipnorm": self.global_clipnorm}
         ema: dict[str, Any] = {}
         if self.ema_momentum is not None:
@@ -321,7 +322,7 @@ class RunConfig:
 
     @property
     def schedule_options(self) -> dict[str, Any]:
-        """Arguments of `running.optimizers.make_schedule` beside name, peak and durations."""
+        """Arguments of `running.optimizers.make_schedule` besides name, peak and durations."""
         options = self._arguments(SCHEDULE_FLAGS, self.schedule)
         end_scale = options.pop("end_scale", None)
         if end_scale is not None:
@@ -339,7 +340,7 @@ class RunConfig:
         """Return the updates of the warm-up.
 
         Raises:
-            ValueError: if the run is not longer.
+            ValueError: if the run is not longer than its warm-up.
         """
         total = self.total_updates(num_train)
         updates = schedules.duration_in_updates(
@@ -372,7 +373,7 @@ class RunConfig:
 
 
 def _as_csv(values: Sequence[str]) -> str:
-    """Return a line that `absl` reads as a list again: what has a comma is quoted."""
+    """Return a line that `absl` reads as a list again: values with a comma are quoted."""
     line = io.StringIO()
     csv.writer(line, lineterminator="").writerow(values)
     return line.getvalue()

@@ -1,4 +1,4 @@
-"""From the command line to a `RunConfig`."""
+"""Parse the command line into a `RunConfig`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from running.optimizers import OPTIMIZER_FLAGS, SCHEDULE_FLAGS
 
 
 class _TypedFlags(flags.FlagValues):
-    """The flags of the command line itself: flagfiles are not read."""
+    """Holds the flags of the command line itself: flagfiles are not read."""
 
     def read_flags_from_files(self, argv: Sequence[str], force_gnu: bool = True) -> list[str]:
         return list(argv)
@@ -32,10 +32,10 @@ def define() -> flags.FlagValues:
 def parse(
     argv: Sequence[str], flags_of_run: Callable[[str], Sequence[str]] | None = None
 ) -> tuple[flags.FlagValues, list[str]]:
-    """Parse the flags in `argv`, on top of those of the run that they resume.
+    """Parse the flags in `argv`, on top of the flags of the run that they resume.
 
-    Where the command line replaces the optimizer or schedule of a flagfile, the flagfile's flags of another one are not
-    refused, and have no effect.
+    If the command line replaces the optimizer or schedule of a flagfile, the flagfile's flags for the old one have no
+    effect, and are not refused.
 
     Args:
         argv: the program's name, then its arguments.
@@ -43,7 +43,7 @@ def parse(
             schedule, because the user did not give them.
 
     Returns:
-        The flags, and the arguments that are no flags.
+        The flags, and the arguments that are not flags.
 
     Raises:
         absl.flags.Error: if a flag is unknown, out of range, or without a meaning for the optimizer or schedule.
@@ -70,7 +70,7 @@ def parse(
 
 
 def _refuse_meaningless(typed: flags.FlagValues, given: flags.FlagValues, values: flags.FlagValues) -> None:
-    """Refuse flags of another optimizer or schedule, also with their default as value."""
+    """Refuse flags of another optimizer or schedule, even if their value is the default."""
     for owner, table in (("optimizer", OPTIMIZER_FLAGS), ("schedule", SCHEDULE_FLAGS)):
         chosen = values[owner].value
         meant = typed if typed[owner].present else given
