@@ -257,7 +257,8 @@ def phrases() -> dict[str, list[str]]:
             f"{fast_loss(8192)} points at 8,192 and {fast_loss(16384)} points at 16,384",
             f"momentum loses {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points at 1,024, "
             f"and LARS {points('systemds_cifar10', ('lars', 256), ('lars', 1024))}",
-            f"momentum is {fast_gap(4096)} points behind at 4,096",
+            f"momentum is {fast_gap(4096)} points behind at the best",
+            f"At 16,384 it is {fast_gap(16384)} points behind",
             fast_table(),
             equal_epochs_table(),
         ],
@@ -282,6 +283,7 @@ def phrases() -> dict[str, list[str]]:
             f"it loses {fast_loss(8192)} points, and at 16,384 after 59 epochs {fast_loss(16384)} points",
             f"at 4,096, with {fast_top1('momentum', 4096)} after",
             f"eight times gave {fast_at_rate('momentum', 4096, 9.6)}",
+            f"momentum is {fast_gap(16384)} points behind, with {fast_top1('momentum', 16384)} after",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
@@ -306,7 +308,9 @@ def phrases() -> dict[str, list[str]]:
             f"{mean('cifar10', 'lars', 256)} % to {mean('cifar10', 'lars', 1024)} %",
         ],
         "docs/recipes.md": [
-            "| {batch_size} | {learning_rate} | {epochs} |".format(**settings("cifar10_fast_4k_momentum")),
+            "| {batch_size} | {learning_rate} | {epochs} |".format(
+                **settings("cifar10_fast_4k_momentum", "cifar10_fast_16k_momentum")
+            ),
             "| {batch_size} | {learning_rate} | {epochs} |".format(
                 **settings(*(f"cifar10_fast_{size}" for size in ("1k", "4k", "8k", "16k")))
             ),
