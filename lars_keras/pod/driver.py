@@ -109,7 +109,7 @@ def check(
             the dtype and shape of one example, or anything with `shape`, batch dimension first, and `dtype`, such as an
             array. Also a function that returns this structure, or its name.
         topology: chip and shape of the slice, such as `"v5e:8x8"`; the chips are in `lars_keras.pod.chips.CHIPS`.
-        batch_size: global batch.
+        batch_size: global batch size.
         microbatch_size: examples that a device takes through the model at once. Default: its part of the batch.
         backend: Keras backend of the step, `"jax"` or `"tensorflow"`.
         shard_optimizer_state: each device keeps and updates a shard of the weights; JAX only.

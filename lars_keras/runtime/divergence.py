@@ -47,7 +47,7 @@ class DivergenceGuard(keras.callbacks.Callback):
 
     @property
     def memory(self) -> dict[str, list[float]]:
-        """The recent values, of which the medians are; a `Trainer` saves and restores them with its position."""
+        """The recent values, from which the medians come; a `Trainer` saves and restores them with its position."""
         return {name: list(values) for name, values in self._recent.items()}
 
     @memory.setter
