@@ -17,7 +17,7 @@ Moments = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # The parts of an update that an optimizer may replace, in the order in which Keras's loop calls them.
 APPLY_PARTS = ("apply_gradients", "apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
 
-# Of `LossScaleOptimizer`, too, on TensorFlow.
+# The same for `LossScaleOptimizer` on TensorFlow.
 LOSS_SCALE_PARTS = (
     "_tf_apply",
     "_common_apply",

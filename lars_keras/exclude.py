@@ -24,7 +24,7 @@ layer decides nothing: the kernel of a `Dense` layer called `prenorm` is adapted
 # Defaults of optimizers that were saved before; they may match nothing, too.
 _FORMER_DEFAULTS = (r"(^|/)(bias|beta|gamma|alpha)$", r"norm(alization)?(_\d+)?/[^/]+$")
 
-# A variable of a normalization layer, by its own name or that of its layer.
+# A variable of a normalization layer, by its own name or the name of its layer.
 _NORMALIZATION = re.compile(r"(^|/)(beta|gamma|scale)$|norm[^/]*/[^/]+$", re.IGNORECASE)
 
 Matches = dict[str, Any]

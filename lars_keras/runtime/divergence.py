@@ -13,7 +13,7 @@ from lars_keras.runtime.errors import Diverged
 if TYPE_CHECKING:
     from lars_keras.training.trainer import Trainer
 
-HARMLESS_LOSS = 10.0  # that of a uniform guess over 22,000 classes
+HARMLESS_LOSS = 10.0  # the loss of a uniform guess over 22,000 classes
 HARMLESS_WEIGHT = 0.01  # of the global weight norm; a bias that starts at 0 may grow by any factor
 
 

@@ -67,7 +67,7 @@ def one_pass_moments(
             shift = ops.stop_gradient(ops.cast(layer.moving_mean, inputs.dtype))
             offset, variance = around(shift, inputs)
             mean = shift + offset
-            # Values alone: the gradients of the first sums have no larger an error than the rounding of the inputs.
+            # Only the values: the gradients of the first sums have no larger error than the rounding of the inputs.
             x, near, first = (ops.stop_gradient(t) for t in (inputs, mean, variance))
             is_near = ops.all(ops.stop_gradient(offset) ** 2 <= _FAR * (first + layer.epsilon))
             x = ops.cast(x, layer.compute_dtype)  # or a TPU would write it in float32, for a branch seldom taken

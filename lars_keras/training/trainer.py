@@ -244,7 +244,7 @@ class Trainer:
             verbose=verbose,
         )
         may_end = isinstance(data, GeneratorFeed)
-        steps_per_execution = 1 if may_end else self.steps_per_execution  # what is taken before the end must be known
+        steps_per_execution = 1 if may_end else self.steps_per_execution  # to know how many were taken before the end
         self.model.stop_training = False
         iterator = engine.training_iterator(data, position.batches_consumed, (ends or [0])[-1] - position.update)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
