@@ -5,7 +5,7 @@
 
     KERAS_BACKEND=jax python train.py --flagfile=flags/recipes/demo.flags
 
-The same --run_dir resumes a run that was interrupted. Exit codes: 0 done; 2 a bad flag, or a missing device or file;
+The same --run_dir resumes an interrupted run. Exit codes: 0 done; 2 a bad flag, or a missing device or file;
 3 diverged; 4 another host is gone; 5 too many unreadable images; 6 a file could not be written or read; 75 stopped by a
 signal and saved.
 """
@@ -41,7 +41,7 @@ from running.views import score_views
 
 
 def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> None:
-    """Train a model, or score one, as the flags ask for. `running/` holds what is called here."""
+    """Train a model, or score one, according to the flags. `running/` has the functions called here."""
     with contextlib.ExitStack() as held:
         _main(config, more_callbacks, held)
 
@@ -50,7 +50,7 @@ def _main(
     config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback], held: contextlib.ExitStack
 ) -> None:
     validation_split = config.validation_split
-    if config.eval_only:  # on the test split, also where rates were chosen on held-out training images
+    if config.eval_only:  # on the test split, even if rates were chosen on held-out images
         config = dataclasses.replace(config, validation_split=0.0)
     with usage_errors():
         run_dir = open_run_dir(config)

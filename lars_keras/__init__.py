@@ -1,7 +1,7 @@
-"""Large-batch training for Keras 3: layer-wise adaptive optimizers, their schedules and their training step.
+"""Large-batch training for Keras 3: layer-wise adaptive optimizers, schedules and a training step.
 
-Importing this package imports Keras only, on whichever backend Keras runs.
-`lars_keras.data` and `lars_keras.training` are imported on demand.
+Importing this package imports Keras only, on any Keras backend. Import `lars_keras.data` and `lars_keras.training` on
+demand.
 """
 
 from lars_keras import metrics, schedules

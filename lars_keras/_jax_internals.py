@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 
 
 def used_inputs(function: Callable[..., Any], axis_env: Sequence[tuple[str, int]], *arguments: Any) -> list[bool]:
-    """Return for each array among the arguments whether the function's one output depends on it.
+    """Return, for each array among the arguments, whether the function's one output depends on it.
 
     Args:
         function: returns one array; it may use collectives over the axes of `axis_env`.
@@ -26,11 +26,11 @@ def used_inputs(function: Callable[..., Any], axis_env: Sequence[tuple[str, int]
 
 
 def compile_stablehlo(text: str, device: jax.Device) -> Any:
-    """Compile a StableHLO program of one replica for a device, which may be one of another machine.
+    """Compile a StableHLO program of one replica for a device, which may belong to another machine.
 
     Returns:
-        What `jax.jit(...).lower(...).compile()` returns, as far as cost, memory and HLO go: an object with
-        `cost_analysis()`, `memory_analysis()` and `as_text()`.
+        An object with `cost_analysis()`, `memory_analysis()` and `as_text()`, as `jax.jit(...).lower(...).compile()`
+        returns.
     """
     from jax._src import compiler
     from jax._src.interpreters import mlir

@@ -17,7 +17,7 @@ Moments = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # The parts of an update that an optimizer may replace, in the order in which Keras's loop calls them.
 APPLY_PARTS = ("apply_gradients", "apply", "_backend_apply_gradients", "_backend_update_step", "_apply_weight_decay")
 
-# Of `LossScaleOptimizer`, too, on TensorFlow.
+# The same for `LossScaleOptimizer` on TensorFlow.
 LOSS_SCALE_PARTS = (
     "_tf_apply",
     "_common_apply",
@@ -28,31 +28,31 @@ LOSS_SCALE_PARTS = (
 
 
 def training_mode(model: keras.Model) -> dict[str, bool]:
-    """Return the arguments, beside its inputs, with which Keras's training loop calls a model.
+    """Return the arguments that Keras's training loop passes to a model besides its inputs.
 
-    A model whose `call` takes no `training` is called without, so its layers run as in inference.
+    A model whose `call` takes no `training` is called without it, so its layers run as in inference.
     """
     return {"training": True} if model._call_has_training_arg else {}
 
 
 class WholeUpdateOptimizer(keras.optimizers.Optimizer):
-    """Base of optimizers that update all variables at once and decay the weights within their own rule."""
+    """Base class of optimizers that update all variables at once and decay the weights within their own rule."""
 
     # A sum of many terms needs the digits: in bfloat16 256 + 1 is 256.
     float32_slots: tuple[str, ...] = ("gradient_accumulator",)
 
     def add_variable(self, shape: Any, initializer: Any = "zeros", dtype: Any = None, **kwargs: Any) -> keras.Variable:
-        """Add a variable, one of float32 if its name ends in one of `float32_slots`."""
+        """Add a variable, in float32 if its name ends in one of `float32_slots`."""
         if dtype in ("float16", "bfloat16") and (kwargs.get("name") or "").endswith(self.float32_slots):
             dtype = "float32"
         return super().add_variable(shape, initializer, dtype, **kwargs)
 
     def prepared(self, gradient: Tensor, variable: Any) -> Tensor:
-        """Return the gradient of a variable as Keras is to unscale, accumulate, clip and reduce it."""
+        """Return the gradient of a variable in the form that Keras unscales, accumulates, clips and reduces."""
         return gradient
 
     def apply(self, grads: Sequence[Tensor | None], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Update the variables, those that the optimizer was built for by default. None is no gradient."""
+        """Update the variables; by default, those that the optimizer was built for. A None means no gradient."""
         variables = None if trainable_variables is None else list(trainable_variables)
         grads, known = list(grads), self._trainable_variables if variables is None else variables
         if len(grads) == len(known):  # else Keras says so
@@ -68,7 +68,7 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
     def stateless_apply(
         self, optimizer_variables: Sequence[Tensor], grads: Sequence[Tensor], trainable_variables: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the new weights and optimizer variables. Without weights there was nothing to build, or to update."""
+        """Return the new weights and optimizer variables. Without weights there is nothing to build or update."""
         if not self.built and not trainable_variables:
             return [], list(optimizer_variables)
         return super().stateless_apply(optimizer_variables, grads, trainable_variables)
@@ -121,7 +121,7 @@ def _at_least_float32(tensor: Tensor | None) -> Tensor | None:
 
 
 def variable_index(optimizer: keras.optimizers.Optimizer, variable: Any) -> int:
-    """Return the position of a variable, Keras's or the backend's own, among the optimizer's."""
+    """Return the position of a variable, of Keras or of the backend, among the optimizer's variables."""
     return optimizer._get_variable_index(variable)
 
 
@@ -131,7 +131,7 @@ def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Var
 
 
 def clip_gradients(optimizer: keras.optimizers.Optimizer, gradients: list[Tensor]) -> list[Tensor]:
-    """Return the gradients clipped as `clipnorm`, `global_clipnorm` or `clipvalue` ask."""
+    """Return the gradients, clipped by `clipnorm`, `global_clipnorm` or `clipvalue`."""
     return optimizer._clip_gradients(gradients)
 
 
@@ -151,7 +151,7 @@ def update_ema(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def ema_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable | None]:
-    """Return the EMA of each of the optimizer's variables, in their order; None for those that are overwritten."""
+    """Return the EMA of each of the optimizer's variables, in their order; None for overwritten variables."""
     return optimizer._model_variables_moving_average
 
 
@@ -161,12 +161,12 @@ def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
 
 
 def layers_of(model: keras.Model, include_self: bool = True) -> list[keras.layers.Layer]:
-    """Return all layers of a model, those inside of layers included."""
+    """Return all layers of a model, including layers inside layers."""
     return list(model._flatten_layers(include_self=include_self, recursive=True))
 
 
 def own_trainable_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Return the trainable variables that a layer has itself, without those of its sublayers."""
+    """Return a layer's own trainable variables, without those of its sublayers."""
     return layer._trainable_variables
 
 
@@ -176,7 +176,7 @@ def has_autocast(variable: keras.Variable) -> bool:
 
 
 def backend_value(variable: keras.Variable) -> Any:
-    """Return the array that a variable holds, ignoring scopes."""
+    """Return the array that a variable holds, whatever scope is in force."""
     return variable._value
 
 
@@ -186,7 +186,7 @@ def set_backend_value(variable: keras.Variable, value: Any) -> None:
 
 
 def output_tensors(layer: keras.layers.Layer) -> list[Any]:
-    """Return the symbolic outputs of a layer, for each of its calls in functional models."""
+    """Return the symbolic outputs of a layer, from each of its calls in functional models."""
     return [tensor for node in layer._inbound_nodes for tensor in node.output_tensors]
 
 
@@ -196,7 +196,7 @@ def has_keras_moments(layer: keras.layers.Layer) -> bool:
 
 
 def replace_moments(layer: keras.layers.BatchNormalization, moments: Moments) -> None:
-    """Let a layer compute its batch statistics by `moments(inputs, mask)`, until `restore_moments`."""
+    """Make a layer compute its batch statistics by `moments(inputs, mask)`, until `restore_moments`."""
     layer._moments = moments
 
 
@@ -222,8 +222,8 @@ _threads = threading.local()
 def losses_of_one_replica() -> Iterator[None]:
     """Temporarily compute losses, in this thread, as on one device.
 
-    Under `tf.distribute` Keras divides a part of them by the number of replicas: its own losses, but not what an
-    overridden `compute_loss` adds.
+    Under `tf.distribute` Keras divides its own losses by the number of replicas, but not what an overridden
+    `compute_loss` adds.
     """
     module = sys.modules[keras.losses.Loss.__module__]
     for name in ("scale_loss_for_distribution", "unscale_loss_for_distribution"):
@@ -248,9 +248,9 @@ def _unless_of_one_replica(scaling: Callable[[Tensor], Tensor]) -> Callable[[Ten
 
 @contextlib.contextmanager
 def recorded_masks() -> Iterator[list[Tensor | None]]:
-    """Record, in this thread, the mask of each mean that a loss takes over the entries of a batch; None without one.
+    """Record, in this thread, the mask of each mean that a loss takes over the entries of a batch; None if unmasked.
 
-    It is the mask of the predictions, or that of `ignore_class`, or both. Keras divides the mean by its valid entries.
+    The mask comes from the predictions, from `ignore_class`, or from both. Keras divides by its valid entries.
     """
     module: Any = sys.modules[keras.losses.Loss.__module__]
     if not hasattr(module.apply_mask, "of_keras"):
@@ -281,13 +281,13 @@ def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
 
 
 def single_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """Return all metrics of a built model, those given to `compile` one by one."""
+    """Return all metrics of a built model; the metrics given to `compile` come one by one."""
     compiled = model._compile_metrics
     return [m for m in model.metrics if m is not compiled] + (compiled.metrics if compiled else [])
 
 
 def metric_function(metric: keras.metrics.Metric) -> Callable[..., Tensor] | None:
-    """Return the function or loss that a metric is the mean of; None if it is no `MeanMetricWrapper`."""
+    """Return the function or loss whose mean a metric is; None if it is not a `MeanMetricWrapper`."""
     return metric._fn if isinstance(metric, keras.metrics.MeanMetricWrapper) else None
 
 
@@ -300,12 +300,12 @@ def layer_losses(model: keras.Model) -> list[tuple[str, Tensor]]:
 
 
 def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any, *, training: bool) -> Tensor:
-    """Return the model's loss, as Keras's steps call for it: with `training` only if an override takes it."""
+    """Return the model's loss, called as Keras's steps do: with `training` only if an override takes it."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
 def compiled_parts(model: keras.Model) -> list[Any]:
-    """Return the objects that `model.compile` makes or takes: optimizer, its rate, loss and metrics."""
+    """Return the objects that `model.compile` makes or takes: optimizer, learning rate, loss and metrics."""
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     return [model.optimizer, inner._learning_rate, model._compile_loss, model._compile_metrics]
 

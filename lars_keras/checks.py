@@ -8,7 +8,7 @@ import numpy as np
 
 
 def as_number(value: Any) -> Any:
-    """Return a Python number for a scalar of NumPy, TensorFlow, JAX or torch, and any other value as it is."""
+    """Return a scalar of NumPy, TensorFlow, JAX or torch as a Python number, and any other value unchanged."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     try:
@@ -30,7 +30,7 @@ def check_number(argument: str, value: Any, below: float = math.inf, above: floa
         above: the number must be more than this; at least 0 by default.
 
     Raises:
-        ValueError: if it is no number or out of range.
+        ValueError: if it is not a number, or out of range.
     """
     number = as_number(value)
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
@@ -47,10 +47,10 @@ def check_count(argument: str, value: Any, at_least: int = 0) -> int:
     Args:
         argument: its name, for the message.
         value: a whole number of Python, NumPy or a backend.
-        at_least: the least that is allowed.
+        at_least: the least allowed value.
 
     Raises:
-        ValueError: if it is no whole number or too small.
+        ValueError: if it is not a whole number, or too small.
     """
     number = as_number(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < at_least:
@@ -66,7 +66,7 @@ def check_flag(argument: str, value: Any) -> bool:
         value: a bool of Python, NumPy or a backend.
 
     Raises:
-        ValueError: if it is no bool.
+        ValueError: if it is not a bool.
     """
     flag = as_number(value)
     if not isinstance(flag, bool):

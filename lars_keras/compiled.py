@@ -1,7 +1,7 @@
-"""An optimizer's whole update as one compiled program, made of the optimizer's own rule.
+"""Compile an optimizer's whole update, from its own rule, into one program.
 
-Operation by operation, an update reads and writes every weight many times. Compiled, it reads weights and gradients
-once for the norms and once for the step, and the new weights take the place of the old.
+Operation by operation, an update reads and writes every weight many times. A compiled update reads weights and
+gradients once for the norms and once for the step, and writes the new weights over the old ones.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _tracing = contextvars.ContextVar("tracing", default=False)
 
 
 def has_accelerator() -> bool:
-    """Return whether TensorFlow has a GPU or TPU, of this machine or of those that it is connected to."""
+    """Return whether TensorFlow has a GPU or TPU, on this machine or on one that it is connected to."""
     import tensorflow as tf
 
     return any(device.device_type in ("GPU", "TPU") for device in tf.config.list_logical_devices())
@@ -52,9 +52,9 @@ def being_traced(tensors: Sequence[Tensor]) -> bool:
 
 
 def recomputed(*tensors: Tensor) -> Sequence[Tensor]:
-    """Return the same tensors, so that XLA recomputes from them what it has computed from the originals.
+    """Return the same tensors in a form for which XLA repeats computations that it made on the originals.
 
-    On a CPU it would otherwise keep an expensive intermediate in memory, as large as the weights.
+    On a CPU, XLA would otherwise keep an expensive intermediate in memory, as large as the weights.
     """
     if not _tracing.get():
         return tensors
@@ -62,10 +62,10 @@ def recomputed(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 def rounded(x: Tensor, dtype: str) -> Tensor:
-    """Return `x` rounded to `dtype`, in its own dtype.
+    """Return `x` rounded to `dtype`, in the dtype of `x`.
 
-    XLA may leave a rounding out. It then computes from the old values, which it copies, in place of those that it has
-    just written.
+    XLA may drop a rounding. It then computes from a copy of the old values, not from the values that it has just
+    written.
     """
     if keras.backend.standardize_dtype(x.dtype) == dtype:
         return x
@@ -74,10 +74,10 @@ def rounded(x: Tensor, dtype: str) -> Tensor:
 
 
 class CompiledUpdate:
-    """A step of every variable, through XLA on the TensorFlow backend.
+    """Updates every variable, through XLA on the TensorFlow backend.
 
-    On other backends, and where XLA cannot serve, it is a loop over the variables. Under `jax.jit` that is one program
-    as well.
+    On other backends, and where XLA cannot be used, it is a loop over the variables. Under `jax.jit` this loop is one
+    program, too.
 
     Args:
         step: updates one variable and its slots in place, and may return tensors.
@@ -106,8 +106,8 @@ class CompiledUpdate:
             slots: the slots of each variable.
             roles: the role of each variable.
             scalars: tensors that change from update to update.
-            measure: as `step` takes it.
-            constants: values that are compiled in: others make another program, which takes the place of this one.
+            measure: passed to `step`.
+            constants: values that are compiled in. Other values compile another program, which replaces this one.
 
         Returns:
             The tensors that `step` returns, in the order of the variables.

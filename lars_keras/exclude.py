@@ -24,7 +24,7 @@ layer decides nothing: the kernel of a `Dense` layer called `prenorm` is adapted
 # Defaults of optimizers that were saved before; they may match nothing, too.
 _FORMER_DEFAULTS = (r"(^|/)(bias|beta|gamma|alpha)$", r"norm(alization)?(_\d+)?/[^/]+$")
 
-# A variable of a normalization layer, by its own name or that of its layer.
+# A variable of a normalization layer, by its own name or the name of its layer.
 _NORMALIZATION = re.compile(r"(^|/)(beta|gamma|scale)$|norm[^/]*/[^/]+$", re.IGNORECASE)
 
 Matches = dict[str, Any]
@@ -32,7 +32,7 @@ Matches = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class VariableRole:
-    """The role of one variable in the optimizer: a row of `layer_plan()`.
+    """Describes the role of one variable in the optimizer: a row of `layer_plan()`.
 
     Attributes:
         path: `keras.Variable.path`.
@@ -52,7 +52,7 @@ class VariableRole:
 
     @property
     def normalizes(self) -> bool:
-        """Return whether the variable is a scale or an offset of a normalization layer, as far as its path tells."""
+        """Return whether the path of a variable says that it is a scale or an offset of a normalization layer."""
         return not self.adapt and _NORMALIZATION.search(self.path) is not None
 
 
@@ -60,7 +60,7 @@ def check_patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
     """Return `patterns` as a tuple of valid regular expressions.
 
     Raises:
-        ValueError: for None or a lone string, an entry that is no string, or an invalid regular expression.
+        ValueError: for None or a lone string, an entry that is not a string, or an invalid regular expression.
     """
     if isinstance(patterns, str) or not isinstance(patterns, Iterable):
         raise ValueError(
@@ -94,9 +94,9 @@ def resolve_roles(
     Args:
         variables: trainable variables of the model.
         matches: "patterns" of `match_patterns`, for the patterns of all three arguments.
-        exclude: patterns, as the other two are: see `LARS`.
-        exclude_from_layer_adaptation: None where `exclude` holds.
-        exclude_from_weight_decay: None where `exclude` holds.
+        exclude: patterns; see `LARS`.
+        exclude_from_layer_adaptation: patterns; None to use `exclude`.
+        exclude_from_weight_decay: patterns; None to use `exclude`.
     """
     no_adapt = exclude if exclude_from_layer_adaptation is None else exclude_from_layer_adaptation
     no_decay = exclude if exclude_from_weight_decay is None else exclude_from_weight_decay
@@ -115,16 +115,17 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
     Args:
         variables: trainable variables of a model.
         patterns: regular expressions, and `"rank<=1"`.
-        saved: what was returned for the model before it was saved. A loaded model may have other paths: Keras leaves
-            out the name of a `Sequential`, and numbers layers anew. A pattern matches the variables that it matched
-            before: by path if all are known, else by position if all names and shapes are the same.
+        saved: the result for the model before it was saved. A loaded model may have other paths: Keras leaves out the
+            name of a `Sequential`, and numbers layers anew. A pattern matches the variables that it matched before: by
+            path if all are known, else by position if all names and shapes are the same.
 
     Returns:
-        For JSON: under "variables" the path and shape of each, under "patterns" the positions that each matches.
+        Values for JSON: "variables" has the path and shape of each variable, "patterns" the positions that each pattern
+        matches.
 
     Raises:
-        ValueError: if a pattern that is neither saved nor one of `DEFAULT_EXCLUDE` matches no variable. If it is saved,
-            its layers may be frozen by now, and this only warns.
+        ValueError: if a pattern that is neither saved nor one of `DEFAULT_EXCLUDE` matches no variable. The layers of a
+            saved pattern may be frozen by now, so it only warns.
     """
     paths = [_path(v) for v in variables]
     layout = [[path, list(v.shape)] for path, v in zip(paths, variables, strict=True)]

@@ -33,12 +33,12 @@ def local_path(path: str | os.PathLike[str], argument: str) -> Path:
 
 
 def printable(text: str) -> str:
-    r"""Return a name as text that any stream takes: bytes that are not UTF-8 become `\xe9`."""
+    r"""Return a name as text that any stream accepts: bytes that are not UTF-8 become `\xe9`."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes for people: `"12.3 GB"`, `"8.5 MB"`."""
+    """Return a number of bytes as text for people: `"12.3 GB"`, `"8.5 MB"`."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
@@ -58,9 +58,9 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Give a path to write to, in the same folder, whose file takes the place of `path` at the end.
+    """Give a path to write to, in the same folder, and rename its file to `path` at the end.
 
-    A kill leaves the old file or the new one. A temporary file that it leaves is overwritten the next time.
+    A kill leaves the old file or the new one. It may leave the temporary file, which the next write overwrites.
 
     Args:
         path: the file, in an existing folder. An address (`gs://...`) is written directly.

@@ -17,7 +17,7 @@ from lars_keras.trust_ratio import Tensor, l2_norm, trust_ratio
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class LAMB(LayerwiseOptimizer):
-    """Adam that gives the step of each variable, weight decay included, the length of that variable.
+    """Adam that scales the step of each variable, weight decay included, to the norm of the variable.
 
     With weights `w`, gradient `g`, weight decay `b`, update `t` = 1, 2, ... and L2 norms over one variable:
 
@@ -27,8 +27,8 @@ class LAMB(LayerwiseOptimizer):
         w -= lr ||w|| / ||r|| * r
 
     The ratio is 1 where either norm is 0. Arithmetic and norms are float32 whatever the variable's dtype (float64 for
-    float64 variables), and so is the second moment. The first has the variable's dtype. The weights move by the moments
-    as they are stored.
+    float64 variables), and so is the second moment. The first moment has the variable's dtype. The weights move by the
+    moments as they are stored.
 
     Source: You et al. 2019, arXiv 1904.00962, algorithm 2, with the identity as its function phi; equal to
     `optax.lamb`. `keras.optimizers.Lamb` subtracts the decay outside the ratio.
@@ -40,10 +40,10 @@ class LAMB(LayerwiseOptimizer):
         epsilon: added to the root of the second moment.
         weight_decay: `b`; None is 0. It acts inside the rule only; 0 does not switch adaptation off.
         bias_correction: divide the moments by `1 - beta^t`, as published; the authors' code for BERT did not.
-        trust_clip: take at most 1 as the ratio, so that the learning rate is a ceiling.
+        trust_clip: limit the ratio to 1, so that the learning rate is a ceiling.
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
-            decayed: they take Adam's step. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and
-            normalization variables and everything of rank 0 or 1. `()` excludes nothing, as `optax.lamb`.
+            decayed, and take Adam's step. The default is `lars_keras.DEFAULT_EXCLUDE`, which matches bias and
+            normalization variables and everything of rank 0 or 1. `()` excludes nothing, as in `optax.lamb`.
         exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
         exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.

@@ -37,19 +37,19 @@ class LARS(LayerwiseOptimizer):
       tensorflow/models and SimCLR with `classic_momentum=False`.
 
     The ratio is 1 where `||w||` is 0, or where the norm of the gradient in the rule is 0. Arithmetic and norms are
-    float32 whatever the variable's dtype (float64 for float64 variables). What is stored has the variable's dtype, and
-    the weights move by the momentum as it is stored.
+    float32 whatever the variable's dtype (float64 for float64 variables). The momentum is stored in the variable's
+    dtype, and the weights move by the momentum as it is stored.
 
     Args:
-        learning_rate: the global rate, a number or a `LearningRateSchedule`. Rates of LARS recipes are large (2 to
-            40), because `trust_coefficient` makes the steps small.
+        learning_rate: the global rate, a number or a `LearningRateSchedule`. Most LARS recipes have a large rate (2 to
+            59), because `trust_coefficient` makes the steps small.
         momentum: `m`, in [0, 1).
         nesterov: look ahead along the momentum. Not supported for `"ratio_on_momentum"`.
         weight_decay: `b`; None is 0. It acts inside the rule only, never as the base class's decoupled decay. Without
-            it the variables are adapted all the same.
+            weight decay the variables are still adapted.
         trust_coefficient: `eta`. The ratio is `eta ||w|| / ||g||` without weight decay.
         epsilon: added to the denominator of the ratio.
-        variant: which of the rules above.
+        variant: one of the rules above.
         trust_clip: apply `min(ratio, lr)` in place of `lr * ratio` (the clip of LARC), so that the
             learning rate is a ceiling. Choose a larger `trust_coefficient` with it (LARC: 0.02).
         exclude: regular expressions searched in `keras.Variable.path`; matching variables are neither adapted nor
@@ -57,9 +57,9 @@ class LARS(LayerwiseOptimizer):
             everything of rank 0 or 1. `()` excludes nothing, as the paper does.
         exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
         exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
-        excluded_lr_scale: factor on the learning rate of variables that are not adapted. Without it they take the raw
-            global rate: 1 is what the published recipes for ResNet-50 do, whose convolutions have batch normalization.
-            Biases of networks without normalization need 0.05 or lower; `build` warns of a high rate there.
+        excluded_lr_scale: factor on the learning rate of variables that are not adapted. At 1 they take the raw global
+            rate, as in the published recipes for ResNet-50, whose convolutions have batch normalization. Biases of
+            networks without normalization need 0.05 or lower; `build` warns of a high rate there.
         name: name of the optimizer, `lars`, `lars_1`, ... by default.
         **kwargs: arguments of `keras.optimizers.Optimizer` (`clipnorm`, `global_clipnorm`, `use_ema`, ...).
 

@@ -1,4 +1,4 @@
-"""The base of LARS and LAMB: roles of the variables, the update as one program, exclusions that are saved."""
+"""Base class of LARS and LAMB: roles of the variables, the update as one program, exclusions that are saved."""
 
 import abc
 import contextlib
@@ -38,16 +38,16 @@ def measuring() -> Iterator[list[Tensor]]:
 
 
 class LayerwiseOptimizer(WholeUpdateOptimizer):
-    """Base of optimizers that scale the step of each variable by a ratio of norms over that variable.
+    """Base class of optimizers that scale the step of each variable by a ratio of norms over that variable.
 
-    A subclass names its `slots`, its `hyperparameters` with the check of each, and states its `rule`. That is called
-    for one variable, in float32 (float64 for float64 variables) whatever the variable's dtype. What is stored has the
-    variable's dtype, except slots that are `float32_slots`.
+    A subclass names its `slots`, names its `hyperparameters` with the check of each, and states its `rule`. The rule is
+    called for one variable, in float32 (float64 for float64 variables) whatever the variable's dtype. Weights and slots
+    are stored in the variable's dtype, except `float32_slots`.
 
     Args:
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
-        weight_decay: as the rule uses it; never the base class's decoupled decay. None is 0.
-        exclude: see `LARS`, as for the rest.
+        weight_decay: acts inside the rule; never the base class's decoupled decay. None is 0.
+        exclude: see `LARS`.
         exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
         exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
@@ -109,10 +109,10 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         """
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Create the slots of each variable and resolve the exclusions. Without variables there is nothing to build.
+        """Create the slots of each variable and resolve the exclusions. Do nothing without variables.
 
         Raises:
-            ValueError: if a pattern given by the user matches no variable; if a variable is complex.
+            ValueError: if a pattern that the user gave matches no variable; if a variable is complex.
         """
         if self.built or not variables:  # Keras builds with none when it loads a legacy .h5 file
             return
@@ -133,7 +133,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         warn_of_raw_rate(self._roles, self._peak_rate, self.excluded_lr_scale)
 
     def layer_plan(self) -> list[VariableRole]:
-        """Return one row per trainable variable: path, shape, dtype, whether it is adapted and decayed, its lr factor.
+        """Return a row per trainable variable: path, shape, dtype, whether adapted and decayed, learning rate factor.
 
         The factor is 0 for the scales and histories of float8 layers: Keras overwrites them, and no rule moves them.
 
@@ -147,17 +147,17 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     def update(
         self, gradients: Sequence[Tensor], variables: Sequence[Any], learning_rate: Tensor, measure: bool = False
     ) -> list[Tensor]:
-        """Apply the rule to all `variables`, as one compiled program where that can be.
+        """Apply the rule to all `variables`, as one compiled program where possible.
 
         Args:
             gradients: gradients of each variable; under `tf.distribute` already summed over the replicas.
-            variables: the optimizer's, or the backend's own that belong to them.
+            variables: the optimizer's variables, or the backend variables behind them.
             learning_rate: scalar, the global rate.
-            measure: return what `MEASURES` names.
+            measure: return the values that `MEASURES` names.
 
         Returns:
             If measured, a float32 vector for each variable: norms of the weights before the update and of the gradient,
-            trust ratio, and effective rate, which is the ratio times the rate of that variable. Else an empty list.
+            trust ratio, and effective rate (the ratio times the rate of that variable). Else an empty list.
         """
         self._is_traced = being_traced(gradients) or getattr(self, "_is_traced", False)
         indices = [variable_index(self, v) for v in variables]
@@ -203,9 +203,9 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     def prepared(self, gradient: Tensor, variable: Any) -> Tensor:
         """Return a dense gradient of known shape.
 
-        TensorFlow's gradient of an Embedding and JAX's BCOO are sparse, that of a `tf.numpy_function` has no shape.
-        Momentum and decay move every row anyway. The sum adds up repeated rows, which Keras's clipping would take for
-        rows of their own. It is one of float32 (or float64): in bfloat16 a sum of ones stays at 256.
+        TensorFlow's gradient of an Embedding and JAX's BCOO are sparse; the gradient of a `tf.numpy_function` has no
+        shape. Momentum and decay move every row anyway. Repeated rows are added up, because Keras's clipping would
+        treat them as different rows. The sum is in float32 (or float64): in bfloat16 a sum of ones stays at 256.
         """
         of_jax = hasattr(gradient, "todense")
         if not of_jax and not hasattr(gradient, "dense_shape"):
@@ -279,19 +279,19 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy of nested dictionaries and lists, without the trackers that Keras and TensorFlow make of them."""
+    """Return a copy of nested dictionaries and lists, without the trackers in which Keras and TensorFlow wrap them."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> None:
-    """Warn if biases of a network without normalization take a rate that no trust ratio makes smaller.
+    """Warn if biases of a network without normalization take a high rate that no trust ratio makes smaller.
 
-    Variables that are not adapted move by the global rate, which is meant for a trust coefficient of 1e-3. Beside
+    Variables that are not adapted move by the global rate, which is meant for a trust coefficient of 1e-3. With
     normalization layers that trains well: the published recipes for ResNet-50 do so at rates of 10 to 25. Without
-    them, a small convolutional network on digits stays at chance at peak rates of 8 and 14. It reaches 92 % at 4, and
-    at 14 with a factor of 0.05.
+    normalization layers, a small convolutional network on digits stays at chance at peak rates of 8 and 14. It reaches
+    92 % at 4, and at 14 with a factor of 0.05.
     """
     raw_rate = peak_rate * excluded_lr_scale
     excluded = [role.path for role in roles if not role.adapt and role.lr_scale]
@@ -336,7 +336,7 @@ def _check_learning_rate(value: Any) -> Any:
 
 
 def _peak_of(learning_rate: Any) -> float:
-    """Return the highest rate of a number or of a schedule that says it, else 0."""
+    """Return the highest rate of a number, or of a schedule that tells it, else 0."""
     names = ("peak", "warmup_target", "initial_learning_rate")
     given = [as_number(learning_rate), *(getattr(learning_rate, name, None) for name in names)]
     steps = getattr(learning_rate, "values", ())  # of PiecewiseConstantDecay; a dict, a saved config, has a method

@@ -1,4 +1,4 @@
-"""A metric that saved models refer to. `import lars_keras` registers it, so that they load."""
+"""A metric that saved models refer to. `import lars_keras` registers it, so that these models load."""
 
 from typing import Any
 

@@ -25,10 +25,10 @@ BLOCKS = 20  # of updates; the jackknife leaves out one at a time
 
 @dataclasses.dataclass(frozen=True)
 class NoiseScale:
-    """An estimate of the noise scale, in examples.
+    """Holds an estimate of the noise scale, in examples.
 
     Attributes:
-        value: the estimate; infinite where no gradient stands out of the noise, 0 where there is no noise.
+        value: the estimate; infinite if the noise hides the gradient, 0 if there is no noise.
         low: lower end of the confidence interval; may be infinite.
         high: upper end of the confidence interval; may be infinite.
         gradient: mean of `|G|^2` over the updates.
@@ -51,9 +51,9 @@ class NoiseScale:
         return 1.0 / (1.0 + batch_size / self.value) if self.value else 0.0
 
     def gain(self, small: int, large: int) -> float:
-        """Return AdaScale's gain: the updates at batch `small` that one update at batch `large` is worth.
+        """Return AdaScale's gain: how many updates at batch size `small` one update at batch size `large` is worth.
 
-        It is 1 where there is no noise, and `large / small` where there is nothing else.
+        The gain is 1 if there is no noise, and `large / small` if there is only noise.
 
         Source: Johnson, Agrawal, Gu and Guestrin 2020, arXiv 2007.05105, equation 4.
         """
@@ -66,7 +66,7 @@ class NoiseScale:
 
         Args:
             batch_size: batch size of the run.
-            epoch: when it was measured.
+            epoch: epoch of the measurement.
         """
         if not math.isfinite(self.low):
             return f"At epoch {epoch:.3g} the noise scale could not be bounded: no gradient stands out of the noise."
@@ -104,11 +104,11 @@ class NoiseScaleEstimator:
     ```
 
     Args:
-        ghost_batch_size: `b`, examples whose gradients are averaged first.
+        ghost_batch_size: `b`, examples of a ghost batch, whose gradients are averaged first.
         batch_size: `B`, examples of an update.
 
     Raises:
-        ValueError: if an update has one ghost batch only.
+        ValueError: if an update has only one ghost batch.
     """
 
     def __init__(self, ghost_batch_size: int, batch_size: int):
@@ -121,7 +121,7 @@ class NoiseScaleEstimator:
         return len(self._ghost)
 
     def add(self, ghost: Sequence[float] | np.ndarray, mean: Sequence[float] | np.ndarray) -> None:
-        """Add an update; one with a value that is not finite is left out.
+        """Add an update. Ignore it if a value is not finite.
 
         Args:
             ghost: `g_b` of each variable, shape `(variables,)`.
@@ -172,7 +172,7 @@ class NoiseScaleEstimator:
 
 
 def unbiased(ghost: np.ndarray, mean: np.ndarray, b: int, B: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return unbiased estimates of `|G|^2` and of `S`, see the module.
+    """Return unbiased estimates of `|G|^2` and of `S`; see the docstring of the module.
 
     Args:
         ghost: `g_b`, any shape.
@@ -186,7 +186,7 @@ def unbiased(ghost: np.ndarray, mean: np.ndarray, b: int, B: int) -> tuple[np.nd
 def ratio_with_interval(gradient: np.ndarray, noise: np.ndarray, confidence: float = 0.95) -> NoiseScale:
     """Return the ratio of two means, with a jackknife interval over blocks of updates.
 
-    The interval is that of the inverse ratio `|G|^2 / S`, whose denominator stands clear of 0.
+    The interval is computed for the inverse ratio `|G|^2 / S`, whose denominator is far from 0.
 
     Args:
         gradient: `|G|^2` of each update, shape `(updates,)`.

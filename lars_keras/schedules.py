@@ -1,6 +1,6 @@
 """Warm-up, decay and scaling of the learning rate, counted in optimizer updates.
 
-Steps are optimizer updates, from 0. Keras's own optimizers count micro-batches with `gradient_accumulation_steps`.
+Steps are optimizer updates, from 0. With `gradient_accumulation_steps`, Keras's own optimizers count micro-batches.
 """
 
 import abc
@@ -41,7 +41,7 @@ class _Warmup(keras.optimizers.schedules.LearningRateSchedule, abc.ABC):
 
 
 class _WarmupTo(_Warmup):
-    """A decay from `peak` to `end` that takes `total_updates - warmup_updates` updates."""
+    """Decays from `peak` to `end` in `total_updates - warmup_updates` updates."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class _WarmupTo(_Warmup):
             )
 
     def left(self, t: Any) -> Any:
-        """Return the fraction of the decay that is still to come: 1 after the warm-up, 0 at the end."""
+        """Return the fraction of the decay that is left: 1 after the warm-up, 0 at the end."""
         return 1.0 - ops.minimum(t / (self.total_updates - self.warmup_updates), 1.0)
 
     def get_config(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class WarmupCosine(_WarmupTo):
 
 @keras.saving.register_keras_serializable(package="lars_keras")
 class WarmupExponential(_WarmupTo):
-    """`peak * (end / peak) ** x` after a linear warm-up: the same factor every update, a geometric decay.
+    """`peak * (end / peak) ** x` after a linear warm-up: a geometric decay, with the same factor every update.
 
     Args:
         peak: highest rate, above 0.
@@ -155,8 +155,8 @@ class WarmupStep(_Warmup):
     Args:
         peak: highest rate.
         warmup_updates: length of the warm-up; 0 for none.
-        boundaries: updates, rising, from which on the rate is multiplied by `factor` once more; counted from the
-            start of training. None may lie within the warm-up.
+        boundaries: updates, in rising order, at which the rate is multiplied by `factor` once more; counted from the
+            start of training. No boundary may lie within the warm-up.
         factor: in (0, 1].
         start: rate from which the warm-up rises.
 
@@ -202,15 +202,15 @@ def duration_in_updates(duration: str | int | float, *, batch_size: int, num_exa
 
     Args:
         duration: `"5 epochs"`, `"100 steps"` (updates), `"1e6 examples"`, or a number of updates.
-        batch_size: global batch.
+        batch_size: global batch size.
         num_examples: examples in an epoch.
 
     Returns:
-        The smallest number of updates that covers the duration: a new batch size needs no other edit of a recipe.
+        The smallest number of updates that covers the duration. So a recipe with a new batch size needs no other edit.
 
     Raises:
         ValueError: for a text of another form, a negative number or a fraction of a step; if `batch_size` or
-            `num_examples` is no whole number above 0.
+            `num_examples` is not a whole number above 0.
     """
     batch_size = check_count("batch_size", batch_size, at_least=1)
     num_examples = check_count("num_examples", num_examples, at_least=1)

@@ -1,4 +1,4 @@
-"""The trust ratio: one pure function, its edge rules stated once, and the norms it is made of."""
+"""The trust ratio: one pure function with its edge rules, and the norms that it takes."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ def l2_norm(x: Tensor, expensive_input: bool = False) -> Tensor:
 
 
 def _sum_of_squares(x: Tensor, rows: int, lanes: int = 8) -> Tensor:
-    """Sum the squares of `x` in one read of it, without a copy of them.
+    """Sum the squares of `x` in one read of it, without storing them.
 
     XLA may not reassociate a sum of floats. On a CPU, TensorFlow's XLA then either stores all the squares or adds them
     one by one, at a fifth of the speed of memory. But it unrolls short sums, and runs along the last axis in vector
-    registers. So this adds `rows` neighboring vectors of `lanes` first. It then adds those sums, which are `rows`
-    times fewer. That order is also more exact. XLA fuses at most 32 rows and unrolls a longer expression less. Other
-    compilers do as much by themselves.
+    registers. So this function first adds `rows` neighboring vectors of `lanes`, then adds these sums, which are `rows`
+    times fewer. This order is also more exact. XLA fuses at most 32 rows and unrolls a longer expression less. Other
+    compilers do the same by themselves.
     """
     if keras.backend.backend() != "tensorflow" or compiled.has_accelerator():
         return ops.sum(ops.square(x))
@@ -58,7 +58,7 @@ def trust_ratio(
     Args:
         weight_norm: scalar, `||w||`.
         rule_norm: scalar, the norm in the denominator that decides whether there is a signal at all:
-            `||g||`, `||g + b w||` or `||v||`, by variant; that of the whole step for LAMB.
+            `||g||`, `||g + b w||` or `||v||`, by variant; for LAMB the norm of the whole step.
         trust_coefficient: eta of the paper.
         epsilon: added to the denominator.
         decay_norm: scalar, `b * ||w||` where the variant adds it to the denominator.

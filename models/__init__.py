@@ -24,7 +24,7 @@ class _Spec(NamedTuple):
 
 
 _SPECS = {
-    # The original's initial values are made for unscaled pixels.
+    # The initial values of the original expect unscaled pixels.
     "alexnet": _Spec(functools.partial(alexnet.alexnet, batch_norm=False), 227, 67, std=1.0),
     "alexnet_bn": _Spec(functools.partial(alexnet.alexnet, batch_norm=True), 227, 67),
     "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
@@ -81,7 +81,7 @@ def get(
         mean: mean of the pixels, on their scale of 0 to 255: a number, or one number per channel. Default 127.5.
         std: standard deviation of the pixels, on the same scale. Default 127.5, but 1 for `"alexnet"`, whose published
             initial values expect unscaled pixels: with another `std` it starts very slowly.
-        sync_batch_norm: whether the batch statistics are those of all replicas; see `models.batch_norm`. Models without
+        sync_batch_norm: whether to take batch statistics over all replicas; see `models.batch_norm`. Models without
             batch normalization ignore it.
         seed: int that determines every layer's initial values and dropout masks, independent of the global random
             state. None uses the global state (`keras.utils.set_random_seed`).
@@ -120,13 +120,14 @@ def get(
 
 
 def adapt(model: keras.Model, images: Callable[[int], np.ndarray]) -> None:
-    """Set the weights that follow from training images, in the models that have some.
+    """Set the weights that are computed from training images.
 
-    These are the whitening kernels of the `fast_cifar` models. Other models are left as they are.
+    These are the whitening kernels of the `fast_cifar` models. Other models have none and are unchanged.
 
     Args:
         model: from `get`.
-        images: returns so many training images, not augmented: uint8 `(n, height, width, channels)`.
+        images: takes a number and returns that many training images, not augmented: uint8 `(n, height, width,
+            channels)`.
     """
     change = _spec(model.name).adapt
     if change:

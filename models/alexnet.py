@@ -14,7 +14,7 @@ from models.lrn import LocalResponseNormalization
 class GroupedConv2D(keras.layers.Conv2D):
     """A `keras.layers.Conv2D` that computes its groups as separate convolutions.
 
-    TensorFlow has no gradient of a grouped convolution on the CPU outside XLA. The kernel stays one variable of shape
+    On the CPU outside XLA, TensorFlow has no gradient of a grouped convolution. The kernel stays one variable of shape
     `(height, width, channels // groups, filters)`, so that an optimizer takes one norm over all groups. Channels are
     last.
     """
@@ -30,8 +30,8 @@ class GroupedConv2D(keras.layers.Conv2D):
 class CentredHeNormal(keras.initializers.HeNormal):
     """A `keras.initializers.HeNormal` that subtracts from each filter its mean over the inputs.
 
-    The inputs of a layer behind a ReLU are positive. The part that all images share outweighs their differences, and
-    does so more in deeper layers. A filter of mean 0 starts without the shared part.
+    The inputs of a layer behind a ReLU are positive. The part that all images share outweighs their differences, the
+    more the deeper the layer. A filter of mean 0 starts without the shared part.
     """
 
     def __call__(self, shape, dtype=None):
@@ -72,7 +72,7 @@ def alexnet(
     normalization, and gives no details. The authors' published network definition (NVCaffe,
     models/alexnet_bn/train_val.prototxt) has batch normalization with scale and shift after each convolution and before
     its ReLU, momentum 0.9, epsilon 1e-4, two groups, dropout 0.5, and convolutions without bias. Our choice: conv5 has
-    no bias either. There it has one, which the normalization cancels.
+    no bias either. In the authors' definition it has one, which the normalization cancels.
     """
     convs = (
         _Conv(96, 11, strides=4, padding="valid"),

@@ -1,6 +1,6 @@
 """Batch normalization that can be synchronized on every backend.
 
-This module only says which layers are synchronized, by the attribute `synchronized`. `lars_keras.training.batch_stats`
+This module only marks the synchronized layers, by the attribute `synchronized`. `lars_keras.training.batch_stats`
 computes the statistics.
 """
 

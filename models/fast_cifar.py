@@ -32,7 +32,7 @@ def fast_cifar(
         x: normalized images.
         num_classes: number of logits.
         seeds: one for each initial value.
-        synchronized: whether batch statistics are those of all replicas.
+        synchronized: whether to take batch statistics over all replicas.
         widths: channels of the three groups.
 
     Returns:

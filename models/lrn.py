@@ -17,7 +17,7 @@ class LocalResponseNormalization(keras.layers.Layer):
     - `"sum"`: `a = alpha`, as in the AlexNet paper and `tf.nn.local_response_normalization`.
     - `"mean"`: `a = alpha / (2 * radius + 1)`, as in Caffe and cuda-convnet.
 
-    The defaults are those of the AlexNet paper: window 5, bias ("k") 2, alpha 1e-4, beta 0.75. Caffe's AlexNet has
+    The defaults come from the AlexNet paper: window 5, bias ("k") 2, alpha 1e-4, beta 0.75. Caffe's AlexNet has
     `bias=1.0, alpha_convention="mean"`. Under a half-precision policy the statistics and the power are float32, and the
     result is cast back to the compute dtype.
 

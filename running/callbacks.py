@@ -21,13 +21,13 @@ from running.resume import BAD_IMAGES
 
 
 class RunCallbacks:
-    """The callbacks of a run, and their part in its results. Of several hosts only the chief shows and logs.
+    """The callbacks of a run, and their part in its results. Only the chief among several hosts shows and logs.
 
     Args:
         config: flags of the run.
-        trainer, data: of the run.
-        run_dir: its folder.
-        chief: true on the host that prints and writes.
+        trainer, data: trainer and data set of the run.
+        run_dir: folder of the run.
+        chief: True on the host that prints and writes.
 
     Attributes:
         progress: the progress bar, with the speed.

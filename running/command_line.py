@@ -1,4 +1,4 @@
-"""From the command line to the exit code."""
+"""Run a program from its command line to its exit code."""
 
 import contextlib
 import dataclasses
@@ -45,8 +45,8 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
 
     Args:
         main: the program.
-        argv: its name, then its flags.
-        usage: begins the text of `--help`.
+        argv: the name of the program, then its flags.
+        usage: the first text of `--help`.
     """
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
 
@@ -85,8 +85,8 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
 def leave(program: Callable[[], int]) -> NoReturn:
     """Run a program, and end the process with the exit code that it returns.
 
-    A process that fails beside others on JAX leaves at once. At an ordinary exit JAX would wait for the others, while
-    they wait in a collective for this one. Where all end in the same way, they wait for each other.
+    On JAX, a process that fails while others run leaves at once. At an ordinary exit JAX would wait for the others,
+    while they wait in a collective for this one. If all processes end in the same way, they wait for each other.
     """
     try:
         code = program()

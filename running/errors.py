@@ -25,7 +25,7 @@ _FLAG_OF_ARGUMENT |= {field.name: field.name for field in dataclasses.fields(Run
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Raise `UsageError` for a refused argument or file: while a run is set up, it is the user's to mend."""
+    """Raise `UsageError` for a refused argument or file: while a run is set up, the user must correct it."""
     try:
         yield
     except (ValueError, OSError) as e:

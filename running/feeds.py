@@ -1,4 +1,4 @@
-"""The examples of a data set as `Trainer` takes them."""
+"""Feed the examples of a data set to `Trainer`."""
 
 import zlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Feed = Callable[..., tf.data.Dataset]
 
 
 def require_same_data(cluster: Cluster, data: ImageData) -> None:
-    """Refuse hosts with different data, of which each takes its rows of a batch. Collective: call it on every host.
+    """Refuse hosts with different data, because each takes its own rows of a batch. Collective: call it on every host.
 
     Raises:
         UsageError: if the fingerprints of the data differ.
@@ -29,7 +29,7 @@ def require_same_data(cluster: Cluster, data: ImageData) -> None:
 def make_feeds(data: ImageData, trainer: Trainer, seed: int) -> tuple[Feed, Feed]:
     """Make functions that return the training and test examples of one host, with one-hot labels.
 
-    An element of either has one ghost batch for each replica.
+    An element of either stream has one ghost batch for each replica.
     """
     element = trainer.replicas * trainer.microbatch_size
 

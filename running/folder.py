@@ -35,8 +35,8 @@ def open_run_dir(config: RunConfig) -> Path:
 
     Raises:
         ValueError: if it is not on a local disk.
-        UsageError: if its name is not UTF-8, if the run in it is finished, or, for `eval_only`, if it holds none or
-            one of another model.
+        UsageError: if its name is not UTF-8, or the run in it is finished. For `eval_only`, if it holds no run, or a
+            run of another model.
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
@@ -60,7 +60,7 @@ def hold_run_dir(path: Path, config: RunConfig) -> Iterator[None]:
     """Hold the folder for this process. A folder with the default name must be new.
 
     Raises:
-        UsageError: if it cannot be written, another process holds it, or its run has been finished in the meantime.
+        UsageError: if it cannot be written, another process holds it, or its run was finished in the meantime.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -74,7 +74,7 @@ def hold_run_dir(path: Path, config: RunConfig) -> Iterator[None]:
 def is_unfinished(path: Path) -> bool:
     """Return True if the newest state of a run is in its checkpoints, not only in `model.keras`.
 
-    The last state is saved before `model.keras`, which a run that goes on keeps until its new end.
+    The last state is saved before `model.keras`. A run that is extended keeps its old `model.keras` until its new end.
     """
     finished = (path / "results.json").is_file() or not any(path.glob("checkpoints/update-*.npz"))
     return not (finished and (path / "model.keras").is_file())
@@ -104,5 +104,5 @@ def write_plan(path: Path, config: RunConfig, plan: Plan, optimizer: keras.optim
 
 
 def all_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that have a part in a run, and the Keras backend."""
+    """Return the versions of Python and of the packages that affect a run, and the Keras backend."""
     return {**versions(_PACKAGES), "keras_backend": keras.backend.backend()}

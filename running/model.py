@@ -1,4 +1,4 @@
-"""The model of a run: made or loaded, and compiled."""
+"""Make or load the model of a run, and compile it."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def scoring(config: RunConfig, data: ImageData) -> dict[str, Any]:
 
 
 def load_model(run_dir: Path) -> keras.Model:
-    """Load the model that a run has saved.
+    """Load the model that a run saved.
 
     Raises:
         UsageError: if the file is damaged.

@@ -32,7 +32,7 @@ OPTIMIZER_FLAGS: dict[str, dict[str, str]] = {
     "trust_epsilon": {"lars": "epsilon"},
     "variant": {"lars": "variant"},
     "trust_clip": {"lars": "trust_clip", "lamb": "trust_clip"},
-    # Not of LAMB: what it does not adapt takes Adam's step, which needs no other rate.
+    # Not for LAMB: variables that it does not adapt take Adam's step, which needs no other rate.
     "excluded_lr_scale": {"lars": "excluded_lr_scale"},
 }
 # The same for schedules.
@@ -54,8 +54,8 @@ def make_schedule(
     """Make a warm-up followed by the decay called `name`.
 
     Args:
-        name: one of `SCHEDULES`. `"step"` multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run: epochs 30, 60 and 80 of the
-            90 of Goyal et al. 2017 (arXiv 1706.02677).
+        name: one of `SCHEDULES`. `"step"` multiplies by 0.1 at 1/3, 2/3 and 8/9 of the run: epochs 30, 60 and 80 of 90
+            in Goyal et al. 2017 (arXiv 1706.02677).
         peak: highest rate.
         warmup_updates: length of the warm-up.
         total_updates: length of the run.

@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers before it starts, and warnings."""
+"""Plan a run: its numbers before it starts, and warnings."""
 
 import dataclasses
 import math
@@ -30,8 +30,8 @@ class Plan:
 
     Attributes:
         rates: the learning rate of each update, float64 of shape `(updates,)`.
-        warnings: settings that are allowed but rarely meant, a sentence each.
-        text: the plan as it is printed before the first step.
+        warnings: settings that are allowed but rarely intended, a sentence each.
+        text: the plan as printed before the first update.
     """
 
     rates: np.ndarray
@@ -52,7 +52,7 @@ def _rates(optimizer: keras.optimizers.Optimizer, updates: int) -> np.ndarray:
 
 
 def _relative_steps(config: RunConfig, rate: np.ndarray) -> np.ndarray:
-    """Return how far an update of LARS moves a layer, relative to its norm, once the momentum has built up."""
+    """Return how far a LARS update moves a layer, relative to its norm, once the momentum has built up."""
     return rate * config.trust_coefficient / (1.0 - config.momentum)
 
 

@@ -27,10 +27,10 @@ MIB = 2**20
 def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, run_dir: Path) -> None:
     """Print plan and sizes, then take two updates, an evaluation, and a save and restore, on synthetic images.
 
-    Nothing is left behind but the copies that --cache=disk made before.
+    It leaves nothing behind. Copies that --cache=disk made before stay.
 
     Raises:
-        UsageError: if something cannot work; it names the flag to change.
+        UsageError: if something cannot work; the message names the flag to change.
     """
     say(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
     place = _nearest_folder(run_dir)
@@ -52,7 +52,7 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
 
 
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:
-    """Return the learning rate at the points that a reader asks for."""
+    """Return the learning rate at the first, last and highest update, and at quarters of the run."""
     total = len(rate)
     points = {f"{part:.0%}": round(part * (total - 1)) for part in (0.25, 0.5, 0.75)}
     points = {"first": 0, "peak": int(rate.argmax()), **points, "last": total - 1}
@@ -78,7 +78,7 @@ def _activation_bytes(model: keras.Model) -> int:
 
 
 def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[str, str]]:
-    """Return the memory of a device by its use, and the size of a checkpoint."""
+    """Return the memory of a device by use, the size of a checkpoint, and the size of an evaluation."""
     model, micro = trainer.model, trainer.microbatch_size
     image = math.prod(data.image_shape)
     batches = math.ceil(data.num_test / (micro * trainer.replicas))
@@ -107,7 +107,7 @@ def _check_disk(config: RunConfig, trainer: Trainer, place: Path) -> None:
     """Check that the disk has room for the run.
 
     Raises:
-        UsageError: if it has not.
+        UsageError: if it has no room.
     """
     # One more checkpoint than are kept, because the new one is written before the old one goes; and the model.
     need = _checkpoint_bytes(trainer) * (config.keep_checkpoints + 2)
@@ -120,7 +120,7 @@ def _check_disk(config: RunConfig, trainer: Trainer, place: Path) -> None:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """Return the folder itself, or the first above it that exists."""
+    """Return the folder itself, or the nearest folder above it that exists."""
     return path if path.is_dir() else _nearest_folder(path.absolute().parent)
 
 

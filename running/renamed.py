@@ -1,6 +1,6 @@
 """Names that flags and checkpoints had in earlier versions, so that older run folders can be resumed.
 
-They are for run folders only. On the command line an earlier name is refused, with today's.
+They are for run folders only. On the command line an earlier name is refused, and the message gives the new one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ METRICS = {"left_out": "masked_examples"}
 
 
 def flag_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines of a `flags.txt`, each `--name=value`, by today's names."""
+    """Return the lines of a `flags.txt`, each `--name=value`, with today's names."""
     renamed = []
     for line in filter(None, map(str.strip, lines)):
         name, equals, value = line.removeprefix("--").partition("=")
@@ -31,7 +31,7 @@ def flag_lines(lines: Iterable[str]) -> list[str]:
 
 
 def checkpoint_metadata(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a checkpoint, by today's names."""
+    """Return the metadata of a checkpoint, with today's names."""
     flags = _renamed(info["flags"], FLAGS)
     flags |= {name: new for (name, old), new in VALUES.items() if flags.get(name) == old}
     position = _renamed(info["position"], POSITION)

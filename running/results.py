@@ -25,17 +25,17 @@ def final_scores(history: keras.callbacks.History) -> dict[str, float]:
 def write_results(
     run_dir: Path, scores: dict[str, float], updates: int, callbacks: RunCallbacks, rollbacks: list[dict[str, Any]]
 ) -> Path:
-    """Write the report, then `results.json`: the last scores, what was measured, and the versions of everything.
+    """Write the report, then `results.json`: the last scores, the measurements, and the versions of packages.
 
-    A folder with `results.json` is finished, so it is the last file of a run. A run that is killed before writes all
-    of them again.
+    A folder with `results.json` is finished, so this is the last file that a run writes. A run that is killed before
+    writes all of its last files again.
 
     Args:
         run_dir: folder of the run.
         scores: scores of the last evaluation.
         updates: number of updates of the whole run.
-        callbacks: callbacks of the run, which have measured it.
-        rollbacks: what was undone.
+        callbacks: callbacks of the run, which measured it.
+        rollbacks: the rollbacks of the run.
 
     Returns:
         The path of the report.
@@ -71,7 +71,7 @@ def scores_line(values: dict[str, float], num_test: int) -> str:
 
 @contextlib.contextmanager
 def report_of_failure(run_dir: Path, log: MetricsLog, write: bool) -> Iterator[None]:
-    """Log why its own numbers or data end a run, and write the report."""
+    """Log why a run ends because of its numbers or its data, and write the report."""
     try:
         yield
     except (Diverged, TooManyUnreadableImages) as e:

@@ -1,14 +1,13 @@
 """Resume an interrupted run, from the first look at its folder to the note in its report.
 
-1. The command line names a folder: `flags_of_run` returns the flags of the run in it, on top of which those of the
-   command line are parsed, so that `train.py --run_dir=RUN` is enough.
+1. The command line names a folder. `flags_of_run` returns the flags of the run in it, and the flags of the command line
+   are parsed on top of them. So `train.py --run_dir=RUN` is enough.
 2. `refuse_finished` refuses a run that has its results.
-3. `RunCheckpoints` finds the newest undamaged checkpoint, by today's names.
-4. `resume` checks that all hosts have found the same one, and that the run would go on exactly as it was started. It
-   restores the trainer, and reads which images were unreadable. Each later checkpoint saves what it returns as
-   `record`.
-5. `lars_keras.report.log.MetricsLog` drops what the log has beyond the checkpoint; `Resumed.notes` are logged, printed
-   with the plan and shown in the report.
+3. `RunCheckpoints` finds the newest undamaged checkpoint, with today's names.
+4. `resume` checks that all hosts found the same checkpoint, and that the run would go on exactly as it was started. It
+   restores the trainer, and reads which images were unreadable. Each later checkpoint saves `Resumed.record`.
+5. `lars_keras.report.log.MetricsLog` drops the lines of the log beyond the checkpoint. `Resumed.notes` are logged,
+   printed with the plan and shown in the report.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ def flags_of_run(run_dir: str) -> list[str]:
     """Return the flags of the run in a folder, one a line; none if there is no run.
 
     Raises:
-        OSError, UnicodeDecodeError: if they cannot be read.
+        OSError, UnicodeDecodeError: if the flags cannot be read.
         UsageError: if the folder is not on a local disk.
     """
     with usage_errors():
@@ -50,16 +49,16 @@ def flags_of_run(run_dir: str) -> list[str]:
 
 
 def config_of_flags(lines: Sequence[str]) -> RunConfig:
-    """Return the flags of a run, as any version has written them, as a `RunConfig`."""
+    """Return the flags of a run, as written by any version, as a `RunConfig`."""
     values, _ = flags.parse(["train.py", "--run_dir=."], lambda _: renamed.flag_lines(lines))
     return dataclasses.replace(flags.read(values), run_dir=None)
 
 
 def refuse_finished(run_dir: Path, config: RunConfig | None = None) -> None:
-    """Refuse a folder whose run is finished, unless the flags ask for another length than it had.
+    """Refuse a folder whose run is finished, unless the flags ask for another length.
 
     Raises:
-        UsageError: if it is.
+        UsageError: if the run is finished.
     """
     if not (run_dir / "results.json").exists():
         return
@@ -73,10 +72,10 @@ def refuse_finished(run_dir: Path, config: RunConfig | None = None) -> None:
 
 
 def refuse_other_model(run_dir: Path, config: RunConfig) -> None:
-    """Refuse to score a run's model under the name of another one.
+    """Refuse to score a run's model under the name of another model.
 
     Raises:
-        UsageError: if the flags name another model than that of the run in the folder.
+        UsageError: if the flags name another model than the run in the folder has.
     """
     lines = flags_of_run(str(run_dir))
     if lines and config.model != (model := config_of_flags(lines).model):
@@ -84,7 +83,7 @@ def refuse_other_model(run_dir: Path, config: RunConfig) -> None:
 
 
 def _more(config: RunConfig | None) -> str:
-    """Return the flags that extend a run, of which --epochs has no effect beside --steps."""
+    """Return the flags that extend a run; --epochs has no effect beside --steps."""
     length = "epochs" if config is None or config.steps is None else "steps"
     return f"more --{length}, with --allow_inexact_resume where the schedule depends on the length"
 
@@ -97,7 +96,7 @@ def set_results_aside(run_dir: Path, update: int) -> None:
 
 
 class RunCheckpoints(CheckpointManager):
-    """The checkpoints of a run folder, also of one that an earlier version has written."""
+    """The checkpoints of a run folder, even if an earlier version wrote them."""
 
     def __init__(self, run_dir: Path, config: RunConfig):
         super().__init__(
@@ -113,11 +112,11 @@ class RunCheckpoints(CheckpointManager):
 
 @dataclasses.dataclass
 class Resumed:
-    """The begin of a run: anew, or from a checkpoint.
+    """The start of a run: anew, or from a checkpoint.
 
     Attributes:
-        record: is saved with each checkpoint: flags, replicas, backend, fingerprint of the data, and the rollbacks so
-            far.
+        record: values to save with each checkpoint: flags, replicas, backend, fingerprint of the data, and the
+            rollbacks so far.
         notes: sentences for the plan, the log and the report; none for a new run.
         changed: True if the run goes on with other flags or data than the checkpoint's.
     """
@@ -138,8 +137,8 @@ def resume(
     """Restore the trainer from the newest checkpoint, if there is one. A dry run begins at the start.
 
     Raises:
-        UsageError: if the run would not go on exactly as it was started, and that is not allowed; if it is past its
-            end; if the hosts have found different checkpoints.
+        UsageError: if the run would not go on exactly as it was started, and that is not allowed; if the checkpoint is
+            past the end of the run; if the hosts found different checkpoints.
     """
     record = {
         "flags": dataclasses.asdict(config),
@@ -186,10 +185,10 @@ def resume(
 
 @contextlib.contextmanager
 def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed: Any) -> Iterator[None]:
-    """Restore the newest checkpoint of an unfinished run, to be scored as the run would score it; print its update.
+    """Restore the newest checkpoint of an unfinished run, to score it as the run would; print its update.
 
     Raises:
-        UsageError: if there is no undamaged checkpoint, or it is of another model.
+        UsageError: if there is no undamaged checkpoint, or it belongs to another model.
     """
     with usage_errors():
         checkpoint = RunCheckpoints(run_dir, config).latest()
@@ -228,8 +227,8 @@ def _rates(config: RunConfig, num_train: int, updates: int) -> np.ndarray:
 def _changes(config: RunConfig, trainer: Trainer, checkpoint: Checkpoint, data: ImageData) -> list[str]:
     """Return the differences between this run and the one of a checkpoint, a phrase each.
 
-    Another length is no change if it leaves the learning rates of the finished updates as they were. Checkpoints of
-    earlier versions do not know their data.
+    Another length is not a change if the learning rates of the finished updates stay the same. Checkpoints of earlier
+    versions do not have the fingerprint of their data.
     """
     found, before = [], checkpoint.metadata
     length = {name: before["flags"].get(name, getattr(config, name)) for name in ("epochs", "steps")}

@@ -1,4 +1,4 @@
-"""The first import of `train.py` and `compare.py`: settings of TensorFlow, then TensorFlow itself, without its remarks.
+"""First import of `train.py` and `compare.py`: settings of TensorFlow, then TensorFlow itself, without its remarks.
 
 While oneDNN is on, TensorFlow 2.21 says so in four lines, whatever its log level.
 """
@@ -20,7 +20,7 @@ def import_quietly(*modules: str) -> None:
     Another process filters the lines, so a message of an import that aborts is not lost.
 
     Args:
-        *modules: their names, in the order of import.
+        *modules: names of the modules, in the order of import.
     """
     loaded = {"keras", "tensorflow", "jax", "torch"} & sys.modules.keys()
     if loaded or not hasattr(os, "fork"):  # they may have started threads, and a process with threads must not fork

@@ -1,4 +1,4 @@
-"""`--test_views`: the trained model scored on several views of each image."""
+"""Score the trained model on several views of each image, for `--test_views`."""
 
 import models
 from flags.config import RunConfig
@@ -14,7 +14,7 @@ def score_views(config: RunConfig, data: ImageData, trainer: Trainer, test_feed:
     Collective: call it on every host.
 
     Returns:
-        `test_views`, `top1_views`, `top5_views` and `loss_views`; nothing where there is one view.
+        `test_views`, `top1_views`, `top5_views` and `loss_views`; nothing for one view.
     """
     if config.test_views == 1:
         return {}

@@ -36,7 +36,7 @@ class ArrayData(ImageData):
     Args:
         name: name of the data set.
         train: images, uint8 `(n, height, width, channels)`, and integer labels `(n,)`. The images are not copied.
-        test: the same of the test split.
+        test: images and labels of the test split.
         num_classes: number of classes.
         crop_flip: the random crop and flip, such as `pad_crop_flip`. It maps images and draws, float32 `(n, 3)` uniform
             in [0, 1), to images, as arrays and as tensors. None for images that must not be cropped or flipped.
@@ -44,8 +44,8 @@ class ArrayData(ImageData):
         description: one line about the data.
 
     Raises:
-        ValueError: if images are not uint8 of rank 4 and of one shape, if labels are no integers or do not match them,
-            or if the images cannot be augmented in the way asked for.
+        ValueError: if images are not uint8 of rank 4 and of one shape, if labels are not integers or do not match them,
+            or if `augment` does not work with the images.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class ArrayData(ImageData):
 
 
 def _check_split(argument: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
-    """Raise a `ValueError` for arrays of `argument` that are no images and labels."""
+    """Raise a `ValueError` for arrays of `argument` that are not images and labels."""
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(
             f"`{argument}` must have images in a non-empty uint8 array of shape (n, height, width, channels). "

@@ -52,7 +52,7 @@ def pad_crop_flip(
 def shift_flip(images: Array, draws: Array) -> Array:
     """Shift images by up to 2 pixels in each direction, with reflected borders, and flip half of them.
 
-    Source: airbench (Jordan 2024, arXiv 2404.00498). Arguments and result are those of `pad_crop_flip`.
+    Source: airbench (Jordan 2024, arXiv 2404.00498). Arguments and result are as in `pad_crop_flip`.
     """
     return pad_crop_flip(images, draws, pad=2, mode="reflect")
 
@@ -60,8 +60,8 @@ def shift_flip(images: Array, draws: Array) -> Array:
 def alternating(draws: Array, first: Array, epochs: Array) -> Array:
     """Replace the last draw of each example, so that its outcome alternates from epoch to epoch.
 
-    A draw below 1/2 is one outcome, a draw of at least 1/2 the other. The outcome is random in epoch 0. All even epochs
-    repeat it, and all odd epochs have the opposite.
+    A draw below 1/2 is one outcome, and a draw of at least 1/2 the other. The outcome is random in epoch 0. All even
+    epochs repeat it, and all odd epochs have the opposite.
 
     Source: airbench (Jordan 2024, arXiv 2404.00498), section 3.6.
 

@@ -46,7 +46,7 @@ class ImageData(abc.ABC):
         fingerprint: one line that differs for different images, labels or splits, wherever they are stored; empty if
             unknown. A held-out fraction of the training images, an argument of `load`, need not change it.
         reading: one line about how images are read.
-        warnings: what is probably not meant about the data, a sentence each.
+        warnings: properties of the data that are probably mistakes, a sentence each.
         unreadable_images: the unreadable images found so far.
     """
 
@@ -91,8 +91,8 @@ class ImageData(abc.ABC):
             (see `ImageFileData`). Mixed labels are float32 `(batch_size / W, num_classes)`.
 
         Raises:
-            ValueError: if an argument is out of range, if `W` does not divide `batch_size`, or if a worker's rows are
-                odd in number where images are mixed in pairs.
+            ValueError: if an argument is out of range, if `W` does not divide `batch_size`, or if images are mixed in
+                pairs and a worker has an odd number of rows.
         """
         check_arguments(batch_size, shard, seed, first, count)
         kind = self.augment if augment else "none"

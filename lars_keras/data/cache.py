@@ -1,4 +1,4 @@
-"""Caches of encoded images: in memory, or on a local disk in place of a slow disk or a bucket."""
+"""Cache encoded images in memory, or on a local disk in place of a slow disk or a bucket."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK = 2**23  # bytes that are copied at once
 
 
 class InMemory:
-    """Holds the encoded images of a split in memory. They are read once, and not decoded.
+    """Holds the encoded images of a split in memory. Reads them once, and does not decode them.
 
     Args:
         examples: the split.
@@ -130,7 +130,7 @@ def copy_to_local(paths: Sequence[str], root: str, folder: Path) -> list[str]:
 
 
 def _is_copy(path: Path, size: int, mtime: int) -> bool:
-    """Return True for a file of this size and time of change; `mtime` is 0 where a file system does not tell it."""
+    """Return True for a file of this size and time of change; `mtime` is 0 if the file system does not tell it."""
     if not path.is_file():
         return False
     found = path.stat()

@@ -1,4 +1,4 @@
-"""Decoding of images: the crops of training and evaluation, which decode no more pixels than they need."""
+"""Decode images: the crops of training and evaluation, without decoding more pixels than they need."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NUM_DRAWS = 2 * _TRIES + 3  # area and aspect ratio of each try; then row, colum
 def random_crop(image: tf.Tensor, draws: tf.Tensor, size: int) -> tf.Tensor:
     """Decode a random window of an image, resize it, and flip it with probability one half.
 
-    The window covers 8 to 100 % of the image at an aspect ratio between 3/4 and 4/3. The first of ten tries that fits
-    is taken. If none fits, as in a panorama, the first try is cut to the image.
+    The window covers 8 to 100 % of the image at an aspect ratio between 3/4 and 4/3. It is the first of ten tries that
+    fits. If none fits, as in a panorama, the first try is cut to the image.
 
     Source: Szegedy et al. 2014 (arXiv 1409.4842), section 6.
 
@@ -128,8 +128,8 @@ def decode_window(image: tf.Tensor, window_of: Callable[[tf.Tensor], tf.Tensor])
         top, left, height, width = tf.unstack(window_of(tf.shape(pixels)[:2]))
         return pixels[top : top + height, left : left + width]
 
-    # Another format, or a JPEG with tags, which may say that it is turned. What is not inlined is optimized when it is
-    # first used: most data have none, and it takes longer than all the rest.
+    # Another format, or a JPEG with tags, which may say that it is turned. A function that is not inlined is optimized
+    # when it is first used: most data have no such image, and this takes longer than all the rest.
     @functools.partial(tf.function, autograph=False, experimental_attributes={"_noinline": True})
     def uncommon() -> tf.Tensor:
         turn = orientation(image)
@@ -164,7 +164,7 @@ def _is_indexed_bmp(image: tf.Tensor) -> tf.Tensor:
 
 
 def _decode_indexed_bmp(image: tf.Tensor) -> tf.Tensor:
-    """Decode a BMP of one byte a pixel, which TensorFlow takes for gray, by its table of colors."""
+    """Decode a BMP of one byte a pixel by its table of colors; TensorFlow would read it as grayscale."""
     import tensorflow as tf
 
     header, compression, offset = number(image, 14, 4), number(image, 30, 4), number(image, 10, 4)

@@ -1,4 +1,4 @@
-"""Fingerprints of data sets, which tell one from another without reading the images."""
+"""Fingerprint data sets, to tell one from another without reading the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fingerprint(num_train: int, num_test: int, num_classes: int, parts: Iterable
         num_train: number of training images.
         num_test: number of test images.
         num_classes: number of classes.
-        parts: what else tells the data from others.
+        parts: everything else that tells the data from others.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -41,12 +41,12 @@ def array_parts(images: np.ndarray, labels: np.ndarray) -> Iterator[bytes]:
 
 
 def builder_parts(builder: tfds.core.DatasetBuilder, splits: Iterable[str], described: bool) -> Iterator[bytes]:
-    """Yield what the metadata of tensorflow-datasets tells of the splits, wherever the files are.
+    """Yield the metadata that tensorflow-datasets has of the splits, whatever the place of the files.
 
     Args:
         builder: the builder of the prepared data set.
         splits: names of the splits.
-        described: whether the description of the data set tells it from others, as `lars_keras.data.store` writes it.
+        described: whether the description of the data set identifies it, as in data sets of `lars_keras.data.store`.
     """
     yield builder.info.full_name.encode()
     if described:

@@ -32,7 +32,7 @@ class FolderExamples:
     Args:
         paths: the files.
         labels: integer labels `(len(paths),)`.
-        left_out: how many things in the folder are no examples, by reason.
+        left_out: number of things in the folder that are not examples, by reason.
     """
 
     def __init__(self, paths: Sequence[str], labels: np.ndarray, left_out: Mapping[str, int] | None = None):
@@ -60,9 +60,9 @@ class FolderExamples:
         return sum(os.stat(path).st_size for path in self.paths)
 
     def parts(self) -> Iterator[bytes]:
-        """Yield what tells the split from others, wherever it is stored: class, name and label of each file.
+        """Yield values that identify the split wherever it is stored: class, name and label of each file.
 
-        Of the sizes, it takes those of up to 32,768 files, evenly over their order.
+        The sizes of up to 32,768 files, spread evenly over their order, are included.
 
         Raises:
             OSError: if a file is gone.
@@ -88,12 +88,13 @@ def read_folder(
     Classes are numbered by the lines of `root/labels.txt` if that file exists, which may list classes without a folder.
     Otherwise they are numbered in the order of their names, as for ImageNet.
 
-    Hidden folders and those of operating systems (`.ipynb_checkpoints`, `__MACOSX`) are no classes, unless `labels.txt`
-    lists them. Hidden files (`._1.jpg`) are no images. `FolderExamples.left_out` counts everything that is no example.
+    Hidden folders and folders of operating systems (`.ipynb_checkpoints`, `__MACOSX`) are not classes, unless
+    `labels.txt` lists them. Hidden files (`._1.jpg`) are not images. `FolderExamples.left_out` counts everything that
+    is not an example.
 
     Args:
         root: the folder, on a local disk.
-        needs_test: whether the test split must have a folder; otherwise it is empty without one.
+        needs_test: whether the test split must have a folder. If False, the split is empty without one.
 
     Returns:
         The training split, the test split, and the classes. A split is ordered by class name, then by file name.
@@ -180,7 +181,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _holds(question: Callable[[], bool]) -> bool:
-    """Ask `DirEntry.is_dir` or `is_file`, which fail for a link to itself."""
+    """Call `DirEntry.is_dir` or `is_file`, which fail for a link to itself."""
     try:
         return question()
     except OSError:
@@ -196,7 +197,7 @@ def _is_hidden_name(folder: str) -> bool:
 
 
 def _reason(name: str) -> str:
-    """Return the reason why a file is no example, by its suffix."""
+    """Return the reason why a file is not an example, by its suffix."""
     suffix = os.path.splitext(printable(name))[1].lower()
     if suffix in _OTHER_IMAGES:
         return f"{suffix} file, which cannot be decoded"

@@ -1,4 +1,4 @@
-"""Data sets of encoded images, in files or records, which are decoded when they are used."""
+"""Data sets of encoded images, in files or records, that are decoded when they are used."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ImageFileData(ImageData):
     Grayscale and CMYK images are converted, and the EXIF orientation is applied.
 
     An unreadable image, and one whose label is not in `range(num_classes)`, is replaced by the mean color with label 0
-    and mask 0. So its loss and score do not count, but the statistics of batch normalization take in the mean color.
+    and mask 0. So its loss and score do not count, but the statistics of batch normalization include the mean color.
     `unreadable_images` records it.
 
     Args:
@@ -61,8 +61,8 @@ class ImageFileData(ImageData):
         fingerprint: as in `ImageData`.
         remote: whether hosts other than this process's make the batches, as for a TPU pod. Such a host runs no Python
             function, so it prints the number of an unreadable image on its own terminal.
-        storage: the form of the images, if they are stored at one size. With `augment="crop_mirror"`, and where they
-            are raw, training takes a random window and evaluation the central window, and nothing is resized.
+        storage: the form of the images, if they are stored at one size. With `augment="crop_mirror"`, or for raw
+            images, training takes a random window and evaluation the central window, and nothing is resized.
 
     Raises:
         ValueError: if `image_size` is not positive; if `augment` or `image_size` does not suit `storage`.

@@ -1,4 +1,4 @@
-"""Data sets by name: those of tensorflow-datasets, and folders of images."""
+"""Load data sets by name: from tensorflow-datasets, or from folders of images."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def load(
             and holds them encoded; `"disk"` copies them once to `cache_dir` on a local disk.
         cache_dir: folder of the copies; None for `~/.cache/lars_keras`.
         remote: whether hosts other than this process's make the batches; see `ImageFileData`.
-        validation_split: fraction of the training images to hold out. They take the place of the test split, for which
-            a folder of images then needs no folder.
+        validation_split: fraction of the training images to hold out. They replace the test split, so a folder of
+            images then needs no folder for it.
 
     Returns:
         The data set.
@@ -220,7 +220,7 @@ def _builder(root: Any, name: str) -> tfds.core.DatasetBuilder:
 
 
 def _check_access(builder: tfds.core.DatasetBuilder, root: Any, name: str, cache: str, remote: bool) -> None:
-    """Raise a `ValueError` where the files cannot be read in the way asked for."""
+    """Raise a `ValueError` if the files cannot be read in the requested way."""
     folder = prepared_dir(root, name)
     if "://" in str(folder) and cache != "disk":
         raise ValueError(
@@ -234,7 +234,7 @@ def _check_access(builder: tfds.core.DatasetBuilder, root: Any, name: str, cache
 
 
 def _originals(name: str) -> int | None:
-    """Return the number of originals of which the training images are copies; see `holdout`."""
+    """Return the number of originals whose copies the training images are; see `holdout`."""
     if name != "digits":
         return None
     from lars_keras.data.digits import NUM_SOURCES

@@ -1,4 +1,4 @@
-"""The orientation of encoded images, by TensorFlow operations only, which hosts without Python can run."""
+"""Read the orientation of encoded images by TensorFlow operations only, which hosts without Python can run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _MOST_SEGMENTS = 4096  # a damaged file must not take minutes
 
 
 def may_be_turned(jpeg: tf.Tensor) -> tf.Tensor:
-    """Return False for a JPEG that has neither EXIF nor XMP, at the cost of a look at its beginning.
+    """Return False for a JPEG that has neither EXIF nor XMP, from a look at its beginning.
 
-    In such a JPEG, tables follow a few application segments and comments, of which none is APP1. The next 2 kB reach
-    the pixels, without a marker of another such segment or comment, whose contents could look like that of the pixels.
+    In such a JPEG, tables follow a few application segments and comments, none of them APP1. The next 2 kB reach the
+    pixels, without the marker of another such segment or comment, whose contents could look like the marker of the
+    pixels.
     """
     import tensorflow as tf
 
@@ -58,8 +59,8 @@ def _end_of_applications(jpeg: tf.Tensor) -> tf.Tensor:
 def orientation(image: tf.Tensor) -> tf.Tensor:
     """Read the orientation of a JPEG, PNG or WebP: int32, 1 to 8. Return 1 if there is none.
 
-    It is the tag 0x0112 of the first directory of the EXIF block, which may be anywhere before the pixels of a JPEG,
-    and in any chunk of a PNG or WebP. Without that tag it is `tiff:Orientation` of the XMP block.
+    The orientation is the tag 0x0112 of the first directory of the EXIF block, which may be anywhere before the pixels
+    of a JPEG, and in any chunk of a PNG or WebP. Without that tag it is `tiff:Orientation` of the XMP block.
 
     Sources: CIPA DC-008-2012 (EXIF 2.3), section 4.6.4; PNG, third edition, section 11.3.3.6; RFC 9649 (WebP), section
     2.7.
@@ -110,7 +111,7 @@ def number(data: tf.Tensor, at: int | tf.Tensor, count: int, little: bool | tf.T
 
 
 def _numbers(digits: tf.Tensor, little: bool | tf.Tensor) -> tf.Tensor:
-    """Return the unsigned numbers, int64, of which the bytes are in the last axis."""
+    """Return the unsigned numbers, int64, whose bytes are in the last axis."""
     import tensorflow as tf
 
     weights = np.int64(256) ** np.arange(digits.shape[-1])
@@ -211,7 +212,7 @@ def _has_metadata_of_png(image: tf.Tensor) -> tf.Tensor:
 def _of_exif(block: tf.Tensor) -> tf.Tensor:
     """Return the orientation in the first directory of an EXIF block, int32; 0 if it has none.
 
-    The second directory is that of a thumbnail.
+    The second directory belongs to a thumbnail.
     """
     import tensorflow as tf
 

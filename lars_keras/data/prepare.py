@@ -121,7 +121,7 @@ def _is_whole(archive: os.PathLike) -> bool:
 def prepare_resized(
     name: str, data_dir: str | os.PathLike | None, resize: str, out_dir: str | os.PathLike | None = None
 ) -> str:
-    """Store the images of a data set at one size, unless they are stored already. A call that was killed is resumed.
+    """Store the images of a data set at one size, unless they are stored already. The next call resumes a killed one.
 
     One process at a time writes the result.
 
@@ -129,7 +129,7 @@ def prepare_resized(
         name: `"imagenet2012"`, prepared in `data_dir`, or `"folder"`, the folder `data_dir`.
         data_dir: as in `lars_keras.data.load`.
         resize: form of the stored images; see `lars_keras.data.resized.Storage`.
-        out_dir: folder of the result; None for `data_dir`, which a folder of images must not be.
+        out_dir: folder of the result; None for `data_dir`. Required for a folder of images.
 
     Returns:
         The folder of the result: `out_dir/NAME_FORM/VERSION`.
@@ -138,7 +138,7 @@ def prepare_resized(
         ValueError: if an argument has no meaning, the disk lacks space, the result has or was begun with other images,
             or another process writes it.
         FileNotFoundError: if the data set is not in `data_dir`.
-        OSError: if a file cannot be written, because the disk is full, say. The same call goes on.
+        OSError: if a file cannot be written, for example on a full disk. The same call resumes.
     """
     from lars_keras.data.loading import ANY_SIZE, load
     from lars_keras.data.store import VERSION, check_source, source_of, store
@@ -165,7 +165,7 @@ def prepare_resized(
 
 @contextlib.contextmanager
 def _without_progress() -> Iterator[None]:
-    """Silence tensorflow-datasets, which speaks of a download of unknown size where nothing is downloaded."""
+    """Silence tensorflow-datasets, which reports a download of unknown size although nothing is downloaded."""
     import tensorflow_datasets as tfds
 
     tfds.display_progress_bar(False)

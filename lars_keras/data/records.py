@@ -69,7 +69,7 @@ class ParsedRecords:
 
 
 def _record_starts(path: str) -> np.ndarray:
-    """Return the offsets of the data of each record in a TFRecord file, and that of a record after the last."""
+    """Return the offsets of the data of each record in a TFRecord file, and of a record after the last."""
     starts = []
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -96,7 +96,7 @@ class TFRecords:
         folder: the folder of the first file.
 
     Raises:
-        ValueError: if a file is truncated, or its number of records is another.
+        ValueError: if a file is truncated, or has another number of records.
         FileNotFoundError: if a file is missing.
     """
 
@@ -170,7 +170,7 @@ class ArrayRecords:
         folder: the folder of the first file.
 
     Raises:
-        ValueError: if the number of records is another.
+        ValueError: if a file has another number of records.
     """
 
     def __init__(self, paths: Sequence[str], counts: Sequence[int]):

@@ -1,6 +1,7 @@
-"""Images that are stored at one size, as AlexNet's authors had them, so that training decodes and resizes less.
+"""Store images at one size, as AlexNet's authors did, so that training decodes and resizes less.
 
-Sources: Krizhevsky, Sutskever and Hinton 2012, section 2, crop the center; `create_imagenet.sh` of BVLC Caffe squashes.
+Sources: Krizhevsky, Sutskever and Hinton 2012, section 2 (crop the center); `create_imagenet.sh` of BVLC Caffe
+(squash).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Storage:
 def resized(image: tf.Tensor, storage: Storage) -> tf.Tensor:
     """Return an image in the form of `storage`: a scalar string, or for raw uint8 pixels `(size, size, 3)`.
 
-    The resize is bilinear with antialiasing, as Pillow's, because images become several times smaller.
+    The resize is bilinear with antialiasing, like Pillow's, because images become several times smaller.
 
     Args:
         image: scalar string, as in `lars_keras.data.decode.random_crop`.
@@ -105,7 +106,7 @@ def mirrored_window(image: tf.Tensor, draws: tf.Tensor, size: int, storage: Stor
 
 @traced_once
 def central_window(image: tf.Tensor, size: int, storage: Storage) -> tf.Tensor:
-    """Decode the central window of a stored image; arguments and result are those of `mirrored_window`."""
+    """Decode the central window of a stored image; arguments and result are as in `mirrored_window`."""
     import tensorflow as tf
 
     return _window(image, tf.fill([2], (storage.size - size) // 2), size, storage)

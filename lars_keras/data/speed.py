@@ -2,8 +2,8 @@
 
     python -m lars_keras.data.speed -n imagenet2012 -d DATA_DIR -w 3000
 
-reads the training images for 20 seconds. The option -w gives the images that the model takes in a second, and -h lists
-all options.
+reads the training images for 20 seconds. The option -w gives the number of images that the model takes in a second, and
+-h lists all options.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Part:
     """Throughput and processor time of images up to some point on their way to a batch.
 
     Attributes:
-        name: what is done, in words.
+        name: description of the work.
         images_per_second: by wall time.
         milliseconds: milliseconds of processor time, over all threads, for an image.
     """
@@ -52,11 +52,11 @@ def measure(data: ImageData, batch_size: int = 256, seconds: float = 20.0) -> li
     Args:
         data: from `lars_keras.data.load`.
         batch_size: images of a batch.
-        seconds: how long to read, in all; positive.
+        seconds: total time to read; positive.
 
     Returns:
-        "reading" and "decoding", if images are decoded when they are used, and "batches": each does what the one before
-        it does, and more.
+        "reading" and "decoding", if images are decoded when they are used, and "batches". Each part includes the work
+        of the part before it.
 
     Raises:
         ValueError: if `batch_size` is not positive, or no training image can be read and decoded.
@@ -75,7 +75,7 @@ def _images(data: ImageFileData, batch_size: int, stage: Callable[[Any, Any], An
     """Apply `stage` to the files of random training images, in as many threads as `data`; return the batches.
 
     Raises:
-        ValueError: if that fails for all images, where an endless stream without them would never yield any.
+        ValueError: if that fails for all images, because the endless stream without them would never yield any.
     """
     import tensorflow as tf
 
@@ -110,7 +110,7 @@ def _decoded(image: Any, i: Any) -> Any:
 
 
 def _timed(name: str, batches: Iterable[Any], batch_size: int, seconds: float) -> Part:
-    """Take batches for so long, after a first one."""
+    """Take batches for this many seconds, after a first one."""
     iterator = iter(batches)
     next(iterator)
     started, processor = time.perf_counter(), time.process_time()

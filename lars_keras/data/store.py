@@ -31,7 +31,7 @@ _SOURCE, _INFO = "source.json", "dataset_info.json"
 
 
 def source_of(data: ImageFileData) -> dict[str, Any]:
-    """Return what tells the images of a data set from others, wherever they are."""
+    """Return values that identify the images of a data set, wherever they are."""
     splits = (data.train_examples, data.test_examples)
     return {
         "fingerprint": data.fingerprint,
@@ -41,12 +41,12 @@ def source_of(data: ImageFileData) -> dict[str, Any]:
 
 
 def check_source(folder: Path, source: dict[str, Any]) -> None:
-    """Refuse the files of another source than `source_of` has returned.
+    """Refuse files that come from another source than `source_of` returned.
 
-    Those that an earlier version has written have no fingerprint.
+    Files that an earlier version wrote have no fingerprint.
 
     Raises:
-        ValueError: if they are of another.
+        ValueError: if the files come from another source.
     """
     path = folder / _SOURCE
     if not path.exists():
@@ -59,9 +59,9 @@ def check_source(folder: Path, source: dict[str, Any]) -> None:
 def store(data: ImageFileData, folder: Path, name: str, storage: Storage, source: dict[str, Any]) -> None:
     """Write both splits as a tensorflow-datasets data set, the examples in the same order.
 
-    A file is written under another name, and renamed when it is complete. So after a kill or with a full disk, what is
-    there is whole. The same call goes on, and the result has the same bytes. An unreadable image is stored as an empty
-    one, so that ids stay as they are.
+    A file is written under another name, and renamed when it is complete. So after a kill or on a full disk, all
+    existing files are complete. The same call resumes, and the result has the same bytes. An unreadable image is stored
+    as an empty one, so that ids stay the same.
 
     Args:
         data: the data set.

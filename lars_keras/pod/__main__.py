@@ -1,4 +1,4 @@
-"""Say what a training step of your own Keras model costs on a TPU slice: the real compiler's answer, without a TPU.
+"""Tell the cost of a training step of your own Keras model on a TPU slice, by the real compiler, without a TPU.
 
 `make_model` names a function without arguments that returns a compiled Keras model. The arrays of a batch are
 DTYPE:SIZE,SIZE,... of one example, such as uint8:224,224,3 or int32. Exit codes: 0 the step fits; 1 it does not; 2 an

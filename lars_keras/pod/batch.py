@@ -1,4 +1,4 @@
-"""Shapes and dtypes of a batch, without an example of it."""
+"""Describe the shapes and dtypes of a batch, without an example of it."""
 
 import dataclasses
 from typing import Any
@@ -42,12 +42,12 @@ def parse_batch(structure: Any) -> tuple[Any, ...]:
     """Return the `ArraySpec`s of a batch.
 
     Args:
-        structure: `(x, y)` or `(x, y, sample_weight)`, each a nested structure. A leaf is a text as `parse_array`
-            takes it, or has `shape`, whose first dimension is the batch, and `dtype`: an array, a
-            `keras.KerasTensor`, a `tf.TensorSpec` or a `jax.ShapeDtypeStruct`.
+        structure: `(x, y)` or `(x, y, sample_weight)`, each a nested structure. A leaf is a text for `parse_array`, or
+            has `dtype` and `shape`, whose first dimension is the batch: an array, a `keras.KerasTensor`, a
+            `tf.TensorSpec` or a `jax.ShapeDtypeStruct`.
 
     Raises:
-        ValueError: if it is no pair or triple, or a leaf has an unknown size.
+        ValueError: if it is not a pair or triple, or a leaf has an unknown size.
     """
     if not isinstance(structure, list | tuple) or len(structure) not in (2, 3):
         raise ValueError(f"`batch_spec` must be (x, y) or (x, y, sample_weight). Received: {structure!r}")

@@ -1,4 +1,4 @@
-"""`check`: one question, answered in a process with the right Keras backend."""
+"""`check`: answers a request in a process with the right Keras backend."""
 
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ class Reference:
 
     Attributes:
         name: `"package.module:function"`.
-        argument: the argument that it is given for, for messages.
+        argument: name of the argument that holds it, for messages.
     """
 
     name: str
@@ -97,25 +97,26 @@ def check(
 ) -> PodReport:
     """Compile the update that `Trainer` would run on a TPU slice, and say what it costs. No TPU is needed.
 
-    The work is done in a process of its own with the Keras backend asked for, which imports `make_model` by its name.
-    A function that has none (a lambda, one of a notebook, of `__main__` or inside another function) runs in this
-    process instead, if its backend is the one asked for and that is JAX.
+    The work is done in a process of its own with the requested Keras backend. It imports `make_model` by its name. A
+    function that cannot be imported (a lambda, or one defined in a notebook, in `__main__` or inside another function)
+    runs in this process instead, if JAX is both the requested backend and the backend of this process.
 
     Args:
         make_model: a function without arguments that returns a compiled `keras.Model`, or its name,
-            `"package.module:function"`. A `functools.partial` of an importable function will do, if its arguments can
-            be pickled. It sets the dtype policy, too: `keras.config.set_dtype_policy("mixed_bfloat16")`.
+            `"package.module:function"`. A `functools.partial` of an importable function is accepted, if its arguments
+            can be pickled. The function sets the dtype policy, too:
+            `keras.config.set_dtype_policy("mixed_bfloat16")`.
         batch_spec: `(x, y)` or `(x, y, sample_weight)`, each a nested structure: a text such as `"uint8:224,224,3"`,
             the dtype and shape of one example, or anything with `shape`, batch dimension first, and `dtype`, such as an
-            array. Also a function that returns this structure, or its name.
+            array. Or a function that returns this structure, or the name of such a function.
         topology: chip and shape of the slice, such as `"v5e:8x8"`; the chips are in `lars_keras.pod.chips.CHIPS`.
-        batch_size: global batch.
+        batch_size: global batch size.
         microbatch_size: examples that a device takes through the model at once. Default: its part of the batch.
         backend: Keras backend of the step, `"jax"` or `"tensorflow"`.
         shard_optimizer_state: each device keeps and updates a shard of the weights; JAX only.
         reduce_dtype: dtype of the gradients on their way between devices; JAX only.
         variable_norms: measure the norms of all layers in the update, as `Trainer(variable_norms=True)` does.
-        search: compile at a second micro-batch size, to find the largest that fits: twice the time.
+        search: compile at a second micro-batch size, to find the largest that fits; takes twice the time.
 
     Raises:
         ValueError: for an argument or a model that is refused; the message says what is accepted.

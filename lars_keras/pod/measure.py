@@ -19,8 +19,8 @@ class Collective:
 
     Attributes:
         kind: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"`, `"all-to-all"` or `"collective-permute"`.
-        size: bytes of the full tensors on one chip: before a reduction, after a gathering.
-        group: number of chips in it.
+        size: bytes of the full tensors on one chip: before a reduction, or after a gathering.
+        group: number of chips that take part.
         dtypes: dtypes of the tensors.
     """
 
@@ -38,7 +38,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Program:
-    """A compiled program, on one device. Sizes in bytes.
+    """A compiled program, on one device. Sizes are in bytes.
 
     Attributes:
         name: name of the part of the update.
@@ -127,9 +127,9 @@ def hbm_bytes(hlo: str) -> int:
 
     An instruction reads its operands and writes its results; tensors in on-chip memory (memory space 1) do not count.
     An asynchronous copy or slice between the two memories counts at its start, once for each side in HBM. XLA's own
-    "bytes accessed" is of both memories: a tensor counts four times if a copy fetches it, three times if it is fetched
-    in slices that are then joined, and once more where it is used. A conditional counts its results alone: batch
-    normalization, the one user of them, reads its inputs again in a branch that is seldom taken.
+    "bytes accessed" covers both memories: a tensor counts four times if a copy fetches it, three times if it is fetched
+    in slices that are then joined, and once more where it is used. A conditional counts only its results: batch
+    normalization, the only user of conditionals, reads its inputs again in a branch that is seldom taken.
     """
     total, results = 0, {}
     for line in hlo.partition("\nENTRY")[2].splitlines():

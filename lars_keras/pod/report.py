@@ -1,4 +1,4 @@
-"""`PodReport`: the answer of a check, as figures and as text."""
+"""`PodReport`: holds the answer of a check, as figures and as text."""
 
 import dataclasses
 from typing import Any
@@ -23,21 +23,21 @@ class PodReport:
         topology: chip and shape of the slice.
         device_kind: the compiler's name of the device.
         chips, devices: in the slice; a chip of v2, v3 and v4 has two devices, its cores.
-        batch_size: global.
+        batch_size: global batch size.
         microbatch_size: examples that a device takes through the model at once.
         accumulation_steps: micro-batches of a device in an update.
         fits: True if the update fits into the memory of a device.
-        reason: the compiler's refusal, where it made no program of this size.
+        reason: the compiler's refusal, if it made no program of this size.
         memory: the most that a device holds at once; None without a program.
         capacity: memory of a device, in bytes.
-        largest_microbatch_size: the largest micro-batch that fits; None if it was not looked for, or none fits.
-        largest_is_compiled: True if that size was compiled; else it follows from the memory of two smaller ones.
+        largest_microbatch_size: the largest micro-batch size that fits; None without a search, or if none fits.
+        largest_is_compiled: True if that size was compiled; else it follows from the memory of two smaller sizes.
         programs: programs of an update, in order; empty without a program.
         bounds: the least time of an update; None without a program.
         chip: published figures of the chip.
         notes: remarks on this report.
         compile_seconds: seconds that the compiler took for the programs.
-        versions: versions of the packages that have a part in a compiled program.
+        versions: versions of the packages that affect a compiled program.
     """
 
     model: str
@@ -75,7 +75,7 @@ class PodReport:
         return [c for p in self.programs for c in p.collectives * p.times]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
+        """Return the report as values for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -145,7 +145,7 @@ def make_report(answer: dict[str, Any], chip: Chip, batch_size: int) -> PodRepor
     Args:
         answer: a dictionary of `worker.answer`.
         chip: chip of the topology.
-        batch_size: global.
+        batch_size: global batch size.
     """
     programs = [
         Program(**{**p, "collectives": [Collective(**c) for c in p["collectives"]]}) for p in answer["programs"]

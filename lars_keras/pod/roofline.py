@@ -1,4 +1,4 @@
-"""From the programs of an update to its least time, and to the largest micro-batch."""
+"""Compute the least time of an update from its programs, and the largest micro-batch."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ from lars_keras.pod.measure import Program
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The bounds of an update. Compute, HBM and links overlap at best, so the longest of them bounds it.
+    """The bounds of an update. At best compute, HBM and links overlap, so the longest of the three is the bound.
 
     Attributes:
         seconds: seconds of an update, for `"compute"`, `"memory"` and `"interconnect"`.
-        bound: the longest of them.
-        seconds_per_update: its time.
+        bound: the name of the longest.
+        seconds_per_update: time of the longest.
         images_per_second: examples of the global batch per second, at best.
-        compute_utilization: fraction of the chip's peak compute that is reached then.
+        compute_utilization: fraction of the chip's peak compute at that time.
     """
 
     seconds: dict[str, float]
@@ -32,7 +32,7 @@ def roofline(programs: list[Program], chip: Chip, cores: int, batch_size: int) -
         programs: programs of an update, on one device.
         chip: its figures.
         cores: devices of a chip.
-        batch_size: global.
+        batch_size: global batch size.
     """
     work = {
         "compute": sum(p.times * p.flops for p in programs) * cores / chip.flops,

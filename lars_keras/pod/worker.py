@@ -58,7 +58,7 @@ def checked_model(make_model: Callable[[], keras.Model]) -> keras.Model:
     """Make the model.
 
     Raises:
-        ValueError: if it is no compiled model, or `Trainer` refuses it.
+        ValueError: if the result is not a compiled model, or `Trainer` refuses it.
         RuntimeError: if `make_model` fails.
     """
     if isinstance(make_model, Reference):
@@ -165,7 +165,7 @@ def describe(
         compile_seconds: seconds that they took.
         reason: the compiler's refusal.
         smaller: `microbatch_size` and `memory` of the second size that was compiled.
-        fitting_microbatch_size: a size that compiles, where the one asked for does not.
+        fitting_microbatch_size: a size that compiles, if the requested one does not.
     """
     notes = []
     if model.compute_dtype == "float32":
@@ -197,7 +197,7 @@ def describe(
 
 
 def _largest_that_compiles(compiled: Callable[[int, int], Any], size: int, steps: int) -> int | None:
-    """Return the first size below `size` that compiles, of divisors of the device's part at most half the last."""
+    """Return the first smaller size that compiles. Each divides the device's part, and is at most half the last."""
     local_batch = size * steps
     for _ in range(_HALVINGS):
         size = max((m for m in range(1, size // 2 + 1) if local_batch % m == 0), default=0)

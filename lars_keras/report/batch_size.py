@@ -39,7 +39,7 @@ class Proposal:
     """Settings for one batch size.
 
     Attributes:
-        batch_size: global batch.
+        batch_size: global batch size.
         efficiency: how much progress an example contributes, relative to a very small batch.
         learning_rate: peak.
         epochs: length at which the same loss can be expected.
@@ -70,13 +70,13 @@ def propose(
 
     Args:
         found: the noise scale of a run.
-        batch_sizes: global batches.
-        batch_size: global batch of that run.
-        learning_rate: its peak learning rate.
-        updates: number of its updates.
+        batch_sizes: global batch sizes.
+        batch_size: global batch size of the run.
+        learning_rate: peak learning rate of the run.
+        updates: number of updates of the run.
         warmup_updates: updates of its warm-up.
         num_train: examples of an epoch.
-        normalized: if true the rate is that of LARS, LAMB or Adam, else of SGD.
+        normalized: True for the rate of LARS, LAMB or Adam, False for the rate of SGD.
     """
     proposals = []
     for batch in batch_sizes:
@@ -99,11 +99,11 @@ def propose(
 def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[str], list[Proposal]]:
     """Return the measurements of a run, as lines of text, and settings for `batch_sizes`.
 
-    A run that was stopped counts with the length that it was to have.
+    A run that was stopped counts with its planned length.
 
     Args:
         run_dir: folder of a run that logged its noise scale.
-        batch_sizes: global batches; if empty, powers of 2 around the noise scale.
+        batch_sizes: global batch sizes; if empty, powers of 2 around the noise scale.
 
     Raises:
         ValueError: if the folder has no such run, its lines are too few, it had several batch sizes, or it was stopped

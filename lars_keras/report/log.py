@@ -31,11 +31,9 @@ class MetricsLog(keras.callbacks.Callback):
         {"event": "update", "update": 18, "epoch": 3.0, "loss": ..., "step_loss": ..., "top1": ..., "top5": ...,
          "learning_rate": ..., "images_per_second": ..., "data_wait": ..., "seconds": ...}
 
-    Each evaluation adds
+    `"top1"` and `"top5"` stand for the scalar metrics that the model was compiled with. Each evaluation adds
 
         {"event": "eval", "update": 18, "epoch": 3.0, "loss": ..., "top1": ..., "top5": ..., "n": 450}
-
-    `"top1"` and `"top5"` stand for the scalar metrics that the model was compiled with.
 
     and `note` adds
 
@@ -45,7 +43,7 @@ class MetricsLog(keras.callbacks.Callback):
     finite is null. A resumed run drops the lines after the update at which it starts, so each update appears once. It
     keeps all notes, because each event is noted once.
 
-    A full disk does not end the run. The process's log then has an error.
+    A full disk does not end the run. It is reported as an error in the log of the process.
 
     Args:
         run_dir: existing folder of the run.
@@ -137,8 +135,8 @@ class MetricsLog(keras.callbacks.Callback):
 
         Args:
             update: number of finished updates.
-            values: what the line holds.
-            scalars: what TensorBoard shows, and the line holds, too; what is not finite is null.
+            values: values of the line.
+            scalars: values of TensorBoard and of the line; a number that is not finite is null.
         """
         self._append({"event": "noise_scale", "update": update, **scalars, **values})
         self._scalars("train", scalars, update)

@@ -1,4 +1,4 @@
-"""The noise scale of a run: logged while it trains, and summed up in words."""
+"""Log the noise scale of a run while it trains, and sum it up in words."""
 
 import math
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ class NoiseScaleLog(keras.callbacks.Callback):
     trainer.fit(dataset, epochs=1, callbacks=NoiseScaleLog(trainer))  # prints a sentence every 16 updates
     ```
 
-    With `log`, it writes lines of `metrics.jsonl` instead. Each has the estimate with its 95 % interval, and for each
-    variable, in the order of the layer plan, the means over these updates that it is made of: the mean square norm of
-    the ghost-batch gradients and the square norm of their mean. So lines can be put together. What is not finite is
-    null:
+    With `log`, it writes lines of `metrics.jsonl` instead. Each line has the estimate with its 95 % interval. For each
+    variable, in the order of the layer plan, it also has the means over these updates that give the estimate: the mean
+    square norm of the ghost-batch gradients, and the square norm of their mean. So lines can be combined. A number that
+    is not finite is null:
 
         {"event": "noise_scale", "update": 40, "noise_scale": 2900.0, "low": 2400.0, "high": 3500.0, "epoch": 3.0,
          "updates": 20, "ghost_batch": 64, "batch_size": 1024, "ghost_square": [...], "mean_square": [...]}
 
-    TensorBoard gets `noise_scale`, `low` and `high`. The first line after a restart has the updates since then.
+    TensorBoard gets `noise_scale`, `low` and `high`. The first line after a restart covers the updates since then.
 
     Args:
         trainer: a `Trainer(noise_scale=True)`.
@@ -90,10 +90,10 @@ class NoiseScaleLog(keras.callbacks.Callback):
 
 
 def combine(events: Sequence[dict[str, Any]]) -> NoiseScaleEstimator:
-    """Return the estimator over `noise_scale` lines of a log, one line in the place of an update.
+    """Return the estimator over `noise_scale` lines of a log, where each line counts as one update.
 
     Raises:
-        ValueError: if the lines are of different batch sizes.
+        ValueError: if the lines have different batch sizes.
     """
     sizes = sorted({(e["ghost_batch"], e["batch_size"]) for e in events})
     if len(sizes) != 1:

@@ -21,7 +21,7 @@ def write_report(run_dir: str | os.PathLike[str], results: dict[str, Any] | None
 
     Args:
         run_dir: folder with `config.json`. `plan.txt`, `flags.txt`, `metrics.jsonl` and `results.json` may be missing.
-        results: in place of those in `results.json`.
+        results: used in place of `results.json`.
 
     Returns:
         The path of the page.

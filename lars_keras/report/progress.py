@@ -25,7 +25,7 @@ def say(text: str, file: TextIO | None = None) -> None:
         try:
             tqdm.write(text, file=file)
             file.flush()
-        except BrokenPipeError:  # what is left of the line must not fail at the exit of Python
+        except BrokenPipeError:  # the rest of the line must not fail at the exit of Python
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 

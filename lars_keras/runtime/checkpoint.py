@@ -56,7 +56,7 @@ class CheckpointManager:
         keep_every_n_hours: also keep one older checkpoint per this many hours. None keeps no older one.
 
     Raises:
-        ValueError: if `max_to_keep` is below 1, or `directory` is an address (`gs://...`) and no local folder.
+        ValueError: if `max_to_keep` is below 1, or `directory` is an address (`gs://...`) and not a local folder.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class CheckpointManager:
         self._damaged: set[Path] = set()
 
     def check_newest(self, update: int) -> None:
-        """Refuse to save an update if the folder has undamaged checkpoints of later ones.
+        """Refuse to save an update if the folder has undamaged checkpoints of later updates.
 
         Args:
-            update: update of this run; -1 if it begins anew, so that all checkpoints are of another.
+            update: update of this run; -1 if the run begins anew, so that all checkpoints belong to another run.
 
         Raises:
-            UsageError: if it has. They are of another run, or this run was not restored.
+            UsageError: if it has. They belong to another run, or this run was not restored.
         """
         newer = [path for path in self._paths() if _update(path) > update and path not in self._damaged]
         if newer:
@@ -89,7 +89,7 @@ class CheckpointManager:
     def save(self, update: int, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
         """Start to write a checkpoint in the background.
 
-        Waits first until the checkpoint before is written. The caller must not change `arrays` afterwards.
+        First waits until the previous checkpoint is written. The caller must not change `arrays` afterwards.
 
         Raises:
             UsageError: if the folder has checkpoints of later updates.
@@ -127,7 +127,7 @@ class CheckpointManager:
 
     @property
     def damaged(self) -> list[Path]:
-        """The damaged files that `latest` has met, newest first."""
+        """The damaged files that `latest` has found, newest first."""
         return [path for path in self._paths() if path in self._damaged]
 
     def _paths(self) -> list[Path]:
@@ -239,7 +239,7 @@ class SavePolicy:
         clock: function that returns seconds.
 
     Raises:
-        ValueError: if `updates` is no whole number above 0, or `minutes` is negative or not finite.
+        ValueError: if `updates` is not a whole number above 0, or `minutes` is negative or not finite.
     """
 
     def __init__(self, updates: int | None = None, minutes: float | None = None, clock: Any = time.monotonic):

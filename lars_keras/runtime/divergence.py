@@ -13,7 +13,7 @@ from lars_keras.runtime.errors import Diverged
 if TYPE_CHECKING:
     from lars_keras.training.trainer import Trainer
 
-HARMLESS_LOSS = 10.0  # that of a uniform guess over 22,000 classes
+HARMLESS_LOSS = 10.0  # the loss of a uniform guess over 22,000 classes
 HARMLESS_WEIGHT = 0.01  # of the global weight norm; a bias that starts at 0 may grow by any factor
 
 
@@ -47,7 +47,7 @@ class DivergenceGuard(keras.callbacks.Callback):
 
     @property
     def memory(self) -> dict[str, list[float]]:
-        """The recent values, of which the medians are; a `Trainer` saves and restores them with its position."""
+        """The recent values, from which the medians come; a `Trainer` saves and restores them with its position."""
         return {name: list(values) for name, values in self._recent.items()}
 
     @memory.setter

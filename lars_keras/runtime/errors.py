@@ -20,7 +20,7 @@ class Diverged(RuntimeError):
 class Preempted(BaseException):
     """A signal asked the run to stop.
 
-    Like `KeyboardInterrupt`, it is no `Exception`: code that mends what a library raises must let it through.
+    Like `KeyboardInterrupt`, it is not an `Exception`, so code that catches the errors of a library lets it through.
     """
 
 

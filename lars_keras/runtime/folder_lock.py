@@ -1,4 +1,4 @@
-"""A lock on a folder: one process at a time writes to it."""
+"""Lock a folder, so that one process at a time writes to it."""
 
 import contextlib
 import errno
@@ -18,13 +18,13 @@ _UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, argument: str, *, must_be_new: bool = False) -> Iterator[None]:
-    """Hold a folder for this process. It is created, and removed again if nothing was written to it.
+    """Hold a folder for this process. The folder is created, and removed again if nothing was written to it.
 
-    The operating system gives the lock back when the process ends, however it ends. A lock is therefore never stale.
+    The operating system releases the lock when the process ends, however it ends. So a lock is never stale.
 
     Args:
         folder: path of the folder.
-        argument: name of the argument that holds it, for messages.
+        argument: name of the argument that names the folder, for messages.
         must_be_new: refuse a folder that exists.
 
     Raises:

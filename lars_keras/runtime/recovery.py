@@ -1,4 +1,4 @@
-"""Training that saves itself, continues after a kill, and rolls back after a divergence."""
+"""Save a training, continue it after a kill, and roll it back after a divergence."""
 
 import contextlib
 import math
@@ -19,9 +19,9 @@ from lars_keras.training.votes import take_agreed
 class CheckpointCallback(keras.callbacks.Callback):
     """Saves the state of a `Trainer` before the first update, when the policy asks for it, and after the last update.
 
-    The last state is that of the weights which would go on, not of their average. It is saved before it is evaluated: a
-    restart finds that no update is left, and evaluates. A last update whose loss is not finite is not saved. If a
-    callback may stop the run at the end of an epoch, the state after each epoch is held in memory until then.
+    The last state has the raw weights, not their average. It is saved before it is evaluated: a restart finds that no
+    update is left, and evaluates. A last update whose loss is not finite is not saved. If a callback may stop the run
+    at the end of an epoch, the state after the epoch's updates is held in memory until then.
 
     ```python
     manager = CheckpointManager("run/checkpoints")
@@ -38,13 +38,13 @@ class CheckpointCallback(keras.callbacks.Callback):
         manager: writes the checkpoints.
         policy: decides when to save.
         metadata: JSON-serializable values to save with each checkpoint.
-        save_first: save the restored state, too, before it goes on. A run whose metadata have changed needs it, or the
-            newest checkpoint would have those of before.
+        save_first: save the restored state, too, before the run goes on. A run whose metadata have changed needs this,
+            or its newest checkpoint would keep the old metadata.
 
     Attributes:
         trainer: as passed.
         manager: as passed.
-        metadata: as passed; changes enter the next checkpoint.
+        metadata: as passed; changes go into the next checkpoint.
     """
 
     def __init__(
@@ -142,9 +142,9 @@ def fit_with_recovery(
 
     Args:
         data: as for `Trainer.fit`.
-        checkpoints: saves the state of its trainer, which is trained.
+        checkpoints: callback that saves the state of its trainer; this trainer is trained.
         max_rollbacks: number of rollbacks in the whole run, restarts included.
-        on_rollback: function of each rollback, `{"update": restored, "failed": diverged, "reason": ...}`.
+        on_rollback: called with each rollback, `{"update": restored, "failed": diverged, "reason": ...}`.
         callbacks: Keras callbacks. `DivergenceGuard` detects divergence, and `StopOnSignal` detects preemption.
         **options: further arguments of `Trainer.fit`.
 

@@ -22,8 +22,9 @@ class DataSet(Protocol):
 class UnreadableImageLimit(keras.callbacks.Callback):
     """Raises `TooManyUnreadableImages` on all hosts for more than `max_unreadable_images` distinct unreadable images.
 
-    This process knows the names of the images that it could not read itself. For other hosts it knows numbers only: the
-    model's metric `lars_keras.metrics.MaskedExamples` in training, and the missing examples of an evaluation.
+    This process knows the names of the images that it could not read itself. For other hosts it knows only numbers,
+    from the model's metric `lars_keras.metrics.MaskedExamples` in training, and from the missing examples of an
+    evaluation.
 
     Args:
         data: the data set.

@@ -1,4 +1,4 @@
-"""Arrays of examples as data of `Trainer`, in an order that is a function of seed and epoch."""
+"""Feed arrays of examples to `Trainer`, in an order that is a function of seed and epoch."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ def checked_arrays(
     """Return `(x, y, sample_weight)` as NumPy arrays, without None at the end.
 
     Raises:
-        ValueError: if one is no array, or their numbers of examples differ.
+        ValueError: if a value is not an array, or the numbers of examples differ.
     """
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         if part is not None and not is_arrays(part) and not all(map(_is_array_or_none, keras.tree.flatten(part))):
@@ -54,14 +54,14 @@ def _is_array_or_none(x: Any) -> bool:
 
 
 def weights_of_classes(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
-    """Return the weight of each example: that of its class, 1 if it has none.
+    """Return the weight of each example: the weight of its class, or 1 if the class has none.
 
     Args:
         y: classes, or one-hot rows; one array.
         class_weight: weight by class.
 
     Raises:
-        ValueError: if `y` is not one array, or `class_weight` no dictionary.
+        ValueError: if `y` is not one array, or `class_weight` is not a dictionary.
     """
     if not isinstance(class_weight, Mapping):
         raise ValueError(f"`class_weight` must be a dictionary. Received: class_weight={class_weight!r:.100}")
@@ -77,7 +77,7 @@ def weights_of_classes(y: Any, class_weight: Mapping[int, float]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayBatches:
-    """Arrays as batches in their order.
+    """Yields batches of arrays, in their order.
 
     Attributes:
         arrays: see `checked_arrays`.
@@ -98,13 +98,13 @@ class ArrayBatches:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFeed:
-    """Arrays as a function that returns a host's batches for training, from any update on.
+    """Returns a host's batches of arrays for training, from any update on.
 
     Attributes:
         arrays: see `checked_arrays`.
         per_epoch: examples that an epoch uses.
-        seed: seed of the order, which is another in each epoch; None for the arrays' own order.
-        batch_size: global batch.
+        seed: seed of the order, which changes with each epoch; None for the arrays' own order.
+        batch_size: global batch size.
         microbatch_size: examples that a replica takes through the model at once.
     """
 
@@ -129,7 +129,7 @@ class ArrayFeed:
         return [self.seed, self.examples, self.per_epoch]
 
     def first(self, count: int) -> "ArrayFeed":
-        """Return the same with epochs of so many examples."""
+        """Return the same feed with this many examples in an epoch."""
         return dataclasses.replace(self, per_epoch=count)
 
     def __call__(self, context: Any, first_update: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Running averages that need a longer run."""
+"""Find running averages that need a longer run."""
 
 import keras
 
@@ -9,7 +9,8 @@ from lars_keras.training.state import inner_optimizer
 def long_averages(model: keras.Model, updates: int) -> list[str]:
     """Return a sentence for each kind of average that still holds much of its first value at the end of a run.
 
-    An average with momentum m covers about 1 / (1 - m) updates. After as many updates it holds 37 % of its first value.
+    An average with momentum m covers about 1 / (1 - m) updates. After that many updates it holds 37 % of its first
+    value.
 
     Args:
         model: compiled and built.

@@ -9,10 +9,10 @@ from lars_keras.training.engine import Engine, EngineOptions
 
 
 def engine_class() -> type[Engine]:
-    """Return the engine of the current Keras backend, which imports only that backend.
+    """Return the engine class of the current Keras backend; import only that backend.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the backend has no engine.
     """
     backend = keras.backend.backend()
     if backend == "jax":

@@ -1,4 +1,4 @@
-"""Batches by index, generators and loaders as data of `Trainer`."""
+"""Feed batches by index, generators and loaders to `Trainer`."""
 
 import collections
 import concurrent.futures
@@ -20,17 +20,17 @@ from lars_keras.training.inputs import Batch, arrays_of, copied, count_in, rebat
 
 
 class Indexed:
-    """Batches that are got by their number.
+    """Holds batches that are read by their number.
 
     Args:
         batches: has `__getitem__`.
         count: number of batches; None if they have no end.
-        name: its name in messages.
+        name: name of the data in messages.
         class_weight: see `weights_of_classes`.
 
     Attributes:
         size: examples in each batch but the last.
-        last: examples in the last.
+        last: examples in the last batch.
     """
 
     def __init__(self, batches: Any, count: int | None, name: str, class_weight: Mapping[int, float] | None = None):
@@ -53,12 +53,12 @@ class Indexed:
         return batch
 
     def sizes(self, order: np.ndarray) -> np.ndarray:
-        """Return the number of examples in each batch, as the first and last one say."""
+        """Return the number of examples in each batch, from the sizes of the first and the last batch."""
         assert self.count is not None
         return np.where(order == self.count - 1, self.last, self.size)
 
     def check_size(self, index: int, batch: Batch) -> None:
-        """Warn if a batch has not as many examples as it should."""
+        """Warn if the size of a batch is not the expected one."""
         expected = self.last if self.count is not None and index == self.count - 1 else self.size
         if count_in(batch) != expected:
             logging.log_first_n(
@@ -75,12 +75,12 @@ class Indexed:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A host's part of a stream of examples: of every block the same places.
+    """A host's part of a stream of examples: the same places in every block.
 
     Attributes:
         block: examples in a block.
-        start: place of the host's first one in a block.
-        own: how many it takes of a block.
+        start: place of the host's first example in a block.
+        own: number of examples that the host takes from a block.
     """
 
     block: int
@@ -99,10 +99,10 @@ class _Part:
 
         Args:
             indices: the numbers of batches in their order.
-            sizes: how many examples they have. The host that takes the last of them takes what there is beyond.
-            start: the place of the first batch in the stream.
-            first: the place to begin with.
-            last: the place to end before.
+            sizes: number of examples in each. The host that takes the last of them also takes any examples beyond.
+            start: place of the first batch in the stream.
+            first: place to begin with.
+            last: place to end before.
         """
         for index, size in zip(indices, sizes, strict=False):
             begin, end = max(first, start), min(last, start + size)
@@ -118,20 +118,20 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedFeed:
-    """Batches by index as a function that returns a host's batches for training, from any update on.
+    """Returns a host's batches for training, from any update on, out of batches by index.
 
-    All batches but the last are taken to have as many examples as the first. Of several hosts, each reads the batches
-    that hold examples of its own.
+    All batches but the last are expected to have as many examples as the first. Each of several hosts reads only the
+    batches that hold examples of its own.
 
     Attributes:
         source: the batches.
-        seed: seed of the order of batches, which is another in each epoch; None for their own order.
-        batch_size: global batch.
+        seed: seed of the order of batches, which changes with each epoch; None for their own order.
+        batch_size: global batch size.
         microbatch_size: examples that a replica takes through the model at once.
         per_epoch: examples that an epoch uses; None for all.
         workers: threads that read.
         before_epoch: called before an epoch is read.
-        after_epoch: called when it has been read.
+        after_epoch: called after an epoch is read.
     """
 
     source: Indexed
@@ -159,7 +159,7 @@ class IndexedFeed:
         return [self.seed, self.examples, self.per_epoch or self.examples]
 
     def first(self, count: int) -> "IndexedFeed":
-        """Return the same with epochs of so many examples."""
+        """Return the same feed with this many examples in an epoch."""
         return dataclasses.replace(self, per_epoch=count)
 
     def __call__(self, context: Any, first_update: int) -> Iterator[Batch]:
@@ -169,7 +169,7 @@ class IndexedFeed:
         return rebatch(self._stream(first_update * self.batch_size, part), own, drop_remainder=True)
 
     def _stream(self, first: int, part: _Part) -> Iterator[Batch]:
-        """Yield a host's examples from a place of the stream on, without an end."""
+        """Yield a host's examples without end, from a place in the stream on."""
         if self.source.count is None:
             index, skipped = divmod(first, self.source.size)
             sizes = itertools.repeat(self.source.size)
@@ -202,13 +202,13 @@ class IndexedFeed:
     ) -> Iterator[Batch]:
         """Yield a host's examples of some batches.
 
-        A host among others reads no batch without examples of its own, so it goes by the sizes that batches should
-        have. A single host reads all of them, and goes by those that they have.
+        One of several hosts reads no batch without examples of its own, so it relies on the expected sizes of batches.
+        A single host reads all batches, and uses their real sizes.
 
         Args:
             indices: the numbers of the batches.
-            sizes: how many examples each should have.
-            start: the place of the first batch in the stream.
+            sizes: expected number of examples in each.
+            start: place of the first batch in the stream.
             skipped: examples to leave out before the first.
             left: examples, of all hosts, that follow them.
             part: the host's part of the stream.
@@ -267,7 +267,7 @@ def feed_of_pydataset(
     batch_size: int,
     microbatch_size: int,
 ) -> IndexedFeed:
-    """Return the feed of a `PyDataset`, which calls its hooks as Keras does."""
+    """Return the feed of a `PyDataset`. The feed calls the hooks of the `PyDataset` as Keras does."""
     count = x.num_batches
     source = Indexed(x, None if count is None else int(count), "PyDataset", class_weight)
     return IndexedFeed(
@@ -282,11 +282,11 @@ def feed_of_pydataset(
 
 
 class GeneratorFeed:
-    """A generator as a function that returns the batches for training. It goes on where it is.
+    """Returns the batches of a generator for training, from the generator's current position on.
 
     Args:
         generator: yields batches.
-        batch_size: global batch.
+        batch_size: global batch size.
     """
 
     def __init__(self, generator: Iterator[Batch], batch_size: int):
@@ -319,7 +319,7 @@ class GeneratorFeed:
 
 @dataclasses.dataclass(frozen=True)
 class Reread:
-    """Batches that can be read again, without the other features of their class.
+    """Wraps batches that can be read again, and hides the other features of their class.
 
     Attributes:
         batches: an iterable.
@@ -338,7 +338,7 @@ class PyDatasetBatches(Reread):
         return self.batches.num_batches
 
     def without_hooks(self) -> Iterator[Batch]:
-        """Return an iterator over the batches, for a look at the first ones, which is no epoch."""
+        """Return an iterator over the batches that calls no hooks, to look at the first ones."""
         return (self.batches[i] for i in range(len(self)))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -348,7 +348,7 @@ class PyDatasetBatches(Reread):
 
 
 class TorchBatches(Reread):
-    """The batches of a torch `DataLoader`, which may be others each time."""
+    """The batches of a torch `DataLoader`, which may differ each time they are read."""
 
     @property
     def examples(self) -> int | None:

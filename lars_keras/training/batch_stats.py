@@ -1,4 +1,4 @@
-"""The batch statistics of batch normalization, in one pass over its inputs."""
+"""Compute the batch statistics of batch normalization in one pass over its inputs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ _FAR = 30.0  # squared distance of the shift from the mean, in units of the vari
 def one_pass_moments(
     model: keras.Model, over_replicas: Callable[[list[Tensor]], list[Tensor]] | None
 ) -> Iterator[None]:
-    """Temporarily let the model's batch normalization compute its moments in one pass over its inputs.
+    """Temporarily make the model's batch normalization compute its moments in one pass over its inputs.
 
     Keras computes the mean, then the mean of the squared differences from it, so a compiled program reads the
     activations twice. Here, with s near the mean, the sums of x - s and of its squares are computed together, where the
@@ -27,13 +27,14 @@ def one_pass_moments(
         mean = s + E[x - s]        variance = E[(x - s)^2] - E[x - s]^2
 
     The shift s is the moving mean, taken as a constant. The error of the variance grows by the factor
-    1 + (mean - s)^2 / variance. Where that is above 31 in a channel, as at the start and for inputs far from 0, the
-    sums are taken again around the new mean. They are those of the inputs in the layer's compute dtype, to which Keras
-    casts floating-point inputs. Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance"
-    (shifted data).
+    1 + (mean - s)^2 / variance. If this factor is above 31 in a channel, as at the start and for inputs far from 0, the
+    sums are taken again around the new mean, over the inputs in the layer's compute dtype, to which Keras casts
+    floating-point inputs. Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance" (shifted
+    data).
 
-    A shift from the batch itself, such as the mean of some examples, would be near at once. But the sums would have to
-    wait for the activations, and read them again: 2.21 GB for 1.29 GB in a network of four layers on a TPU v5e.
+    A shift from the batch itself, such as the mean of some examples, would be near the mean from the start. But the
+    sums would have to wait for the activations, and read them again: 2.21 GB for 1.29 GB in a network of four layers on
+    a TPU v5e.
 
     Args:
         model: built.
@@ -66,7 +67,7 @@ def one_pass_moments(
             shift = ops.stop_gradient(ops.cast(layer.moving_mean, inputs.dtype))
             offset, variance = around(shift, inputs)
             mean = shift + offset
-            # Values alone: the gradients of the first sums have no larger an error than the rounding of the inputs.
+            # Only the values: the gradients of the first sums have no larger error than the rounding of the inputs.
             x, near, first = (ops.stop_gradient(t) for t in (inputs, mean, variance))
             is_near = ops.all(ops.stop_gradient(offset) ** 2 <= _FAR * (first + layer.epsilon))
             x = ops.cast(x, layer.compute_dtype)  # or a TPU would write it in float32, for a branch seldom taken

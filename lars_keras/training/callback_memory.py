@@ -1,4 +1,4 @@
-"""The memory of callbacks, so that a resumed run decides as one that was never stopped."""
+"""Save the memory of callbacks, so that a resumed run decides like a run that was never stopped."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,17 +18,17 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
 
 
 def check_callbacks(callbacks: Sequence[keras.callbacks.Callback], hosts: int) -> None:
-    """Refuse what is no callback, and callbacks of Keras that save and with which a run would go wrong.
+    """Refuse objects that are not callbacks, and saving callbacks of Keras that would not work.
 
     `BackupAndRestore` puts back the weights of an epoch, and leaves it to `model.fit` to skip the epochs.
     `ModelCheckpoint` on several hosts of JAX makes variables while it saves, which all hosts must do together.
 
     Args:
-        callbacks: those of a run.
-        hosts: number of its processes.
+        callbacks: callbacks of a run.
+        hosts: number of processes of the run.
 
     Raises:
-        ValueError: if one of them is among the callbacks.
+        ValueError: if there is such an object.
     """
     for callback in callbacks:
         if not hasattr(callback, "set_model"):
@@ -63,7 +63,7 @@ def restore_memory(
 
     Args:
         callbacks: callbacks of the resumed run, those of one class in the same order as before.
-        memory: None if the checkpoint has none, because an earlier version has written it.
+        memory: None if the checkpoint has none, because an earlier version wrote it.
     """
     for key, callback, names in _with_memory(callbacks):
         if memory is None or key not in memory:

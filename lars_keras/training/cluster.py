@@ -11,14 +11,14 @@ STRATEGIES = ("auto", "single", "mirrored", "multi_worker", "tpu")
 
 
 class Cluster(Protocol):
-    """The replicas of a run and the processes, one on each host, that drive them.
+    """The replicas of a run, and the processes that drive them, one on each host.
 
     Attributes:
-        replicas: number of devices that train side by side.
+        replicas: number of devices that train in parallel.
         hosts: number of processes of the run. A TPU slice that one process drives over the network counts once.
         is_chief: True in the one process that prints and writes.
         remote_input: True if another host, which does not run this program, reads the input: a remote TPU slice.
-        description: its name in the plan.
+        description: name of the cluster in the plan.
     """
 
     replicas: int
@@ -31,9 +31,10 @@ class Cluster(Protocol):
         """Return the context in which models and variables are made."""
 
     def input_context(self) -> Any:
-        """Return the place of this process among those that read the input, which functions of data are told.
+        """Return the place of this process among the readers of the input, to be passed to functions of data.
 
-        It is an `InputContext`, on TensorFlow a `tf.distribute.InputContext`: for a TPU slice that of the first host.
+        It is an `InputContext`, or on TensorFlow a `tf.distribute.InputContext`. For a TPU slice it is the context of
+        the first host.
         """
 
     def any_across_hosts(self, *flags: bool) -> list[bool]:
@@ -43,7 +44,7 @@ class Cluster(Protocol):
         """Return True if every host has the same number. Collective: call it on every host."""
 
     def is_host_lost(self, error: Exception) -> bool:
-        """Return True if another process of the run is gone and `error` comes from that."""
+        """Return True if `error` comes from the loss of another process of the run."""
 
 
 def make_cluster(
@@ -56,9 +57,9 @@ def make_cluster(
             `"single"`: one GPU, or else the CPU; on JAX the first device.
             `"mirrored"`: all GPUs (on JAX all devices) of this machine, or the first `replicas` of them. Without an
             accelerator: `replicas` logical CPU devices, to try it anywhere.
-            `"multi_worker"`: the processes that the environment variable TF_CONFIG lists. On JAX all their devices;
-            without TF_CONFIG, the processes that `keras.distribution.initialize()` joins: those of the variables
-            KERAS_DISTRIBUTION_*, or those that JAX finds (a TPU slice, Slurm, Open MPI).
+            `"multi_worker"`: the processes that the environment variable TF_CONFIG lists. On JAX all their devices.
+            On JAX without TF_CONFIG, the processes that `keras.distribution.initialize()` joins: those that the
+            variables KERAS_DISTRIBUTION_* name, or those that JAX finds (a TPU slice, Slurm, Open MPI).
             `"tpu"`: the TPU slice `tpu`; on JAX the TPU chips of this machine.
             `"auto"`: the first that applies of tpu (if `tpu` is given), multi_worker (if TF_CONFIG lists several
             workers), mirrored (if there are several devices, or `replicas` is given), single.
@@ -92,7 +93,7 @@ def make_cluster(
 
 
 def cluster_of(model: keras.Model) -> Cluster:
-    """Return the cluster of the strategy that a model was made under; on JAX that of the current distribution.
+    """Return the cluster of the strategy under which a model was made; on JAX, of the current distribution.
 
     Raises:
         ValueError: for a distribution that is not data parallel, and on any other backend.
@@ -110,7 +111,7 @@ def cluster_of(model: keras.Model) -> Cluster:
 
 
 def is_host_lost(error: Exception) -> bool:
-    """Return `Cluster.is_host_lost`, also if no cluster could be made."""
+    """Return `Cluster.is_host_lost`, even if no cluster could be made."""
     if keras.backend.backend() == "jax":
         from lars_keras.training.jax.cluster import JaxCluster
 
@@ -121,7 +122,7 @@ def is_host_lost(error: Exception) -> bool:
 
 
 def has_peers() -> bool:
-    """Return True if this process has joined others on JAX, which wait for it at an ordinary exit."""
+    """Return True if this process has joined others on JAX. They then wait for it at an ordinary exit."""
     if keras.backend.backend() != "jax":
         return False
     import jax

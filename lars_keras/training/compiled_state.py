@@ -1,4 +1,4 @@
-"""The parts of a compiled model that an engine is built for, and checks that they are unchanged."""
+"""Record the parts of a compiled model that an engine is built for, and check that they are unchanged."""
 
 import keras
 
@@ -7,10 +7,10 @@ from lars_keras.training.state import inner_optimizer
 
 
 class CompiledState:
-    """The parts of a compiled and built model now, to be compared with its parts later.
+    """Records the parts of a compiled and built model, to compare them with its parts later.
 
-    Keras's own programs keep what they were compiled with. Where a layer is frozen without another `compile`, its
-    `fit` goes on with the old state on TensorFlow, without a word, and fails on JAX.
+    Keras's own programs keep the state that they were compiled with. If a layer is frozen without another `compile`,
+    Keras's `fit` silently goes on with the old state on TensorFlow, and fails on JAX.
 
     Args:
         model: compiled and built.
@@ -24,7 +24,7 @@ class CompiledState:
         self._trainable = list(model.trainable_variables)
 
     def compiled_again(self, model: keras.Model) -> bool:
-        """Return True if the optimizer, its rate, the loss or the metrics are other objects than before."""
+        """Return True if the optimizer, its learning rate, the loss or the metrics are other objects than before."""
         return not _same(self._parts, compiled_parts(model))
 
     def check(self, model: keras.Model, training: bool) -> None:
@@ -32,10 +32,10 @@ class CompiledState:
 
         Args:
             model: the same model, not compiled again.
-            training: also look at what is trainable, which an evaluation does not depend on.
+            training: also check which variables are trainable; an evaluation does not depend on this.
 
         Raises:
-            ValueError: if there are other layers, or others are trainable; the message names a layer.
+            ValueError: if the layers differ, or the trainable ones do; the message names a layer.
         """
         layers = layers_of(model)
         if not _same(self._layers, layers):
@@ -54,10 +54,10 @@ class CompiledState:
 
 
 def check_optimizer(model: keras.Model) -> None:
-    """Refuse a built model without trainable variables, or with others than its optimizer was built for.
+    """Refuse a built model without trainable variables, or with other variables than its optimizer was built for.
 
     Raises:
-        ValueError: if it is one.
+        ValueError: for such a model.
     """
     if not model.trainable_variables:
         raise ValueError(

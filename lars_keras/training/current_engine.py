@@ -1,4 +1,4 @@
-"""The engine of a model as it is compiled now."""
+"""Make the engine of a model, and make it again when the model is compiled again."""
 
 import keras
 
@@ -12,11 +12,11 @@ from lars_keras.training.overrides import check_loss, check_overrides, check_tar
 
 
 class CurrentEngine:
-    """Makes the engine of a model when the shapes of the data are known, and anew when the model is compiled again.
+    """Makes the engine of a model once the shapes of the data are known, and again when the model is recompiled.
 
     Args:
         model: compiled.
-        cluster: where it was made.
+        cluster: cluster on which the model was made.
         options: how to take a step.
 
     Attributes:
@@ -40,7 +40,7 @@ class CurrentEngine:
         self._class.check(*self._arguments)
 
     def is_current(self) -> bool:
-        """Return True if there is an engine for the model as it is compiled now."""
+        """Return True if there is an engine for the model in its current compiled state."""
         return self._built_for is not None and not self._built_for.compiled_again(self._model)
 
     def of(self, data: Data, *first_update: int) -> Engine:
@@ -71,12 +71,12 @@ class CurrentEngine:
         Args:
             data: for training.
             replicas: number of replicas.
-            ghost_batches: number of them in a global batch.
+            ghost_batches: number of ghost batches in a global batch.
             scored: True if the model is also evaluated.
 
         Raises:
             ValueError: if the model was changed without another `compile`; if its optimizer, loss or metrics do not
-                go with it or with several ghost batches.
+                work with the model or with several ghost batches.
         """
         engine = self.of(data, 0)
         self.check_unchanged(engine)
@@ -90,10 +90,10 @@ class CurrentEngine:
         return engine
 
     def running(self) -> Engine:
-        """Return the engine that a call before has made.
+        """Return the engine that an earlier call made.
 
         Raises:
-            RuntimeError: if there is none, or the model was compiled again since.
+            RuntimeError: if there is none, or the model was compiled again since then.
         """
         if self.engine is None or not self.is_current():
             raise RuntimeError(
@@ -103,7 +103,7 @@ class CurrentEngine:
         return self.engine
 
     def check_unchanged(self, engine: Engine) -> None:
-        """Refuse to train a model that is no longer the one that `engine` was made for.
+        """Refuse to train a model that has changed since `engine` was made.
 
         Raises:
             ValueError: if the model was compiled again, or changed without another `compile`.

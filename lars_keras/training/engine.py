@@ -1,4 +1,4 @@
-"""The contract between `Trainer` and the engines of the two backends."""
+"""Define the contract between `Trainer` and the engines of the two backends."""
 
 import dataclasses
 import os
@@ -18,14 +18,14 @@ Scores: TypeAlias = Callable[[], dict[str, Any]]
 
 
 def as_log(value: Any) -> float | np.ndarray:
-    """Return the value of a metric as Keras logs it: a number, or an array if it has several, as `F1Score` does."""
+    """Return the value of a metric as Keras logs it: a number, or an array for several values, as of `F1Score`."""
     array = np.array(value)
     return float(array.item()) if array.size == 1 else array
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """Options of a step, the same for both engines. `Trainer` documents each of them.
+    """Holds the options of a step, the same for both engines. `Trainer` documents each of them.
 
     Attributes:
         microbatch_size: examples that one replica takes through the model at once.
@@ -54,8 +54,8 @@ class StepResult:
         losses: loss of each update.
         learning_rates: learning rate of each update.
         metrics: the compiled metrics since their last reset, as `as_log` returns them.
-        measures: by name, if asked for, float32 of shape `(updates, variables)`: "gradient", "weight",
-            "ghost_gradient", and those of `lars_keras.layerwise.MEASURES`.
+        measures: the requested measures by name, float32 of shape `(updates, variables)`: "gradient", "weight",
+            "ghost_gradient", and the names in `lars_keras.layerwise.MEASURES`.
         data_wait: seconds that the devices stood idle for want of data.
     """
 
@@ -71,7 +71,7 @@ class Engine(Protocol):
 
     Args:
         model: compiled.
-        cluster: where it was made: the `Cluster` of the engine's backend.
+        cluster: cluster on which the model was made, of the engine's backend.
         options: how to take a step.
         element_spec: a `TensorSpec` for each array of a batch of the data.
 
@@ -87,7 +87,7 @@ class Engine(Protocol):
 
     @classmethod
     def check(cls, model: keras.Model, cluster: Any, options: EngineOptions) -> None:
-        """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
+        """Raise ValueError if this engine does not support the model or an option, before anything is built."""
 
     def training_iterator(self, data: Data, first_update: int, updates: int) -> Any:
         """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
@@ -96,11 +96,11 @@ class Engine(Protocol):
         """Take `updates` updates without returning to Python between them.
 
         Raises:
-            DataEnded: if the data end before; how many of several updates were taken is not known then.
+            DataEnded: if the data end too early. It is then unknown how many of several updates were taken.
         """
 
     def check_scoring(self) -> None:
-        """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
+        """Raise ValueError if evaluations have padding and the model would count it."""
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]
@@ -109,23 +109,23 @@ class Engine(Protocol):
 
         Args:
             data: for evaluation.
-            before_batch: called with the index of each batch, before it.
-            after_batch: called after each batch, with its index and a function that returns the result so far. It is
-                collective: call it on every host or on none.
+            before_batch: called before each batch, with its index.
+            after_batch: called after each batch, with its index and a function that returns the result so far. That
+                function is collective: call it on every host or on none.
         """
 
     def snapshot(self) -> dict[str, np.ndarray]:
-        """Return a copy of all that the next update depends on. Collective: call it on every host."""
+        """Return a copy of all state that the next update depends on. Collective: call it on every host."""
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore a snapshot, of either engine.
+        """Restore a snapshot from either engine.
 
         Raises:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
-        """Write a `.keras` file, if `write`. Collective: call it on every host."""
+        """Write a `.keras` file if `write` is true. Collective: call it on every host."""
 
     def ema_weights(self) -> EmaWeights:
         """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
@@ -135,7 +135,7 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     """Refuse `gradient_accumulation_steps` and `MultiOptimizer`, which have no meaning on either engine.
 
     Raises:
-        ValueError: if the optimizer is one or has them.
+        ValueError: for such an optimizer.
     """
     multi = getattr(keras.optimizers, "MultiOptimizer", None)  # not in Keras 3.10
     if multi is not None and isinstance(inner_optimizer(optimizer), multi):

@@ -4,15 +4,15 @@ A *ghost batch* (Hoffer et al. 2017, arXiv 1705.08741) is the `microbatch_size` 
 takes through the model at once. A global batch is an ordered list of ghost batches, and an update is
 defined by that list alone:
 
-- The loss is the mean over the ghost batches. If a mask leaves entries out of it, they count with their valid entries.
+- The loss is the mean over the ghost batches. With a mask, each ghost batch is weighted by its valid entries.
 - Every ghost batch starts from the same state. Floating-point state (moving statistics of batch normalization) becomes
   the mean of the new values that the ghost batches give it, so it moves once per update.
 - Ghost batch `j` draws its random numbers (dropout) from a stream keyed by `j`.
 - State that no layer assigns is unchanged, bit for bit. Frozen weights are not even summed.
 - The scales and histories of float8 layers, whose "gradient" is their new value, become the largest of the new values.
-  Their entries are largest absolute values, so that is what the whole batch would have given.
+  Their entries are largest absolute values, so the whole batch would have given the same.
 
-So ghost batches may run one after the other on one device, or side by side on replicas: the update is the same.
+So the update is the same whether ghost batches run one after the other on one device or in parallel on replicas.
 """
 
 import contextlib
@@ -56,12 +56,12 @@ class StatelessForward:
 
     Attributes:
         trainable: trainable variables.
-        overwritten: for each of them, True if its gradient is its new value.
+        overwritten: for each trainable variable, True if its gradient is its new value.
         batch_stats: floating-point state, with the frozen weights.
-        averaged: what of it is averaged over the ghost batches: all but the frozen weights.
+        averaged: the part of `batch_stats` that is averaged over the ghost batches: all but the frozen weights.
         rng_state: integer state, the same after every ghost batch: seed generators and counters.
-        assigned: for each of `averaged`, True if a layer assigns it; known once `loss` was traced.
-        unreached: for each of `trainable`, True if the loss does not depend on it, as `leave_alone` was told.
+        assigned: for each of `averaged`, True if a layer assigns it; known once `loss` is traced.
+        unreached: for each of `trainable`, True if the loss does not depend on it; set by `leave_alone`.
         loss_dtype: dtype in which the loss is summed: float64 if a weight has it, else float32.
         metrics: variables of all metrics, which a loss, layer or `compute_loss` may update.
     """
@@ -89,7 +89,7 @@ class StatelessForward:
         self._is_seed = [is_seed_state(v) for v in self.rng_state]
 
     def leave_alone(self, unreached: list[bool]) -> None:
-        """Set `unreached`, and name these variables once: an update leaves them alone.
+        """Set `unreached`, and name these variables once in a warning: an update leaves them alone.
 
         Raises:
             ValueError: if the loss depends on no variable.
@@ -119,8 +119,8 @@ class StatelessForward:
 
         Returns:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, the new values of
-            `averaged`, `rng_state` and `metrics`, and the valid entries of an example, float32: the weight of the
-            ghost batch in the update.
+            `averaged`, `rng_state` and `metrics`, and the number of valid entries of an example, float32, which is the
+            weight of the ghost batch in the update.
 
         Raises:
             ValueError: if a layer assigns a variable whose new value an update would not keep.
@@ -157,7 +157,7 @@ class StatelessForward:
 
 
 def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
-    """Move the key of a `[key, counter]` seed state, int64 or uint32, to that of ghost batch `index`, or back."""
+    """Shift the key of a `[key, counter]` seed state, int64 or uint32, to the key of ghost batch `index`, or back."""
     dtype = keras.backend.standardize_dtype(seed_state.dtype)
     golden, keys = (ops.convert_to_tensor(np.array(n, dtype)) for n in (_GOLDEN, _KEYS))
     shift = ops.cast(index, dtype) * golden % keys  # in uint32 the product wraps, which leaves this rest as it is
@@ -166,12 +166,12 @@ def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:
 
 
 def build_model(model: keras.Model, element_spec: Any, examples: int) -> LossTerms:
-    """Create the variables that Keras creates on the first batch, without drawing one from the data.
+    """Create the variables that Keras creates on the first batch, without drawing a batch from the data.
 
     Args:
         model: compiled.
         element_spec: shape and dtype of each array of a batch: `TensorSpec`s of this package or of TensorFlow.
-        examples: number of them in a batch, for models that take no other number. Others see one.
+        examples: examples in a batch, for models that take no other number. Other models see one example.
 
     Returns:
         The terms of its loss.

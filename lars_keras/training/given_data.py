@@ -1,4 +1,4 @@
-"""The data that a `Trainer` is given, in the form that engines take, for its sizes."""
+"""Convert the data of a `Trainer` to the form that engines take."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,11 @@ from lars_keras.training.sources import scoring_data, training_data, validation_
 class GivenData:
     """Bring the data of `Trainer.fit` and `Trainer.evaluate` into the form that engines take.
 
-    It remembers the generator of the last `fit`, which goes on where it is, and the size of the data counted last.
+    It remembers the generator of the last `fit`, to go on from its current position, and the size of the data that it
+    counted last.
 
     Args:
-        batch_size: global batch.
+        batch_size: global batch size.
         microbatch_size: examples that a replica takes through the model at once; a divisor of `batch_size / replicas`.
         replicas: number of replicas of all hosts.
         hosts: number of hosts.
@@ -54,10 +55,10 @@ class GivenData:
         return scoring_data(x, y, sample_weight, batch_size=self._scored_at_once, hosts=self._hosts, once=True)
 
     def whole_updates(self, data: Data) -> tuple[Data, int]:
-        """Return finite data without their last partial global batch, and the number of updates that they give.
+        """Return finite data without their last partial global batch, and the number of their updates.
 
         Raises:
-            ValueError: if the size of the data is not known, or they have too few examples for an update.
+            ValueError: if the size of the data is not known, or the data have too few examples for an update.
         """
         if self._counted[0] is not data or isinstance(data, list):  # a list may have grown
             self._counted = data, count_examples(data)

@@ -28,7 +28,7 @@ Data: TypeAlias = Any
 
 
 class DataEnded(ValueError):
-    """The data have ended within an update, which is not taken."""
+    """The data ended within an update, which is not taken."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class DataEnded(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class InputContext:
-    """The place of a host among those that read the input, with the attributes of `tf.distribute.InputContext`.
+    """The place of a host among the readers of the input, with the attributes of `tf.distribute.InputContext`.
 
     Attributes:
         num_input_pipelines: number of hosts.
@@ -72,12 +72,11 @@ class TensorSpec:
 def element_spec(data: Data, context: Any, *first_update: int) -> Any:
     """Return a `TensorSpec` for each array of a batch, None for None.
 
-    Sizes that a `tf.data.Dataset` does not know are those of its first batch. NumPy batches are opened and the first of
-    them is looked at.
+    Sizes that a `tf.data.Dataset` does not know are taken from its first batch. Of other data, the first batch is read.
 
     Args:
         data: for training or evaluation.
-        context: what a function of data is told; see `lars_keras.training.cluster.Cluster.input_context`.
+        context: passed to a function of data; see `lars_keras.training.cluster.Cluster.input_context`.
         *first_update: 0 where `data` is for training.
 
     Raises:
@@ -96,7 +95,7 @@ def element_spec(data: Data, context: Any, *first_update: int) -> Any:
 
 
 def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """Return copies of the first batches, for a look at their shapes."""
+    """Return copies of the first batches, to look at their shapes."""
     found = batches.without_hooks() if hasattr(batches, "without_hooks") else batches
     return [copied(arrays_of(batch)) for batch in itertools.islice(found, count)]
 
@@ -136,7 +135,7 @@ def _spec(a: Any) -> TensorSpec | None:
 
 
 def _dtype(dtype: Any) -> str:
-    """Return the name of the type of an array, "string" for text of any kind."""
+    """Return the name of an array's dtype, "string" for text of any kind."""
     if getattr(dtype, "kind", "") in ("U", "S", "O"):
         return "string"
     return keras.backend.standardize_dtype(dtype)
@@ -186,7 +185,7 @@ def to_array(a: Any) -> Any:
     """Return an array or tensor of any library, on any device, as a NumPy array; None for None.
 
     Raises:
-        ValueError: if its first dimension is not that of the examples.
+        ValueError: if its first dimension does not count the examples.
     """
     if a is None:
         return None
@@ -211,7 +210,7 @@ def count_examples(data: Data) -> int:
     """Return the number of examples in finite data, by reading them once unless all batches have one known size.
 
     Raises:
-        ValueError: if they may be endless: neither a `tf.data.Dataset` of known cardinality nor a sequence of NumPy
+        ValueError: if the data may be endless: neither a `tf.data.Dataset` of known cardinality nor a sequence of NumPy
             batches.
     """
     if getattr(data, "examples", None) is not None:
@@ -232,7 +231,7 @@ def count_examples(data: Data) -> int:
 
 
 def take_updates(data: Data, microbatch_size: int, count: int) -> Data:
-    """Return the first `count` micro-batches of data that can be read again; never a global batch in one piece."""
+    """Return the first `count` micro-batches of data that can be read again, never as one global batch."""
     if hasattr(data, "first"):
         return data.first(count * microbatch_size)
     if is_dataset(data):
@@ -258,7 +257,7 @@ class _FirstMicrobatches:
 def training_batches(
     data: Data, context: InputContext, microbatch_size: int, accumulation_steps: int, first_update: int
 ) -> Iterator[Batch]:
-    """Return one host's batches of one micro-batch for each of its replicas, from an update on, without an end."""
+    """Return one host's endless batches, of a micro-batch for each of its replicas, from an update on."""
     size = microbatch_size * context.local_replicas
     if callable(data):
         return rebatch(data(context, first_update), size, drop_remainder=True)
@@ -274,7 +273,7 @@ def training_batches(
 def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
     """Return one host's batches for evaluation, of `batch_size` examples for each of its replicas.
 
-    Every example comes once. One host's last batch may have fewer examples. With several hosts batches are
+    Every example comes once. On a single host the last batch may have fewer examples. On several hosts batches are
     `(x, y, weight)`, and the last one is filled up with copies of a real example, of weight 0.
     """
     size = batch_size * context.local_replicas
@@ -291,9 +290,9 @@ def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Itera
 
 
 def rebatch(batches: Iterable[Batch], size: int, *, drop_remainder: bool) -> Iterator[Batch]:
-    """Yield the same examples in batches of exactly `size`; a last one with fewer only without `drop_remainder`.
+    """Yield the same examples in batches of `size`. Only without `drop_remainder`, the last batch may be smaller.
 
-    The arrays are copies: a generator may give all of its batches in the same memory.
+    The arrays are copies, because a generator may use the same memory for all of its batches.
     """
     parts: collections.deque[Batch] = collections.deque()
     missing = size
@@ -327,7 +326,7 @@ def count_in(batch: Batch) -> int:
 
 
 def sliced(batch: Batch, start: int, stop: int | None) -> Batch:
-    """Return some of the examples of a batch, for `stop=None` all from `start` on."""
+    """Return the examples of a batch from `start` to `stop`, or to the end if `stop` is None."""
     return keras.tree.map_structure(lambda a: None if a is None else a[start:stop], batch)
 
 
@@ -340,7 +339,7 @@ def joined(parts: Iterable[Batch]) -> Batch:
     """Return the examples of several batches as one.
 
     Raises:
-        ValueError: if they have different shapes.
+        ValueError: if their shapes differ.
     """
     first, *rest = parts
     try:

@@ -1,8 +1,8 @@
-"""The terms of a compiled loss: which of them the parts of a global batch add up to.
+"""Check that the loss of a global batch follows from the losses of its ghost batches.
 
-The loss of a global batch must be the mean over its ghost batches. A masked mean is a weighted one: each ghost batch
-counts with the entries that its mask leaves. A loss that is no mean, such as Dice or a contrastive loss over all pairs
-of a batch, has another value for the whole batch than its ghost batches give, and is refused.
+The loss of a global batch must be the mean over its ghost batches. A masked mean is a weighted mean: the weight of a
+ghost batch is the number of entries that its mask leaves. A loss that is not a mean, such as Dice or a contrastive loss
+over all pairs of a batch, has another value for the whole batch than its ghost batches give, and is refused.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class LossTerms:
 
     Attributes:
         masks: for each mean that the loss takes, True if a mask leaves entries out of it.
-        layer_losses: number of losses that layers add, such as activity regularizers; those of weights do not count.
+        layer_losses: number of losses that layers add, such as activity regularizers, but not weight regularizers.
         batch: a `TensorSpec` for each array of `(x, y, y_pred)`.
         weights: a `TensorSpec` for each array of sample weights, None without any.
     """
@@ -64,15 +64,15 @@ def valid_entries(masks: Sequence[Tensor | None]) -> Tensor:
 
 
 def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> None:
-    """Refuse a loss that the losses of several ghost batches do not add up to.
+    """Refuse a loss that does not follow from the losses of several ghost batches.
 
     Args:
         model: compiled and built.
         terms: terms of its loss.
-        ghost_batches: number of them in a global batch.
+        ghost_batches: number of ghost batches in a global batch.
 
     Raises:
-        ValueError: if they do not; the message names the loss.
+        ValueError: for such a loss; the message names it.
     """
     if ghost_batches == 1:
         return
@@ -99,7 +99,7 @@ def check_scored_terms(model: keras.Model, terms: LossTerms, batches: int) -> No
     Args:
         model: compiled and built.
         terms: terms of its loss.
-        batches: number of batches, or of parts of them on replicas, so far.
+        batches: number of batches so far, or of their parts on replicas.
 
     Raises:
         ValueError: if there are several.
@@ -120,7 +120,7 @@ def _parts(model: keras.Model, terms: LossTerms) -> str:
 
 
 def suspects(model: keras.Model) -> list[str]:
-    """Return the name of a part of the loss that may be no mean over examples; no more than one."""
+    """Return the name of one part of the loss that may not be a mean over examples, if there is any."""
     if is_overridden(model, "compute_loss"):
         return [f"{type(model).__name__}.compute_loss"]
     unknown = [loss.name for loss in keras_internals.compiled_losses(model) if not is_known_mean(loss)]
@@ -140,7 +140,7 @@ def is_known_mean(loss: Any) -> bool:
 def _is_mean(model: keras.Model, terms: LossTerms) -> bool | None:
     """Try the loss on synthetic targets, predictions and weights; None if undecided.
 
-    Some of the targets are also replaced by numbers that often say that there is none.
+    Some of the targets are also replaced by numbers that often stand for a missing target.
     """
     batch = terms.batch
     predictions = keras.tree.map_structure(lambda spec: dataclasses.replace(spec, dtype="float32"), batch[2])
@@ -175,7 +175,7 @@ def _is_mean(model: keras.Model, terms: LossTerms) -> bool | None:
 
 
 def _layers_without_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> list[str]:
-    """Return the names of layers that add losses which are no means over examples, tried on synthetic inputs."""
+    """Return the names of layers whose losses are not means over examples, found with synthetic inputs."""
     arrays = made_up_batch(batch, _EXAMPLES)
     names: list[str] = []
 
@@ -197,14 +197,14 @@ def _layers_without_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> lis
 
 
 def _differs(losses: Callable[[int, int], list[float] | None], tolerance: float) -> list[bool] | None:
-    """Return, for each loss of some examples, True if it is not the mean of those of two parts.
+    """Return, for each loss, True if its value for some examples is not the mean of its values for two parts of them.
 
     Args:
-        losses: returns the losses of the examples from a number on, up to another; None if they are random.
+        losses: takes the numbers of the first example and of the end, and returns the losses; None if they are random.
         tolerance: relative.
 
     Returns:
-        None if they are random, or not finite.
+        None if the losses are random, or not finite.
     """
     whole = losses(0, _EXAMPLES)
     differs = [False] * len(whole or ())
@@ -225,7 +225,7 @@ def _values(model: keras.Model) -> list[tuple[keras.Variable, Tensor]]:
 
 
 def _with_first(targets: np.ndarray, number: int) -> np.ndarray:
-    """Return targets in which those of the first examples are replaced by a number."""
+    """Return the targets, with the targets of the first examples replaced by a number."""
     return np.concatenate([np.full_like(targets[:_MARKED], number), targets[_MARKED:]])
 
 

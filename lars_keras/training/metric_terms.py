@@ -1,7 +1,8 @@
-"""Metrics of a global batch whose parts were seen apart: which of them still have the value of the whole.
+"""Find the metrics whose value for a global batch depends on how the batch was split.
 
-A metric sees the micro-batches of a device one after the other. Every replica has a state of its own, and the states
-are added up. A maximum bears the first, but not the second; a moving average of the values of batches bears neither.
+A metric sees the micro-batches of a device one after the other. Every replica has its own state, and the states are
+added up. A maximum survives the micro-batches, but not the sum of states; a moving average of the values of batches
+survives neither.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ State = list[np.ndarray]
 
 
 class MetricTerms:
-    """The metrics of a built model whose values depend on how a batch was split.
+    """Finds the metrics of a built model whose values depend on how a batch was split.
 
     Args:
         model: compiled and built.
@@ -39,7 +40,7 @@ class MetricTerms:
             replicas: number of states that are added up.
 
         Raises:
-            ValueError: if there are some; the message names them.
+            ValueError: for such metrics; the message names them.
         """
         if parts == 1:
             return
@@ -56,14 +57,14 @@ class MetricTerms:
 
 
 def _probed(model: keras.Model, batch: tuple[Any, Any, Any]) -> dict[str, list[str]]:
-    """Return the names of the metrics that may not be split at all, and of those whose states may not be added."""
+    """Return the names of the metrics that must not be split, and of the metrics whose states must not be added."""
     if all(map(is_known_sum, keras_internals.single_metrics(model))):
         return {"parts": [], "sums": []}
     arrays = made_up_batch(batch, 8)
     variables = [v for metric in model.metrics for v in metric.variables]
 
     def within(state: State | None, *part: int) -> tuple[State, dict[str, Any]]:
-        """Return the state after a part of the batch, and the results; from a reset if there is no state."""
+        """Return the state after a part of the batch, and the results; start from a reset if there is no state."""
         x, y, y_pred = part_of(arrays, batch, *(part or (0, 1)))
         values = [(v, ops.convert_to_tensor(v)) for v in model.variables]
         before = state or [np.zeros(v.shape) for v in variables]

@@ -1,4 +1,4 @@
-"""Parts of a model that `Trainer` cannot take, because it would train or score something else."""
+"""Refuse parts of a model that `Trainer` would ignore, so that it would train or score something else."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ _NEVER_CALLED = (
 
 
 def check_overrides(model: keras.Model) -> None:
-    """Refuse a model with a training or evaluation step of its own, which `Trainer` would not call, or an eager one.
+    """Refuse an eager model, and a model with its own training or evaluation step, which `Trainer` would not call.
 
     Raises:
-        ValueError: if there is one; the message names it. If the model was compiled with `run_eagerly`.
+        ValueError: if there is such a step (the message names it), or the model was compiled with `run_eagerly`.
     """
     own = [name for name in _NEVER_CALLED if is_overridden(model, name)]
     if own:
@@ -40,10 +40,10 @@ def check_overrides(model: keras.Model) -> None:
 
 
 def check_loss(model: keras.Model) -> None:
-    """Refuse a sum or a weighted mean: those of the micro-batches do not add up to that of the global batch.
+    """Refuse a sum or a weighted mean: its values for the micro-batches do not give its value for the global batch.
 
     Raises:
-        ValueError: if a loss is one.
+        ValueError: for such a loss.
     """
     for loss in keras.tree.flatten(model.loss):
         reduction = getattr(loss, "reduction", "sum_over_batch_size")
@@ -59,10 +59,10 @@ def check_targets(model: keras.Model, spec: Any) -> None:
 
     Args:
         model: compiled.
-        spec: of a batch, a tuple.
+        spec: spec of a batch, a tuple.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: if the data have no targets.
     """
     compares = any(loss is not None for loss in keras.tree.flatten(model.loss))
     if compares and isinstance(spec, tuple) and len(spec) < 2 and not is_overridden(model, "compute_loss"):
@@ -70,6 +70,6 @@ def check_targets(model: keras.Model, spec: Any) -> None:
 
 
 def is_overridden(model: keras.Model, name: str) -> bool:
-    """Return True if a model, or its class, has another method `name` than `keras.Model`."""
+    """Return True if a model or its class overrides the method `name` of `keras.Model`."""
     of_keras = getattr(keras.Model, name, None)
     return name in vars(model) or getattr(type(model), name, None) is not of_keras

@@ -1,7 +1,8 @@
 """Refuse models that would count the padding of an evaluation whose last batch is filled up.
 
-Where hosts or TPU cores must keep step, the last batch holds copies of an example with weight 0. Keras's losses and
-metrics leave them out. Losses of layers do not, nor do a loss or a metric that ignores weights.
+If hosts or TPU cores must take equally many batches, the last batch is filled up with copies of an example, of weight
+0. Keras's losses and metrics leave the copies out. Losses of layers do not, nor does a loss or metric that ignores
+weights.
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
         terms: terms of its loss.
 
     Raises:
-        ValueError: if it would; the message names the part.
+        ValueError: for such a model; the message names the part.
     """
     found = ["losses that layers add, such as activity regularizers"] * bool(terms.layer_losses)
     found += ["`metrics=`, which ignore weights"] * keras_internals.has_unweighted_metrics(model)
@@ -48,7 +49,7 @@ def check_padding(model: keras.Model, terms: LossTerms) -> None:
 def _that_ignore_weights(
     model: keras.Model, batch: tuple[Any, Any, Any], losses: list[str], meant: tuple[str, ...]
 ) -> list[str]:
-    """Try synthetic examples: three, the same with a fourth of weight 0, and with another fourth.
+    """Score synthetic examples: three, the same with a fourth of weight 0, and the same with another fourth.
 
     Args:
         model: compiled and built.

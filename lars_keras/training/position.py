@@ -11,12 +11,12 @@ class Position:
     """The place of a run between two updates.
 
     Attributes:
-        update: updates finished.
+        update: number of finished updates.
         batches_consumed: global batches of training data used or skipped.
-        epoch: the epoch that metrics are gathered for; -1 before the first.
-        losses: numbers, few of them, whose exact sum is that of the losses of its updates so far.
-        counted: how many losses these are; by default each number is one, as earlier versions saved them.
-        logs: the logs that callbacks got last.
+        epoch: the epoch whose metrics are being gathered; -1 before the first.
+        losses: a few numbers whose exact sum is the sum of the losses of the epoch so far.
+        counted: number of these losses; by default each number is one loss, as earlier versions saved them.
+        logs: the last logs that callbacks got.
         callbacks: the memory of callbacks (see `callback_memory`); None if not known.
         order: the values on which the order of arrays, or of batches by index, depends; None for other data.
     """
@@ -39,9 +39,9 @@ class Position:
         self.epoch, self.losses, self.counted = epoch, [], 0
 
     def add_losses(self, losses: Iterable[float]) -> None:
-        """Add losses of updates exactly: what rounding takes from a sum is kept beside it (Shewchuk 1997).
+        """Add losses of updates exactly: the rounding errors of the sum are kept beside it (Shewchuk 1997).
 
-        So the mean does not depend on where a run was stopped, and takes no longer in a long epoch.
+        So the mean does not depend on where a run was stopped, and computing it takes no longer in a long epoch.
         """
         for total in losses:
             rest = []

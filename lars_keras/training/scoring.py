@@ -1,7 +1,7 @@
-"""The score of one batch in evaluation, on either engine.
+"""Score one batch in evaluation, on either engine.
 
-Without padding it is what Keras's `evaluate` computes. The numbers that Keras divides by come with it, so that batches
-of any size add up to the score of all data at once.
+Without padding the score is what Keras's `evaluate` computes. It comes with the numbers by which Keras divides, so that
+batches of any size add up to the score of all data at once.
 """
 
 import math
@@ -27,8 +27,8 @@ def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -
         padded: True if `weight` is 0 for examples that only fill up the batch.
 
     Returns:
-        Scalars, to be summed over batches for `summary`: the compiled loss times what it is divided by; the sum of
-        weights, in units of examples; the model's own losses times their number of examples; that number; and `n`.
+        Scalars, to be summed over batches for `summary`: the compiled loss times its divisor; the sum of weights, in
+        units of examples; the model's own losses times their number of examples; that number; and `n`.
     """
     y_pred = model(x, training=False)
     loss_weight = aligned(weight, y_pred) if padded else weight
@@ -60,7 +60,7 @@ def summary(compiled: float, total: float, own: float, size: float, n: float) ->
 
 
 def _units(masks: list[Tensor | None], weight: Any, size: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the divisor of Keras's loss, the sum of weights, and that sum without a mask; all in units of examples."""
+    """Return the divisor of Keras's loss, the sum of weights, and their sum without a mask, in units of examples."""
     if keras.tree.is_nested(weight):  # each output has its own sum; the loss stays on the scale of Keras's
         return size, size, size
     n = size if weight is None else size * ops.mean(ops.cast(weight, dtype))
@@ -75,7 +75,7 @@ def _units(masks: list[Tensor | None], weight: Any, size: Tensor, dtype: str) ->
 
 
 def aligned(weight: Any, y_pred: Any) -> Any:
-    """Return weights that broadcast to the losses of each element, which have one dimension fewer than the output."""
+    """Return weights that broadcast to the element-wise losses, which have one dimension fewer than the output."""
     if keras.tree.is_nested(weight):
         return weight
     ranks = {max(len(p.shape) - 1, len(weight.shape)) for p in keras.tree.flatten(y_pred)}

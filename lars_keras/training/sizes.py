@@ -1,4 +1,4 @@
-"""The sizes of a run: micro-batches of a global batch, and the last update of each epoch."""
+"""Compute the sizes of a run: micro-batches of a global batch, and the last update of each epoch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
     """Split a global batch into micro-batches.
 
     Args:
-        batch_size: global batch.
+        batch_size: global batch size.
         replicas: number of replicas.
         microbatch_size: examples that a replica takes through the model at once; None, or too many, for all of its
             examples.
@@ -19,7 +19,7 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
         `(microbatch_size, accumulation_steps)` with `replicas * microbatch_size * accumulation_steps == batch_size`.
 
     Raises:
-        ValueError: if there is no such split; the message names the nearest sizes for which there is.
+        ValueError: if there is no such split; the message names the nearest sizes that can be split.
     """
     if batch_size < 1 or batch_size % replicas:
         below = batch_size // replicas * replicas
@@ -44,7 +44,7 @@ def epoch_ends(epochs: float, steps_per_epoch: float) -> list[int]:
     """Return the number of the last update of each epoch, from 1.
 
     Raises:
-        ValueError: if one is no finite number, or `steps_per_epoch` is 0.
+        ValueError: if an argument is not a finite number, or `steps_per_epoch` is 0.
     """
     check_number("epochs", epochs)
     check_number("steps_per_epoch", steps_per_epoch, above=0.0)
@@ -57,10 +57,10 @@ def epoch_ends(epochs: float, steps_per_epoch: float) -> list[int]:
 
 
 def epochs_to_validate(validation_freq: int | Sequence[int]) -> Callable[[int], bool]:
-    """Return a function that returns True for each epoch, from 1, that is to be evaluated.
+    """Return a function that returns True if an epoch, numbered from 1, is to be evaluated.
 
     Args:
-        validation_freq: every so many epochs, or the epochs.
+        validation_freq: number of epochs between evaluations, or the epochs to evaluate.
 
     Raises:
         ValueError: if it is neither.

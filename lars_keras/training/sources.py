@@ -1,4 +1,4 @@
-"""The forms in which `model.fit` takes data, as data of `Trainer`.
+"""Convert every form of data that `model.fit` takes to the data of `Trainer`.
 
 Keras's own adapters are not used. They begin with the first example and shuffle by a global random state, but a resumed
 run must find the examples of any update by its number.
@@ -42,18 +42,18 @@ def training_data(
     """Return the data of `Trainer.fit` in the form that engines take for training.
 
     Args:
-        x: as for `Trainer.fit`, as are `y`, `sample_weight`, `class_weight`, `shuffle` and `seed`.
+        x: as for `Trainer.fit`; so are `y`, `sample_weight`, `class_weight`, `shuffle` and `seed`.
         y: targets.
         sample_weight: weights.
         class_weight: weight of each class.
-        batch_size: global batch.
+        batch_size: global batch size.
         microbatch_size: examples that a replica takes through the model at once.
         hosts: number of hosts.
         shuffle: order examples, or the batches of a `keras.utils.PyDataset`, anew in each epoch.
         seed: seed of that order.
 
     Raises:
-        ValueError: if an argument does not go with the form of `x`, or `x` has none of the known forms.
+        ValueError: if an argument does not work with the form of `x`, or `x` has none of the known forms.
     """
     seed = check_count("seed", seed)
     order = seed if shuffle else None
@@ -86,12 +86,12 @@ def scoring_data(
     """Return the data of `Trainer.evaluate` in the form that engines take for evaluation.
 
     Args:
-        x: as for `Trainer.evaluate`, as are `y` and `sample_weight`.
+        x: as for `Trainer.evaluate`; so are `y` and `sample_weight`.
         y: targets.
         sample_weight: weights.
         batch_size: examples in a batch that is cut from arrays.
         hosts: number of hosts.
-        once: True if the data will be read once only, so that a generator serves.
+        once: True if the data will be read only once, so that a generator is accepted.
 
     Raises:
         ValueError: as `training_data` does; also for endless data.
@@ -124,7 +124,7 @@ def scoring_data(
 
 
 def validation_data_of(data: Any, *, batch_size: int, hosts: int = 1) -> Data:
-    """Return `scoring_data` of the argument `validation_data`; `(x, y)` and `(x, y, sample_weight)` are taken, too."""
+    """Return `scoring_data` of the argument `validation_data`, which may be `(x, y)` or `(x, y, sample_weight)`."""
     separate = isinstance(data, tuple) or (isinstance(data, list) and any(map(is_array, data)))
     parts = data if separate else (data,)
     if not 1 <= len(parts) <= 3:

@@ -1,4 +1,4 @@
-"""The state that both engines save, restore and swap: the variables of a model and its optimizer."""
+"""Save, restore and swap the state that both engines share: the variables of a model and its optimizer."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,23 +18,23 @@ def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 
 
 def sum_dtype(dtype: str) -> str:
-    """Return the dtype in which values of a dtype are summed: float32, or float64 for itself."""
+    """Return the dtype in which values of a dtype are summed: float64 for float64, else float32."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def variables_by_name(model: keras.Model) -> dict[str, keras.Variable]:
-    """Return the variables of a compiled model and its optimizer: the state that all replicas have in common."""
+    """Return the variables of a compiled model and its optimizer: the state that all replicas share."""
     # By number: the paths have the names of model and optimizer, which count the models of a process.
     groups = {"model": model.variables, "optimizer": model.optimizer.variables}
     return {f"{group}/{i}": v for group, variables in groups.items() for i, v in enumerate(variables)}
 
 
 def identity_of(model: keras.Model) -> dict[str, Any]:
-    """Return the identity of a compiled, built model and its optimizer: others of the same shapes have another.
+    """Return the identity of a compiled, built model and its optimizer, which tells apart models of the same shapes.
 
     Returns:
         "optimizer": the class; "model": the path of each variable. Keras numbers the layers of a process. A number at
-        the end of a name is therefore replaced by its rank among those of the same name.
+        the end of a name is therefore replaced by its rank among the layers of that name.
     """
     paths = [v.path.removeprefix(f"{model.name}/").split("/") for v in model.variables]
     numbers: dict[str, set[int]] = {}
@@ -61,10 +61,10 @@ def check_identity(model: keras.Model, saved: Mapping[str, Any] | None) -> None:
 
     Args:
         model: compiled and built.
-        saved: from `identity_of`; None if an earlier version has written the state.
+        saved: from `identity_of`; None if an earlier version wrote the state.
 
     Raises:
-        ValueError: if a class or a path differs.
+        ValueError: if the class or a path differs.
     """
     if saved is None:
         return
@@ -118,9 +118,9 @@ def restore_variables(
 
 @contextlib.contextmanager
 def kept_random_state(model: keras.Model) -> Iterator[None]:
-    """Set the seed generators of a model back at the end, whatever drew from them within the context.
+    """Set the seed generators of a model back at the end of the context.
 
-    How often a validation draws depends on the number of replicas, and what is trained must not.
+    The number of draws in a validation depends on the number of replicas, and the training must not.
     """
     seeds = [v for v in model.non_trainable_variables if keras_internals.is_seed_state(v)]
     before = [np.array(keras.ops.convert_to_numpy(v)) for v in seeds]
@@ -132,10 +132,10 @@ def kept_random_state(model: keras.Model) -> Iterator[None]:
 
 
 def finalize(model: keras.Model) -> None:
-    """Let a model have the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it.
+    """Give a model the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it.
 
-    Before the first update there is none: Keras's averages start at 0. An optimizer with another end of its own, such
-    as an average that it keeps itself, is asked for that.
+    Before the first update there is no EMA: Keras's averages start at 0. If an optimizer overrides Keras's method for
+    the end of a training, for example to keep its own average, that method is called.
     """
     optimizer = inner_optimizer(model.optimizer)
     if type(optimizer).finalize_variable_values is not keras.optimizers.Optimizer.finalize_variable_values:
@@ -154,7 +154,7 @@ def _has_updated(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 class EmaWeights:
-    """A context in which the model has the EMA of its weights, if the optimizer keeps it.
+    """Context in which the model has the EMA of its weights, if the optimizer keeps it.
 
     Weights that are set within the context stay.
 

@@ -1,4 +1,4 @@
-"""The environment variable TF_CONFIG, by which both backends learn of the other processes of a run."""
+"""Read TF_CONFIG, the environment variable that names the other processes of a run on both backends."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def index() -> int:
 
 
 def unset_message(alternative: str = "") -> str:
-    """Return the error of a multi-worker run without TF_CONFIG."""
+    """Return the message for a multi-worker run without TF_CONFIG."""
     return (
         '`strategy="multi_worker"` needs the environment variable TF_CONFIG with the addresses of the workers, and the '
         f"type and index of this task{alternative}."

@@ -38,7 +38,7 @@ from lars_keras.training.votes import hold_vote
 class Trainer:
     """Train a compiled model in global batches, cut into micro-batches and spread over replicas.
 
-    It takes the place of `model.fit` and `model.evaluate`; everything else stays Keras:
+    It replaces `model.fit` and `model.evaluate`; everything else stays Keras:
 
     ```python
     with strategy.scope():                       # any tf.distribute strategy, or none
@@ -50,46 +50,46 @@ class Trainer:
     ```
 
     One device, N replicas and k micro-batches take the same step; `lars_keras.training.forward` defines it. The
-    optimizer runs once for each global batch, and schedules count those updates.
+    optimizer runs once for each global batch, and schedules count these updates.
 
-    On JAX (KERAS_BACKEND=jax) `keras.distribution.set_distribution(keras.distribution.DataParallel())` takes the place
-    of the strategy.
+    On JAX (KERAS_BACKEND=jax) call `keras.distribution.set_distribution(keras.distribution.DataParallel())` before the
+    model is made, in place of the strategy.
 
     Args:
         model: a compiled `keras.Model`, created under the strategy it is to run on.
-        batch_size: global batch: examples in an update.
+        batch_size: global batch size: examples in an update.
         microbatch_size: examples that one replica takes through the model at once; a divisor of
             `batch_size / replicas`, which is the default and the maximum.
-        steps_per_execution: updates that run without returning to Python. Callbacks see the last of them. By default
-            as the model was compiled.
+        steps_per_execution: updates that run without returning to Python. Callbacks see the last of them. Default: the
+            value given to `compile`.
         jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU, and all layers of
             the model allow it. JAX always compiles.
         variable_norms: measure the norms of each variable and its gradient in every update; see `measures`.
-        reduce_dtype: dtype of the gradients on their way between devices. Below "float32", on JAX only, it saves half
-            the traffic and rounds each device's sum.
-        trust_ratios: measure what `LARS` and `LAMB` do to each variable.
-        noise_scale: measure what `lars_keras.noise_scale` needs, and `variable_norms` with it. An update must have
+        reduce_dtype: dtype of the gradients on their way between devices. A dtype below "float32", on JAX only, saves
+            half the traffic and rounds each device's sum.
+        trust_ratios: measure the trust ratio and the effective rate that `LARS` or `LAMB` gives each variable.
+        noise_scale: measure the norms that `lars_keras.noise_scale` needs, and `variable_norms`. An update must have
             several ghost batches.
 
     Attributes:
         cluster: the devices and processes of the run, found from the model; see `Cluster`.
-        replicas: number of its replicas.
+        replicas: number of replicas of the cluster.
         accumulation_steps: micro-batches of each replica in an update.
         position: the place of the run; see `Position`.
         callbacks: callbacks of the last `fit`.
-        resumed: True if that went on from what `restore` had restored.
+        resumed: True if the last `fit` went on from a restored position.
         step_losses: the loss of each update of the last execution.
-        measures: what was asked for of the last execution, each float32 of shape `(updates, variables)`, in the order
-            of `model.trainable_variables`. With `variable_norms` the norms `"gradient"`, and `"weight"` after the
+        measures: the requested measures of the last execution, each float32 of shape `(updates, variables)`, in the
+            order of `model.trainable_variables`. With `variable_norms` the norms `"gradient"`, and `"weight"` after the
             update. With `trust_ratios` also `lars_keras.layerwise.MEASURES`: `"weight_norm"` before the update,
             `"gradient_norm"` as the rule sees it, clipped; trust `"ratio"`, and effective `"rate"`, the ratio times
             the variable's rate. With `noise_scale` also `"ghost_gradient"`, the root mean square of the norms of the
             ghost-batch gradients.
 
     Raises:
-        ValueError: if the model is not compiled, or has a `train_step`, `test_step`, `fit` or another loop of its own,
-            which would not be called; if the sizes do not divide; if the engine cannot do what an option, the
-            model or the optimizer asks for.
+        ValueError: if the model is not compiled, or has its own `train_step`, `test_step`, `fit` or another loop, which
+            would not be called; if the sizes do not divide; if the engine does not support an option, the model or the
+            optimizer.
     """
 
     def __init__(
@@ -178,21 +178,21 @@ class Trainer:
                 - a function of `lars_keras.training.inputs.InputContext` and the number of an update, which returns
                   the endless batches of one host's own examples from that update on.
             y: targets, if `x` is arrays.
-            epochs: how many; may be a fraction.
+            epochs: number of epochs; may be a fraction.
             steps_per_epoch: updates in an epoch; may be a fraction, because batches of an endless dataset may
-                cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. Needed
-                unless the size of the data is known; the last partial global batch of an epoch is then left out.
+                cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. It may be
+                left out if the size of the data is known; each epoch then leaves out its last partial global batch.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or `x` as for `evaluate`; scored at the end of epochs.
-            validation_freq: epochs between evaluations, or the epochs, from 1, to evaluate. The end of the run is
-                always evaluated.
+            validation_freq: number of epochs between evaluations, or a list of the epochs, from 1, to evaluate. The end
+                of the run is always evaluated.
             callbacks: Keras callbacks, or one. `on_train_batch_end(batch, logs)` gets the index of the last update of
                 the whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
-                and `data_wait`, the seconds that the devices stood idle for want of data since the last call.
+                and `data_wait`, the seconds that the devices waited for data since the last call.
                 `on_test_batch_end` gets the scores so far, which are fetched only for a callback that defines it.
                 A callback may have a method `on_updates_end(last)`. It is called after the updates of an epoch, before
-                they are evaluated; `last` is True if no update follows. In `on_epoch_end` the model has the EMA
-                weights, if the optimizer keeps them: those that were scored. On several hosts `model.stop_training`
-                of one stops all of them, after the next call of the engine.
+                they are evaluated; `last` is True if no update follows. If the optimizer keeps EMA weights, the model
+                has them in `on_epoch_end`, as it had when it was scored. On several hosts, `model.stop_training` on one
+                stops all of them, after the next call of the engine.
             verbose: 0 for silence, else a progress bar.
             shuffle: order arrays, or the batches of a `PyDataset`, anew in each epoch. Other data keep their order.
             class_weight: weight of the examples of each class, for arrays, a `PyDataset` and a `tf.data.Dataset`.
@@ -203,9 +203,9 @@ class Trainer:
             The `keras.callbacks.History`.
 
         Raises:
-            ValueError: if the length of an epoch is not known; if the data have no known form; if there are validation
-                data that `evaluate` will refuse to score; if a callback is `BackupAndRestore`, or on several hosts of
-                JAX `ModelCheckpoint`; if no variable is trainable, or the loss depends on none that is; if
+            ValueError: if the length of an epoch is not known; if the data have no known form; if `evaluate` would
+                refuse to score the validation data; if a callback is `BackupAndRestore`, or on several hosts of JAX
+                `ModelCheckpoint`; if no variable is trainable, or the loss depends on no trainable variable; if
                 layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
         callbacks = keras.tree.flatten(callbacks or ())
@@ -244,7 +244,7 @@ class Trainer:
             verbose=verbose,
         )
         may_end = isinstance(data, GeneratorFeed)
-        steps_per_execution = 1 if may_end else self.steps_per_execution  # what is taken before the end must be known
+        steps_per_execution = 1 if may_end else self.steps_per_execution  # to know how many were taken before the end
         self.model.stop_training = False
         iterator = engine.training_iterator(data, position.batches_consumed, (ends or [0])[-1] - position.update)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
@@ -324,18 +324,18 @@ class Trainer:
 
         Args:
             x: finite data as for `fit`; or a function of `lars_keras.training.inputs.InputContext` that returns
-                those of one host's own examples, as many batches on each host.
+                batches of one host's own examples, equally many on each host.
             y: targets, if `x` is arrays.
             sample_weight: weights, if `x` is arrays.
-            verbose: as in Keras: 0 for silence; 1 or "auto" for a progress bar, for which the devices are waited for
-                after each batch; 2 for a line at the end.
+            verbose: as in Keras: 0 for silence; 1 or "auto" for a progress bar, which waits for the devices after each
+                batch; 2 for a line at the end.
 
         Returns:
             `loss`, the compiled metrics, and `n`, the sum of the weights: the number of examples if none
             were given.
 
         Raises:
-            ValueError: if the data have no known form or no end; on several hosts and on TPUs, if the model would count
+            ValueError: if the data have no known form or no end. On several hosts and on TPUs, if the model would count
                 the padding of the last batch, as `metrics=` do and `weighted_metrics=` do not.
         """
         data = self._given.scoring(x, y, sample_weight)
@@ -361,7 +361,7 @@ class Trainer:
         Collective: call it on every host. `fit` must have begun.
 
         Returns:
-            Arrays, and the rest, which JSON can hold.
+            A dictionary of arrays, and the position, as values for JSON.
         """
         if self.callbacks:
             self.position.callbacks = memory_of(self.callbacks)
@@ -377,7 +377,7 @@ class Trainer:
         Args:
             arrays: from `snapshot`.
             position: from `snapshot`.
-            data: `(x, y)`, `(x, y, sample_weight)` or `x` as for `fit`, for the shapes of the examples.
+            data: `(x, y)`, `(x, y, sample_weight)` or `x` as for `fit`; gives the shapes of the examples.
 
         Raises:
             ValueError: if the model or optimizer has other variables, or variables with the same shapes and other
@@ -403,18 +403,18 @@ class Trainer:
         self._restored = engine
 
     def _set_rate(self) -> float | None:
-        """Return the learning rate that is stored in a variable; None if a schedule sets it."""
+        """Return the learning rate if it is stored in a variable; None if a schedule sets it."""
         rate = learning_rate_of(inner_optimizer(self.model.optimizer))
         return float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
 
     def save_model(self, path: str | os.PathLike, write: bool = True) -> None:
-        """Write the model and its optimizer as a `.keras` file. `fit` must have begun.
+        """Write the model and its optimizer to a `.keras` file. `fit` must have begun.
 
         Collective: call it on every host, because each may hold a shard of the weights.
 
         Args:
             path: path of the file.
-            write: True on one of the hosts.
+            write: True on the one host that writes the file.
         """
         self._current.running().save_model(path, write)
 
@@ -423,7 +423,7 @@ class Trainer:
 
 
 def _reads_scores(callback: keras.callbacks.Callback) -> bool:
-    """Return True if a callback may read the logs of `on_test_batch_end`. Keras's and ours do not within a training."""
+    """Return True if a callback may read the logs of `on_test_batch_end`. In training, Keras's and ours do not."""
     return not str(callback.on_test_batch_end.__module__).startswith(("keras.", "lars_keras."))
 
 

@@ -1,4 +1,4 @@
-"""Decisions that all hosts must take after the same update."""
+"""Take decisions on all hosts after the same update."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
@@ -13,13 +13,13 @@ class Voter(Protocol):
     """A callback that acts on all hosts if one of them wants it to.
 
     Attributes:
-        agreed: True if a host wants it after this batch. `hold_vote` sets it.
+        agreed: True if any host wants it to act after this batch. `hold_vote` sets it.
     """
 
     agreed: bool | None
 
     def vote(self, update: int, logs: Mapping[str, float]) -> bool:
-        """Return True if this host wants the callback to act after `update`, whose logs are given."""
+        """Return True if this host wants the callback to act after `update`, which gave these logs."""
 
 
 def hold_vote(
@@ -35,13 +35,13 @@ def hold_vote(
 
     Args:
         cluster: cluster of the run.
-        callbacks: callbacks of the run; those that are no voters are left alone.
+        callbacks: callbacks of the run; callbacks that are not voters are ignored.
         update: the number of finished updates.
         logs: logs of the last training batch; empty in an evaluation.
-        stop: True if this host wants the training to stop; None if that is not asked.
+        stop: True if this host wants the training to stop; None not to vote on it.
 
     Returns:
-        True if a host wants it to stop.
+        True if any host wants the training to stop.
     """
     voters = [callback for callback in callbacks if isinstance(callback, Voter)]
     votes = [voter.vote(update, logs) for voter in voters]

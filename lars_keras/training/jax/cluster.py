@@ -36,7 +36,7 @@ class JaxCluster:
         ValueError: for another kind of distribution.
 
     Attributes:
-        distribution: the same.
+        distribution: as passed.
         mesh: its devices, with an axis for each direction of a TPU's torus.
         shard_optimizer_state: True if each device keeps and updates its shard of the weights and optimizer slots.
     """
@@ -85,7 +85,7 @@ class JaxCluster:
             )
 
     def input_context(self) -> InputContext:
-        """Return the place of this process among those that read the input."""
+        """Return the place of this process among the readers of the input."""
         return InputContext(len(self._processes), self._processes.index(jax.process_index()), self.replicas)
 
     def any_across_hosts(self, *flags: bool) -> list[bool]:
@@ -102,7 +102,7 @@ class JaxCluster:
 
     @staticmethod
     def is_host_lost(error: Exception) -> bool:
-        """Return True if another process of the run is gone and `error` comes from that."""
+        """Return True if `error` comes from the loss of another process of the run."""
         if len(tf_config.workers()) < 2 and jax.process_count() < 2:
             return False
         # JAX has no type for it, and raises ValueError where an array is fetched. Gloo joins the CPUs of processes.
@@ -134,7 +134,7 @@ def make_jax_cluster(name: str, replicas: int | None, tpu: str | None, shard_opt
 
 
 def _keep_tensorflow_off_accelerators() -> None:
-    """Hide accelerators from TensorFlow, if it is loaded: it makes batches on the CPU, but would take their memory."""
+    """Hide accelerators from TensorFlow, if it is loaded. It makes batches on the CPU, but would take their memory."""
     tf: Any = sys.modules.get("tensorflow")
     for kind in ("GPU", "TPU") if tf else ():
         tf.config.set_visible_devices([], kind)

@@ -1,4 +1,4 @@
-"""The JAX engine: a live model's state, its data and `JaxStep` brought together."""
+"""The JAX engine: connects a live model's state and its data with `JaxStep`."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,7 +71,7 @@ class JaxEngine:
 
     @classmethod
     def check(cls, model: keras.Model, cluster: JaxCluster, options: EngineOptions) -> None:
-        """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
+        """Raise ValueError if this engine does not support the model or an option, before anything is built."""
         cluster.check()
         check_optimizer(model.optimizer)
         if not options.jit_compile:
@@ -103,9 +103,9 @@ class JaxEngine:
         return Prefetcher(batch, self.on_devices, updates * self.options.accumulation_steps)
 
     def train(self, iterator: Prefetcher, updates: int) -> StepResult:
-        """Take `updates` updates; the host waits for the last of them only."""
+        """Take `updates` updates; the host waits only for the last of them."""
         state, outcomes, before = self.read_state(), [], iterator.idle
-        outcome: Any = ()  # that of the last call was fetched
+        outcome: Any = ()  # the outcome of the last call was fetched
         try:
             for _ in range(updates):
                 state, outcome = self.step.update(state, iterator, outcome)
@@ -124,7 +124,7 @@ class JaxEngine:
         )
 
     def _opened(self, data: Data, *first_update: int) -> tuple[Data, bool]:
-        """Return the data with its function called, and True if their batches are NumPy arrays."""
+        """Return the data, with a function of data called, and True if their batches are NumPy arrays."""
         batches = data(self._context, *first_update) if callable(data) else data
         if not callable(data) and not inputs.is_dataset(data):
             inputs.check_readable_again(data)
@@ -138,7 +138,7 @@ class JaxEngine:
     # -- state ---------------------------------------------------------------------------------
 
     def read_state(self) -> State:
-        """Return the values of all variables as `JaxStep` takes them; aliased arrays are copied, for it donates them.
+        """Return the values of all variables for `JaxStep`. Copy aliased arrays, because the step donates its inputs.
 
         Donated arrays are gone after the update; `train` then assigns the new ones to the variables.
         """
@@ -167,9 +167,9 @@ class JaxEngine:
                 set_backend_value(variable, value)  # `assign` would look at dtype, shape and layout of each
 
     def snapshot(self) -> dict[str, np.ndarray]:
-        """Return a copy of all that the next update depends on. Collective: call it on every host.
+        """Return a copy of all state that the next update depends on. Collective: call it on every host.
 
-        The names and shapes are those of `TensorFlowEngine.snapshot`; the metrics are those of one replica.
+        The names and shapes are as in `TensorFlowEngine.snapshot`, with the metrics of one replica.
         """
         for variable in variables_by_name(self.model).values():
             if variable.value.is_fully_replicated:
@@ -179,7 +179,7 @@ class JaxEngine:
         return state | {f"metric/{i}": self._numpy(v)[np.newaxis] for i, v in enumerate(metrics)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore a snapshot, of either engine.
+        """Restore a snapshot from either engine.
 
         Raises:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
@@ -189,11 +189,11 @@ class JaxEngine:
             _set_to_own(variable, value.sum(0).astype(variable.dtype))
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
-        """Write a `.keras` file, if `write`. Collective: call it on every host."""
+        """Write a `.keras` file if `write` is true. Collective: call it on every host."""
         spread = [v for v in variables_by_name(self.model).values() if not v.value.is_fully_addressable]
         values = [v.value for v in spread]
         distribution = keras.distribution.distribution()
-        # Or Keras, which makes a variable while it saves, would wait for all processes to agree on its value.
+        # Otherwise Keras, which makes a variable while it saves, would wait for all processes to agree on its value.
         keras.distribution.set_distribution(None)
         try:
             for variable in spread:
@@ -217,7 +217,7 @@ class JaxEngine:
     # -- evaluation ----------------------------------------------------------------------------
 
     def check_scoring(self) -> None:
-        """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
+        """Raise ValueError if evaluations have padding and the model would count it."""
         if self._context.num_input_pipelines > 1:
             check_padding(self.model, self.loss_terms)
 
@@ -265,9 +265,9 @@ class JaxEngine:
         return final
 
     def _shareable(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches that this host's devices share evenly, and what is left over of the last one by itself.
+        """Yield batches that this host's devices share evenly, and the remainder of the last one by itself.
 
-        If the model has to be scored in one batch, a first one is left whole.
+        If the model has to be scored in one batch, the first batch is left whole.
         """
         devices = self._context.local_replicas
         for i, batch in enumerate(batches):
@@ -288,7 +288,7 @@ class JaxEngine:
         return True
 
     def _for_scoring(self, batch: Batch) -> Any:
-        """Return a batch on the devices; each has all of one that they cannot share evenly."""
+        """Return a batch on the devices. Each device has the whole batch if they cannot share it evenly."""
         if inputs.count_in(batch) % self._context.local_replicas:  # not with several hosts, where batches are filled up
             return jax.device_put(tuple(batch), self.step.replicated)
         return self.on_devices(batch)
@@ -303,7 +303,8 @@ class JaxEngine:
         """Score a batch over all devices.
 
         Returns:
-            The metrics' variables after it, those of the model that it assigns, and the result of `score_batch`.
+            The metrics' variables after the batch, the variables of the model that it assigns, and the result of
+            `score_batch`.
         """
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         state = [v for v, _ in self._model_state()]
@@ -321,6 +322,6 @@ class JaxEngine:
 
 
 def _set_to_own(variable: keras.Variable, value: np.ndarray) -> None:
-    """Set a variable to a value that every host has; `assign` would send it from the first to all, one by one."""
+    """Set a variable to a value that every host has. `assign` would send it from the first host to the others."""
     sharding = backend_value(variable).sharding
     set_backend_value(variable, jax.make_array_from_callback(value.shape, sharding, lambda index: value[index]))

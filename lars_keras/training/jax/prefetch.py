@@ -1,4 +1,4 @@
-"""Batches made one ahead, and given to the devices one ahead."""
+"""Make batches one ahead, and give them to the devices one ahead."""
 
 import concurrent.futures
 import threading
@@ -14,7 +14,7 @@ _Future: TypeAlias = concurrent.futures.Future[Any]
 class Prefetcher:
     """Makes batches in a thread, always one ahead: the next batch is made while an update runs.
 
-    The devices hold the batch that they work on and the next one. A host that is faster waits for them.
+    The devices hold the batch that they work on and the next one. A faster host waits for the devices.
 
     Args:
         make: makes the next batch on the host.
@@ -33,7 +33,8 @@ class Prefetcher:
         """Return the next batch, on the devices.
 
         Args:
-            at_work_on: arrays that the last program gives; the devices are idle from then on. They must not be donated.
+            at_work_on: results of the last program; when they are ready, the devices are idle. They must not be
+                donated.
         """
         assert self._next is not None  # `count` calls, no more
         made, batch = self._next
@@ -51,10 +52,10 @@ class Prefetcher:
         """Start to make a batch, and give it to the devices once they have computed `at_work_on`.
 
         Loaders fork their workers here. A process that is forked in a thread of `ThreadPoolExecutor` fails at its end,
-        because it waits for that thread, so each batch has a thread of its own.
+        because it waits for that thread. So each batch has a thread of its own.
 
         Returns:
-            What is done when the batch is made, and the batch on the devices.
+            A future that is done when the batch is made, and a future of the batch on the devices.
         """
         made, batch = _Future(), _Future()
 

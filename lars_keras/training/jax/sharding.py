@@ -1,7 +1,7 @@
-"""Weights in shards: which shard each device keeps, how weights are gathered and gradients reduced.
+"""Shard weights over devices, gather them, and reduce the gradients.
 
 Source: Xu et al. 2020, "Automatic cross-replica sharding of weight update in data-parallel training" (arXiv
-2004.13336). What is sharded between updates is that of ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
+2004.13336). Between updates the same state is sharded as in ZeRO stage 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
 """
 
 import math
@@ -25,7 +25,7 @@ _SMALLEST = 2**14  # elements of a weight that is sharded
 def shard_dims(shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...] | None:
     """Return, for each axis of the mesh, the dimension of a weight that is sharded along it; None if it is replicated.
 
-    Each axis in turn shards the dimension that is then the longest.
+    Each axis in turn shards the dimension whose shards are the longest so far.
     """
     if mesh.devices.size == 1 or math.prod(shape) < _SMALLEST:
         return None
@@ -50,23 +50,23 @@ def shard_spec(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shard_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Return where a weight lies, sharded or replicated."""
+    """Return the sharding of a weight, sharded or replicated."""
     return NamedSharding(mesh, shard_spec(shape, mesh))
 
 
 class WeightSharding:
-    """The sharding of a model's trainable variables on a mesh. Call its methods inside of `jax.shard_map`.
+    """The sharding of a model's trainable variables on a mesh. Call its methods inside `jax.shard_map`.
 
     Args:
         model: built.
         variables: its trainable variables.
         mesh: mesh of the replicas.
-        sharded: shard what is large enough; else every device has all weights.
+        sharded: shard the weights that are large enough; else every device has all weights.
         reduce_dtype: dtype of the gradients on their way between devices.
         overwritten: for each variable, True if its gradient is its new value: it is never sharded.
 
     Attributes:
-        shardings: where each variable lies.
+        shardings: sharding of each variable.
         specs: the same without the mesh.
     """
 
@@ -94,7 +94,7 @@ class WeightSharding:
         ]
 
     def round(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Round the shards that every layer rounds anyway, before they are sent: they are then half as long."""
+        """Round the shards that every layer rounds anyway, before they are sent: this halves their bytes."""
         return [shard.astype(dtype) for shard, dtype in zip(shards, self._sent_dtypes, strict=True)]
 
     def gather(self, shards: Sequence[Tensor]) -> list[Tensor]:
@@ -114,8 +114,8 @@ class WeightSharding:
             others: a tree of further arrays.
 
         Returns:
-            The sums of the gradients, in float32 or float64, of sharded weights this device's shard alone; and of
-            `others`. Of variables that are overwritten, the largest of the new values.
+            The sums of the gradients, in float32 or float64, and of `others`. For a sharded weight, only this device's
+            shard of the sum. For a variable that is overwritten, the largest of the new values.
         """
         low = self._reduce_dtype != "float32"  # else float64 for such weights
         reduced = [
@@ -146,7 +146,7 @@ class WeightSharding:
 
 
 def _low_precision_weights(model: keras.Model) -> dict[int, str]:
-    """Return the dtype of weights, by `id`, that every layer which has them rounds before it uses them."""
+    """Return, by the `id` of a weight, the dtype to which all of its layers cast it before they use it."""
     dtypes: dict[int, set[str]] = {}
     for layer in keras_internals.layers_of(model):
         for v in keras_internals.own_trainable_variables(layer):

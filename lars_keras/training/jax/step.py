@@ -1,11 +1,11 @@
 """One update over any number of devices and micro-batches, on JAX: pure functions.
 
 An update of R devices and k micro-batches each takes R * k ghost batches, R at a time; `lars_keras.training.jax.mesh`
-numbers them. A device sums what its ghost batches give. After the last, the sums are reduced over the devices, once,
-and the optimizer runs. With k = 1 that is one program. Else there is one for a micro-batch, run k times without waiting
-for it, and one for the rest, so that the devices hold the images of one or two micro-batches, never of an update. (A
-loop inside one program is seven times slower on a CPU, where XLA does not hand the convolutions of a loop's body to its
-fast ones.)
+numbers them. A device sums the results of its ghost batches. After the last one, the sums are reduced over the devices,
+once, and the optimizer runs. With k = 1 an update is one program. Otherwise there is one program for a micro-batch, run
+k times without waiting, and one for the rest. So the devices hold the images of one or two micro-batches, never of an
+update. (A loop inside one program is seven times slower on a CPU, where XLA does not use its fast convolutions in the
+body of a loop.)
 
 With `shard_optimizer_state` each device keeps one R-th of every large weight and slot. It gathers the weights for its
 micro-batches, gets its shard of the summed gradients (a reduce-scatter), and updates its shard. The norms of LARS are
@@ -49,17 +49,18 @@ class JaxStep:
         mesh: mesh of the replicas; see `lars_keras.training.jax.mesh`.
         accumulation_steps: k, micro-batches of a replica in an update.
         variable_norms: measure the norms of gradients and weights.
-        trust_ratios: measure what a `LayerwiseOptimizer` does to each variable.
+        trust_ratios: measure the trust ratio and the rate that a `LayerwiseOptimizer` gives each variable.
         shard_optimizer_state: keep and update shards of the weights.
         reduce_dtype: dtype of the gradients on their way between devices.
         masked: weight ghost batches by their valid entries.
 
     Attributes:
         variables: the Keras variables of the state, by group, in its order.
-        state_shardings: where the state lies, in the same order.
-        replicated: the sharding of an array that each device has in full.
-        batch_sharding: where the arrays of R micro-batches lie; their first dimension has R * microbatch_size examples.
-        sums_sharding: where the sums over micro-batches lie; their first dimension is the device.
+        state_shardings: sharding of the state, in the same order.
+        replicated: sharding of an array that each device has in full.
+        batch_sharding: sharding of the arrays of R micro-batches; their first dimension has R * microbatch_size
+            examples.
+        sums_sharding: sharding of the sums over micro-batches; their first dimension is the device.
         single_update: the program of an update with k = 1: `(state, batch) -> (state, outcome)`.
         begin, accumulate, finish: the programs of an update with k > 1; `update` calls them.
     """
@@ -113,14 +114,14 @@ class JaxStep:
 
         Args:
             state: values of all variables.
-            next_batch: returns a batch, given arrays that the devices are still at work on.
-            last: the outcome of the update before, if the devices may still be at work on it.
+            next_batch: returns a batch; takes arrays that the devices are still computing.
+            last: the outcome of the previous update, if the devices may still be computing it.
 
         Returns:
             The new state, and the outcome: `loss`, `learning_rate` and `norms`, float32 of shape `(rows, variables)`.
             With `variable_norms` two rows: the norms of the gradients, 0 if the update is skipped, and of the weights
             after it. With `noise_scale` a row: the root mean square of the norms of the ghost-batch gradients. With
-            `trust_ratios` those of `MEASURES`. All but the weights are 0 for variables that are overwritten.
+            `trust_ratios` the rows of `MEASURES`. All but the weights are 0 for variables that are overwritten.
         """
         if self.accumulation_steps == 1:
             return self.single_update(state, next_batch(last))
@@ -133,7 +134,7 @@ class JaxStep:
         return self.finish(state, sums, rng_state)
 
     def find_unreached(self, element_spec: Any, examples: int) -> None:
-        """Find the variables that the loss does not depend on, and leave them alone: JAX takes 0 for their gradient.
+        """Find the variables that the loss does not depend on, and leave them alone: JAX gives them a gradient of 0.
 
         Raises:
             ValueError: if the loss depends on no variable.
@@ -182,7 +183,7 @@ class JaxStep:
     def _begin(self, state: State) -> tuple[list[Tensor], Tensor, Any]:
         """Return the full weights, the scale of the loss, and zero sums, for an update of several micro-batches.
 
-        No weights if none is sharded: the state has them, and a copy would take as much memory again.
+        If no weight is sharded, return no weights: the state has them, and a copy would take as much memory again.
         """
         weights = self._weights.round(state["trainable"]) if self._weights.sharded else []
         gradients, batch_stats = (
@@ -209,8 +210,8 @@ class JaxStep:
         """Add micro-batch `i` to each device's sums, without traffic between devices.
 
         Returns:
-            The sums, which the next call overwrites; the new `rng_state`; and the number of micro-batches so
-            far, which tells when the devices are done.
+            The sums, which the next call overwrites; the new `rng_state`; and the number of micro-batches so far, which
+            is ready when the devices are done.
         """
 
         def on_device(sums: Any, weights: list[Tensor], *arguments: Any) -> tuple[Any, list[Tensor]]:
@@ -244,9 +245,9 @@ class JaxStep:
     def _applied(
         self, state: State, gradients: list[Tensor], others: Any, rng_state: list[Tensor]
     ) -> tuple[State, dict[str, Tensor]]:
-        """Apply Keras's own update to gradients that are reduced over the devices, and sharded as the weights are.
+        """Apply Keras's own update to gradients that are reduced over the devices, and sharded like the weights.
 
-        The compiler shards the update as its arguments are.
+        The compiler shards the update like its arguments.
         """
         batch_stats, loss, squares, valid, metrics = others
         if self._masked:
@@ -255,7 +256,7 @@ class JaxStep:
             gradients, loss = self._weighted(gradients, mean), loss * mean.astype(loss.dtype)
         own = [g.astype(v.dtype) for g, v in zip(gradients, self.forward.trainable, strict=True)]
         own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
-        # What nobody asks for of the measures, the compiler leaves out.
+        # The compiler drops measures that nobody asks for.
         with measuring() as measures, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Gradients do not exist")  # named by `find_unreached`
             trainable, optimizer = self.optimizer.stateless_apply(state["optimizer"], own, state["trainable"])
@@ -340,7 +341,7 @@ class JaxStep:
         return _squares([jnp.zeros(()) if o else g for g, o in self._and_overwritten(gradients)])
 
     def _first_metrics(self, metrics: list[Tensor]) -> list[Tensor]:
-        """Return the metrics that the devices begin an update with: their own, or zeros if they are to be added up."""
+        """Return the metrics with which the devices begin an update: their own, or zeros if they will be added up."""
         return metrics if self.devices == 1 else [jnp.zeros_like(v) for v in metrics]
 
     def _ghost_number(self) -> Tensor:

@@ -18,7 +18,7 @@ class TensorFlowCluster:
         strategy: any strategy with synchronous replicas.
 
     Attributes:
-        strategy: the same.
+        strategy: as passed.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy):
@@ -40,7 +40,7 @@ class TensorFlowCluster:
         return self.strategy.scope()
 
     def input_context(self) -> tf.distribute.InputContext:
-        """Return the place of this process among those that read the input."""
+        """Return the place of this process among the readers of the input."""
         return input_context(self.strategy)
 
     def any_across_hosts(self, *flags: bool) -> list[bool]:
@@ -63,7 +63,7 @@ class TensorFlowCluster:
 
     @staticmethod
     def is_host_lost(error: Exception) -> bool:
-        """Return True if another process of the run is gone and `error` comes from that."""
+        """Return True if `error` comes from the loss of another process of the run."""
         lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
         return isinstance(error, lost) and len(tf_config.workers()) > 1
 
@@ -133,7 +133,7 @@ def _tpu(tpu: str | None) -> tf.distribute.Strategy:
 
 
 def _probe(master: str) -> None:
-    """Raise OSError where nothing listens: TensorFlow itself would wait for ever."""
+    """Raise OSError if nothing listens at an address: TensorFlow itself would wait forever."""
     address = urllib.parse.urlsplit(master)
     if address.hostname and address.port:
         socket.create_connection((address.hostname, address.port), timeout=30).close()

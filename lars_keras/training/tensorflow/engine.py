@@ -59,7 +59,7 @@ class TensorFlowEngine:
 
     @classmethod
     def check(cls, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions) -> None:
-        """Raise ValueError if this engine cannot take the model or an option, before anything is built."""
+        """Raise ValueError if this engine does not support the model or an option, before anything is built."""
         check_optimizer(model.optimizer)
         check_rule(model.optimizer)
         if options.reduce_dtype != "float32":
@@ -96,10 +96,10 @@ class TensorFlowEngine:
         )
 
     def _on_replicas(self, function: Callable, jit_compile: bool) -> Callable:
-        """Return `function`, of the step of one replica, run on every replica.
+        """Return a function that runs `function`, of the step of one replica, on every replica.
 
-        On a CPU without XLA it is kept out of the loops around it. In a graph with a loop, addresses decide whether max
-        pooling gets oneDNN's gradient or Eigen's, and their last bits differ.
+        On a CPU without XLA, TensorFlow must not inline it into the loops around it. In a graph with a loop, memory
+        addresses decide whether max pooling gets oneDNN's gradient or Eigen's, and their last bits differ.
         """
 
         def run(*args: Any) -> Any:
@@ -115,7 +115,7 @@ class TensorFlowEngine:
         rates = tf.TensorArray(tf.float32, size=updates)
         norms = tf.TensorArray(tf.float32, size=updates)
         waited = tf.constant(0.0, tf.float64)
-        idle = tf.timestamp()  # since when the devices have nothing to do
+        idle = tf.timestamp()  # the time since which the devices are idle
         for u in tf.range(updates):
             rates = rates.write(u, tf.cast(self.optimizer.learning_rate, tf.float32))
             # The sums are values, not variables: nothing but the data's own way orders the micro-batches.
@@ -142,7 +142,7 @@ class TensorFlowEngine:
     # -- state ---------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, np.ndarray]:
-        """Return a copy of all that the next update depends on. Collective: call it on every host.
+        """Return a copy of all state that the next update depends on. Collective: call it on every host.
 
         Weights and slots are the same on every replica; each replica has its own variables of the metrics.
         """
@@ -152,7 +152,7 @@ class TensorFlowEngine:
         return state | {f"metric/{i}": self.strategy.gather(v, axis=0).numpy() for i, v in enumerate(values)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore a snapshot, of either engine.
+        """Restore a snapshot from either engine.
 
         Raises:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
@@ -177,7 +177,7 @@ class TensorFlowEngine:
             variable.assign(tf.gather(tf.constant(value), replica))
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
-        """Write a `.keras` file, if `write`."""
+        """Write a `.keras` file if `write` is true."""
         if write:
             with atomic_path(path) as temporary:
                 self.model.save(temporary)
@@ -189,7 +189,7 @@ class TensorFlowEngine:
     # -- evaluation ----------------------------------------------------------------------------
 
     def check_scoring(self) -> None:
-        """Raise ValueError for a model that would count the padding of an evaluation, where there is any."""
+        """Raise ValueError if evaluations have padding and the model would count it."""
         if pads(self.strategy):
             check_padding(self.model, self.loss_terms)
 
@@ -238,7 +238,7 @@ _LOCAL: dict[str, Any] = {"aggregation": tf.VariableAggregation.NONE}
 
 
 def _time_of(values: Any) -> Tensor:
-    """Return the time, in seconds, when all of `values` are there."""
+    """Return the time, in seconds, when all of `values` are computed."""
     tensors = [t for t in tf.nest.flatten(values, expand_composites=True) if t is not None]
     with tf.control_dependencies(tensors):
         # An accelerator's program has ended when a number of its last result is in the host's memory.

@@ -28,7 +28,7 @@ from lars_keras.training.inputs import (
 )
 from lars_keras.training.sources import refuse_endless
 
-# Replicas take consecutive ghost batches, so the order of examples is that of the dataset.
+# Replicas take consecutive ghost batches, so examples keep the order of the dataset.
 _FETCH = tf.distribute.InputOptions(experimental_fetch_to_device=False)
 
 
@@ -94,7 +94,7 @@ def weighted_by_class(dataset: tf.data.Dataset, class_weight: Mapping[int, float
 
 
 def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContext:
-    """Return the first context that the strategy gives to a function of data, which it gives to nothing else."""
+    """Return the first context that the strategy gives to a function of data. Only such a function gets one."""
     contexts = []
 
     def nothing(context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -106,7 +106,7 @@ def input_context(strategy: tf.distribute.Strategy) -> tf.distribute.InputContex
 
 
 def pads(strategy: tf.distribute.Strategy) -> bool:
-    """Return True if the last batches of an evaluation are filled up, because hosts or TPU cores must keep step."""
+    """Return True if an evaluation pads its last batches, because hosts or TPU cores must take equally many."""
     return isinstance(strategy, tf.distribute.TPUStrategy | tf.distribute.MultiWorkerMirroredStrategy)
 
 
@@ -144,7 +144,7 @@ def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) ->
 def ghost_batches(
     data: Data, context: Any, microbatch_size: int, accumulation_steps: int, first_update: int, updates: int
 ) -> tf.data.Dataset:
-    """Return the ghost batches of one host: for each micro-batch one for each of its replicas, in their order.
+    """Return the ghost batches of one host: for each micro-batch, one for each of its replicas, in their order.
 
     Args:
         data: see `lars_keras.training.inputs.Data`.
@@ -152,7 +152,7 @@ def ghost_batches(
         microbatch_size: examples in a ghost batch.
         accumulation_steps: ghost batches that a replica takes in an update.
         first_update: number of the update to begin with.
-        updates: how many to give. No example after them is read.
+        updates: number of updates to feed. No example after them is read.
     """
     replicas = context.num_replicas_in_sync // context.num_input_pipelines
     if callable(data):
@@ -179,16 +179,16 @@ def scoring_examples(data: Data, context: Any, batch_size: int) -> tf.data.Datas
 
 
 def as_dataset(batches: Any, close: bool = False) -> tf.data.Dataset:
-    """Return a dataset of the same batches, if they are NumPy arrays, and one of known ranks, if it is a dataset.
+    """Return a dataset of NumPy batches, or a dataset with known ranks.
 
-    A size that differs between the first two batches is taken to be another one in each.
+    A size that differs between the first two batches is assumed to differ in each batch.
 
     Args:
         batches: a dataset, or NumPy batches.
         close: close the generator `batches` at the end, because threads of it may read ahead.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no batches.
     """
     if isinstance(batches, tf.data.Dataset):
         return _of_known_ranks(batches)
@@ -265,7 +265,7 @@ _errors: collections.deque[Exception] = collections.deque(maxlen=1)
 
 
 def _keeping_errors(batches: Iterator[Any], close: Callable[[], None]) -> Iterator[Any]:
-    """Yield the batches and call `close`; keep the error that ends them, of which TensorFlow makes another one."""
+    """Yield the batches and call `close`; keep the error that ends them, because TensorFlow raises another one."""
     try:
         yield from batches
     except Exception as e:
@@ -277,7 +277,7 @@ def _keeping_errors(batches: Iterator[Any], close: Callable[[], None]) -> Iterat
 
 @contextlib.contextmanager
 def errors_of_data() -> Iterator[None]:
-    """Raise the error in the data, or in the model, that TensorFlow reports by another one."""
+    """Raise the original error in the data or the model, which TensorFlow replaces by another one."""
     _errors.clear()
     try:
         yield
@@ -313,7 +313,7 @@ def _own_part(dataset: tf.data.Dataset, context: Any, size: int) -> tf.data.Data
 
 
 def _padded(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """Return batches of exactly `size`, with a weight for each example, 0 where it is padding."""
+    """Return batches of exactly `size`, with a weight for each example; padding has weight 0."""
 
     def pad(*data: Any) -> tuple[Any, Any, tf.Tensor]:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data if len(data) > 1 else data[0])

@@ -132,7 +132,7 @@ class TensorFlowStep:
         return gradients, batch_stats, rng_state, loss, y_pred, masks, metrics, valid
 
     def finish(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        """Reduce the sums over the replicas, the only reduction of an update, and apply it on every replica alike.
+        """Reduce the sums over the replicas, the only reduction of an update, and apply the update on every replica.
 
         Returns:
             The loss; 1, or 0 if dynamic loss scaling skipped the update; and `measures`, float32 of shape
@@ -163,9 +163,9 @@ class TensorFlowStep:
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
 
     def _all_reduced(self, values: list[Tensor]) -> list[Tensor]:
-        """Sum values over the replicas; of variables that are overwritten, take the largest.
+        """Sum values over the replicas; for variables that are overwritten, take the largest.
 
-        `tf.distribute` has no maximum. Each replica sends what it has in a row of its own, in the same reduction.
+        `tf.distribute` has no maximum, so each replica sends its value in a row of its own, in the same reduction.
         """
         context = tf.distribute.get_replica_context()
         places = [i for i, overwritten in enumerate(self.forward.overwritten) if overwritten]
@@ -187,9 +187,9 @@ class TensorFlowStep:
         return _squares([tf.zeros(()) if overwritten else g for g, overwritten in pairs])
 
     def _norms(self, gradients: list[Tensor], squares: Tensor | None, taken: Tensor, scale: Tensor) -> Tensor:
-        """Return the norms that are asked for: of gradients, weights and ghost-batch gradients.
+        """Return the requested norms: of gradients, weights and ghost-batch gradients.
 
-        Norms of gradients are 0 if their update is skipped, and of variables that are overwritten. That of the
+        Norms of gradients are 0 if the update is skipped, and for variables that are overwritten. The norm of the
         ghost-batch gradients is a root mean square.
         """
         rows = []

@@ -1,8 +1,8 @@
-"""From reduced gradients to new weights, on one replica of a `tf.distribute` strategy.
+"""Apply reduced gradients to the weights, on one replica of a `tf.distribute` strategy.
 
-`keras.optimizers.Optimizer.apply` clips, checks and scales before it sums over replicas, and averages weights
-in ways that tf.distribute forbids. Here the gradients come in already summed, so every option of the base class means
-the same on any number of replicas.
+`keras.optimizers.Optimizer.apply` clips, checks and scales before it sums over replicas, and averages weights in ways
+that tf.distribute forbids. Here the gradients are already summed, so every option of the base class means the same on
+any number of replicas.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ def apply_update(
         optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
         gradients: gradients of the scaled loss, summed over replicas and micro-batches; the new values of variables
             that are overwritten; None for variables to be left alone.
-        variables: their variables.
-        measure: return what a `LayerwiseOptimizer` measures in each variable.
+        variables: the variables of these gradients.
+        measure: return the measures of a `LayerwiseOptimizer` for each variable.
 
     Returns:
         A scalar int: 1, or 0 if dynamic loss scaling found a value that is not finite and skipped the update. The
