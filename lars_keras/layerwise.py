@@ -256,7 +256,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         value = check(name, value) if check else value
         old = getattr(self, name, value) if check else value
         super().__setattr__(name, value)
-        if old != value and getattr(self, "_is_traced", False):
+        if check and old != value and getattr(self, "_is_traced", False):
             warnings.warn(
                 f"A compiled training step has `{name}`={old!r} in it. Compile the model again, or it goes on with "
                 f"that. Received: {name}={value!r}",
