@@ -253,9 +253,13 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._constants().get(name)
+        if name == "learning_rate":
+            _check_new_learning_rate(value)
         value = check(name, value) if check else value
         old = getattr(self, name, value) if check else value
         super().__setattr__(name, value)
+        if name == "learning_rate":
+            self._peak_rate = _peak_of(value)
         if check and old != value and getattr(self, "_is_traced", False):
             warnings.warn(
                 f"A compiled training step has `{name}`={old!r} in it. Compile the model again, or it goes on with "
@@ -333,6 +337,13 @@ def _check_learning_rate(value: Any) -> Any:
                 f"`keras.optimizers.schedules.LearningRateSchedule`. Received: learning_rate={value!r}"
             )
     return value
+
+
+def _check_new_learning_rate(value: Any) -> None:
+    """Check a rate that is set later as the constructor does; a tensor that is being traced has no value to check."""
+    number = as_number(value)
+    if not ops.is_tensor(number) and not isinstance(number, keras.Variable):
+        _check_learning_rate(number)
 
 
 def _peak_of(learning_rate: Any) -> float:

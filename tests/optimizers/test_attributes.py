@@ -3,12 +3,15 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import contextlib
+import warnings
+
 import keras
 import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from lars_keras import LARS
+from lars_keras import LAMB, LARS
 
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -25,7 +28,76 @@ def traced(function):
     return jax.jit(function)(0.5)
 
 
+def two_layers():
+    layers = [keras.layers.Dense(3, name="stem"), keras.layers.Dense(1, name="head")]
+    return keras.Sequential([keras.Input((4,)), *layers], name="net")
+
+
 class LearningRateTest(parameterized.TestCase):
+    @parameterized.parameters(
+        float("nan"), float("inf"), -1.0, True, "5", None, np.float32("nan"), (np.array([0.1]),), ([0.1],)
+    )
+    def test_set_to_what_the_constructor_refuses(self, value):
+        optimizer = LARS(0.5)
+        for given in (value, keras.ops.convert_to_tensor(value)) if isinstance(value, float) else (value,):
+            with self.assertRaisesRegex(ValueError, "`learning_rate` must be a number.*Received: learning_rate="):
+                optimizer.learning_rate = given
+        with self.assertRaisesRegex(ValueError, "Received: learning_rate="):
+            keras.optimizers.LossScaleOptimizer(optimizer).learning_rate = value
+        self.assertEqual(float(optimizer.learning_rate), 0.5)
+
+    @parameterized.parameters(LARS, LAMB)
+    def test_set_to_a_function_of_the_update(self, optimizer_class):
+        optimizer = optimizer_class(0.5)
+        with self.assertRaisesRegex(TypeError, "LearningRateSchedule"):
+            optimizer.learning_rate = lambda step: 0.1
+        optimizer.learning_rate = lambda: 0.25
+        self.assertEqual(float(optimizer.learning_rate), 0.25)
+        optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(0.125, 10)
+        self.assertEqual(float(optimizer.learning_rate), 0.125)
+
+    @parameterized.parameters(int, float, np.float64, np.array, keras.ops.convert_to_tensor, keras.Variable)
+    def test_set_to_a_number(self, kind):
+        optimizer = LARS(0.5)
+        for value in (2, 0):
+            optimizer.learning_rate = kind(value)
+            self.assertEqual(float(optimizer.learning_rate), value)
+
+    def test_set_while_it_is_traced(self):
+        """A tensor has no value then, and is taken as Keras takes it."""
+        optimizer = LARS(0.5)
+
+        def half(x):
+            # JAX keeps what is assigned in the scope.
+            with keras.StatelessScope() if BACKEND == "jax" else contextlib.nullcontext():
+                optimizer.learning_rate = x * 0.5
+                return keras.ops.convert_to_tensor(optimizer.learning_rate)
+
+        self.assertEqual(float(traced(half)), 0.25)
+
+    def test_callbacks(self):
+        model = two_layers()
+        model.compile(LARS(0.5), "mse")
+        callbacks = [
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+            keras.callbacks.ReduceLROnPlateau("loss", factor=0.1, patience=1, min_delta=1e9),
+        ]
+        model.fit(np.ones((4, 4)), np.ones((4, 1)), epochs=2, callbacks=callbacks, verbose=0)
+        self.assertAlmostEqual(float(model.optimizer.learning_rate), 0.5 / 4 / 10, 7)
+
+    def test_build_warns_of_the_rate_that_is_set(self):
+        """The rate of the constructor was named here, whatever was set since."""
+        high = keras.optimizers.schedules.CosineDecay(14.0, 9)
+        for first, second in ((0.1, 14.0), (0.1, high), (20.0, np.float32(14.0))):
+            optimizer = LARS(first)
+            optimizer.learning_rate = second
+            with self.assertWarnsRegex(UserWarning, "learning rate of up to 14,"):
+                optimizer.build(two_layers().trainable_variables)
+        optimizer = LARS(14.0)
+        optimizer.learning_rate = 0.1
+        with warnings.catch_warnings(action="error"):
+            optimizer.build(two_layers().trainable_variables)
+
     def test_attribute_of_a_user(self):
         """An array or a tensor that is being traced cannot be compared with another."""
         optimizer = LARS(0.5)
