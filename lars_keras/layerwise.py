@@ -15,7 +15,7 @@ from keras import ops
 from lars_keras._keras_internals import WholeUpdateOptimizer, is_overwritten, variable_index
 from lars_keras.checks import as_number, check_number
 from lars_keras.compiled import CompiledUpdate, being_traced, distributed
-from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole, check_patterns, match_patterns, resolve_roles
+from lars_keras.exclude import DEFAULT_EXCLUDE, Matches, VariableRole, check_patterns, match_patterns, resolve_roles
 from lars_keras.trust_ratio import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
@@ -51,6 +51,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
         exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
+        matches: what the patterns matched at the first build, as `get_config` returns it.
         **kwargs: arguments of `keras.optimizers.Optimizer`.
     """
 
@@ -65,6 +66,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         exclude_from_layer_adaptation: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
         excluded_lr_scale: float = 1.0,
+        matches: Matches | None = None,
         **kwargs: Any,
     ):
         super().__init__(
@@ -88,7 +90,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         self._patterns: dict[str, Any] = {"exclude": check_patterns("exclude", exclude)} | {
             name: None if given is None else check_patterns(name, given) for name, given in overrides.items()
         }
-        self._matches: dict[str, Any] | None = None
+        self._matches = matches
 
     @abc.abstractmethod
     def rule(

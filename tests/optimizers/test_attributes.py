@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import warnings
 
 import keras
@@ -110,3 +111,36 @@ class LearningRateTest(parameterized.TestCase):
             return x
 
         traced(keep)
+
+
+# What `get_config` of version 0.1.0 returned after a build with `exclude=("rank<=1", "stem/kernel")`.
+SAVED = json.loads(
+    """{"name": "lars", "learning_rate": 0.5, "weight_decay": 0.0005, "clipnorm": null, "global_clipnorm": null,
+    "clipvalue": null, "use_ema": false, "ema_momentum": 0.99, "ema_overwrite_frequency": null,
+    "loss_scale_factor": null, "gradient_accumulation_steps": null, "excluded_lr_scale": 1.0, "momentum": 0.9,
+    "nesterov": false, "trust_coefficient": 0.001, "epsilon": 0.0, "variant": "paper", "trust_clip": false,
+    "exclude": ["rank<=1", "stem/kernel"], "exclude_from_layer_adaptation": null, "exclude_from_weight_decay": null,
+    "matches": {"variables": [["net/stem/kernel", [4, 3]], ["net/stem/bias", [3]], ["net/head/kernel", [3, 1]],
+    ["net/head/bias", [1]]], "patterns": {"stem/kernel": [0]}}}"""
+)
+
+
+class ExclusionsTest(parameterized.TestCase):
+    @parameterized.parameters(LARS, LAMB)
+    def test_made_of_its_config(self, optimizer_class):
+        """Keras's optimizers take their `get_config` as arguments, too."""
+        first = optimizer_class(0.5, exclude=("rank<=1", "stem/"), exclude_from_weight_decay=("head/kernel",))
+        first.build(two_layers().trainable_variables)
+        second = optimizer_class(**first.get_config())
+        self.assertEqual(second.get_config(), first.get_config())
+        second.build(two_layers().trainable_variables)
+        self.assertEqual(second.layer_plan(), first.layer_plan())
+
+    @parameterized.parameters(lambda config: LARS(**config), LARS.from_config)
+    def test_config_that_was_saved_before(self, make):
+        """The pattern matches the kernel that it matched then, whatever the layer is called by now."""
+        optimizer = make(SAVED)
+        self.assertEqual(optimizer.get_config(), SAVED)
+        layers = [keras.layers.Dense(3, name="first"), keras.layers.Dense(1, name="last")]
+        optimizer.build(keras.Sequential([keras.Input((4,)), *layers]).trainable_variables)
+        self.assertEqual([role.adapt for role in optimizer.layer_plan()], [False, False, True, False])
