@@ -20,6 +20,8 @@ from lars_keras.trust_ratio import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
 
+EXCLUSIONS = ("exclude", "exclude_from_layer_adaptation", "exclude_from_weight_decay")
+
 MAX_RAW_RATE = 5.0
 """The highest rate of biases without normalization of which `build` does not warn. See `warn_of_raw_rate`."""
 
@@ -91,6 +93,17 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             name: None if given is None else check_patterns(name, given) for name, given in overrides.items()
         }
         self._matches = matches
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Return the patterns of `exclude`."""
+        return tuple(self._patterns["exclude"])
+
+    @property
+    def exclude_from_layer_adaptation(self) -> tuple[str, ...] | None:
+        """Return the patterns of `exclude_from_layer_adaptation`; None where `exclude` holds."""
+        patterns = self._patterns["exclude_from_layer_adaptation"]
+        return None if patterns is None else tuple(patterns)
 
     @abc.abstractmethod
     def rule(
@@ -255,6 +268,8 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._constants().get(name)
+        if name in EXCLUSIONS:  # without effect once built, and the last of them is a method
+            raise AttributeError(f"Give `{name}` to the constructor. Received: {name}={value!r}")
         if name == "learning_rate":
             _check_new_learning_rate(value)
         value = check(name, value) if check else value

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from lars_keras import LAMB, LARS
+from lars_keras import DEFAULT_EXCLUDE, LAMB, LARS
 
 BACKEND = keras.backend.backend()
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -144,3 +144,21 @@ class ExclusionsTest(parameterized.TestCase):
         layers = [keras.layers.Dense(3, name="first"), keras.layers.Dense(1, name="last")]
         optimizer.build(keras.Sequential([keras.Input((4,)), *layers]).trainable_variables)
         self.assertEqual([role.adapt for role in optimizer.layer_plan()], [False, False, True, False])
+
+    @parameterized.parameters(LARS, LAMB)
+    def test_read(self, optimizer_class):
+        self.assertEqual(optimizer_class().exclude, DEFAULT_EXCLUDE)
+        self.assertIsNone(optimizer_class().exclude_from_layer_adaptation)
+        optimizer = optimizer_class(exclude=["stem"], exclude_from_layer_adaptation=iter(["head"]))
+        self.assertEqual(optimizer.exclude, ("stem",))
+        self.assertEqual(optimizer.exclude_from_layer_adaptation, ("head",))
+        for name in optimizer.get_config():
+            self.assertTrue(hasattr(optimizer, name), name)
+
+    @parameterized.parameters("exclude", "exclude_from_layer_adaptation", "exclude_from_weight_decay")
+    def test_set(self, name):
+        """It would have no effect."""
+        optimizer = LARS()
+        with self.assertRaisesRegex(AttributeError, f"`{name}` to the constructor. Received: {name}=.'bias'"):
+            setattr(optimizer, name, ["bias"])
+        self.assertEqual(optimizer.get_config()["exclude"], list(DEFAULT_EXCLUDE))
