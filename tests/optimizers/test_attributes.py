@@ -162,3 +162,16 @@ class ExclusionsTest(parameterized.TestCase):
         with self.assertRaisesRegex(AttributeError, f"`{name}` to the constructor. Received: {name}=.'bias'"):
             setattr(optimizer, name, ["bias"])
         self.assertEqual(optimizer.get_config()["exclude"], list(DEFAULT_EXCLUDE))
+
+    def test_variables_of_tensorflow(self):
+        """Such a one is called `kernel:0`."""
+        if BACKEND != "tensorflow":
+            self.skipTest("has none")
+        import tensorflow as tf
+
+        variables = [tf.Variable(tf.ones((2, 2)), name=f"layer/{name}") for name in ("kernel", "bias")]
+        optimizer = LARS(1.0, momentum=0.0)
+        optimizer.apply([tf.ones((2, 2))] * 2, variables)
+        plan = [(role.path, role.adapt) for role in optimizer.layer_plan()]
+        self.assertEqual(plan, [("layer/kernel", True), ("layer/bias", False)])
+        np.testing.assert_array_equal(variables[1], np.zeros((2, 2)))
