@@ -175,3 +175,11 @@ class ExclusionsTest(parameterized.TestCase):
         plan = [(role.path, role.adapt) for role in optimizer.layer_plan()]
         self.assertEqual(plan, [("layer/kernel", True), ("layer/bias", False)])
         np.testing.assert_array_equal(variables[1], np.zeros((2, 2)))
+
+
+class KerasNamesTest(parameterized.TestCase):
+    @parameterized.parameters(LARS, LAMB)
+    def test_compile_by_name(self, optimizer_class):
+        model = two_layers()
+        model.compile(f"lars_keras>{optimizer_class.__name__}", "mse")
+        self.assertIsInstance(model.optimizer, optimizer_class)
