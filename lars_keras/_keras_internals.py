@@ -55,6 +55,11 @@ class WholeUpdateOptimizer(keras.optimizers.Optimizer):
         """Update the variables; by default, those that the optimizer was built for. A None means no gradient."""
         variables = None if trainable_variables is None else list(trainable_variables)
         grads, known = list(grads), self._trainable_variables if variables is None else variables
+        if grads and variables is not None and len(grads) != len(variables):  # Keras would leave the rest out
+            raise ValueError(
+                "`grads` must have a gradient, or None, for each variable. "
+                f"Received: {len(grads)} gradients for {len(variables)} variables"
+            )
         if len(grads) == len(known):  # else Keras says so
             grads = [g if g is None else self.prepared(g, v) for g, v in zip(grads, known, strict=True)]
             if self.gradient_accumulation_steps:

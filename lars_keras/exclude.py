@@ -153,7 +153,9 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
 
 
 def _path(variable: Any) -> str:
-    return getattr(variable, "path", variable.name)
+    if hasattr(variable, "path"):
+        return variable.path
+    return variable.name.partition(":")[0]  # a `tf.Variable` is called `kernel:0`
 
 
 def _names(layout: list[list[Any]]) -> list[list[Any]]:

@@ -37,7 +37,7 @@ class LAMB(LayerwiseOptimizer):
         learning_rate: the global rate, a number or a `LearningRateSchedule`.
         beta_1: decay rate of the first moment, in [0, 1).
         beta_2: decay rate of the second moment, in [0, 1).
-        epsilon: added to the root of the second moment.
+        epsilon: added to the root of the second moment; above 0.
         weight_decay: `b`; None is 0. It acts inside the rule only; 0 does not switch adaptation off.
         bias_correction: divide the moments by `1 - beta^t`, as published; the authors' code for BERT did not.
         trust_clip: limit the ratio to 1, so that the learning rate is a ceiling.
@@ -59,7 +59,7 @@ class LAMB(LayerwiseOptimizer):
     hyperparameters = {
         "beta_1": functools.partial(check_number, below=1.0),
         "beta_2": functools.partial(check_number, below=1.0),
-        "epsilon": check_number,
+        "epsilon": functools.partial(check_number, above=1e-38),  # 0 in float32 would give 0 / 0 without a gradient
         "bias_correction": check_flag,
         "trust_clip": check_flag,
     }

@@ -15,10 +15,12 @@ from keras import ops
 from lars_keras._keras_internals import WholeUpdateOptimizer, is_overwritten, variable_index
 from lars_keras.checks import as_number, check_number
 from lars_keras.compiled import CompiledUpdate, being_traced, distributed
-from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole, check_patterns, match_patterns, resolve_roles
+from lars_keras.exclude import DEFAULT_EXCLUDE, Matches, VariableRole, check_patterns, match_patterns, resolve_roles
 from lars_keras.trust_ratio import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
+
+EXCLUSIONS = ("exclude", "exclude_from_layer_adaptation", "exclude_from_weight_decay")
 
 MAX_RAW_RATE = 5.0
 """The highest rate of biases without normalization of which `build` does not warn. See `warn_of_raw_rate`."""
@@ -51,6 +53,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         exclude_from_layer_adaptation: overrides `exclude` for layer-wise scaling; by default as `exclude`.
         exclude_from_weight_decay: overrides `exclude` for weight decay; by default as `exclude`.
         excluded_lr_scale: factor on the learning rate of variables that are not adapted.
+        matches: what the patterns matched at the first build, as `get_config` returns it.
         **kwargs: arguments of `keras.optimizers.Optimizer`.
     """
 
@@ -65,6 +68,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         exclude_from_layer_adaptation: Sequence[str] | None = None,
         exclude_from_weight_decay: Sequence[str] | None = None,
         excluded_lr_scale: float = 1.0,
+        matches: Matches | None = None,
         **kwargs: Any,
     ):
         super().__init__(
@@ -88,7 +92,18 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         self._patterns: dict[str, Any] = {"exclude": check_patterns("exclude", exclude)} | {
             name: None if given is None else check_patterns(name, given) for name, given in overrides.items()
         }
-        self._matches: dict[str, Any] | None = None
+        self._matches = matches
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Return the patterns of `exclude`."""
+        return tuple(self._patterns["exclude"])
+
+    @property
+    def exclude_from_layer_adaptation(self) -> tuple[str, ...] | None:
+        """Return the patterns of `exclude_from_layer_adaptation`; None where `exclude` holds."""
+        patterns = self._patterns["exclude_from_layer_adaptation"]
+        return None if patterns is None else tuple(patterns)
 
     @abc.abstractmethod
     def rule(
@@ -253,10 +268,16 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._constants().get(name)
+        if name in EXCLUSIONS:  # without effect once built, and the last of them is a method
+            raise AttributeError(f"Give `{name}` to the constructor. Received: {name}={value!r}")
+        if name == "learning_rate":
+            _check_new_learning_rate(value)
         value = check(name, value) if check else value
         old = getattr(self, name, value) if check else value
         super().__setattr__(name, value)
-        if old != value and getattr(self, "_is_traced", False):
+        if name == "learning_rate":
+            self._peak_rate = _peak_of(value)
+        if check and old != value and getattr(self, "_is_traced", False):
             warnings.warn(
                 f"A compiled training step has `{name}`={old!r} in it. Compile the model again, or it goes on with "
                 f"that. Received: {name}={value!r}",
@@ -333,6 +354,13 @@ def _check_learning_rate(value: Any) -> Any:
                 f"`keras.optimizers.schedules.LearningRateSchedule`. Received: learning_rate={value!r}"
             )
     return value
+
+
+def _check_new_learning_rate(value: Any) -> None:
+    """Check a rate that is set later as the constructor does; a tensor that is being traced has no value to check."""
+    number = as_number(value)
+    if not ops.is_tensor(number) and not isinstance(number, keras.Variable):
+        _check_learning_rate(number)
 
 
 def _peak_of(learning_rate: Any) -> float:

@@ -236,12 +236,12 @@ def duration_in_updates(duration: str | int | float, *, batch_size: int, num_exa
 
 def linear_scaling(base_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
     """Return `base_rate * batch_size / base_batch_size`. Goyal et al. 2017 (arXiv 1706.02677), section 2.1."""
-    return base_rate * _ratio(batch_size, base_batch_size)
+    return check_number("base_rate", base_rate) * _ratio(batch_size, base_batch_size)
 
 
 def sqrt_scaling(base_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
     """Return `base_rate * sqrt(batch_size / base_batch_size)`. Krizhevsky 2014 (arXiv 1404.5997), section 5."""
-    return base_rate * math.sqrt(_ratio(batch_size, base_batch_size))
+    return check_number("base_rate", base_rate) * math.sqrt(_ratio(batch_size, base_batch_size))
 
 
 def _ratio(batch_size: int, base_batch_size: int) -> float:

@@ -31,6 +31,7 @@ FILES = (
     "tests/training/test_state.py",
     "tests/training/test_noise_scale.py",
     "tests/optimizers/test_accumulation.py",
+    "tests/optimizers/test_attributes.py",
     "tests/optimizers/test_backends.py",
     "tests/optimizers/test_internals.py",
     "tests/optimizers/test_settings.py",

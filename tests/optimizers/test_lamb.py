@@ -162,6 +162,8 @@ class LAMBTest(tf.test.TestCase, parameterized.TestCase):
         ({"beta_1": 1.0}, "beta_1"),
         ({"beta_2": -0.1}, "beta_2"),
         ({"epsilon": None}, "epsilon"),
+        ({"epsilon": 0.0}, "epsilon.*above 1e-38"),  # 0 / 0 where all gradients were 0
+        ({"epsilon": 1e-50}, "epsilon.*above 1e-38"),  # is 0 in float32
         ({"weight_decay": "a"}, "weight_decay"),
     )
     def test_bad_argument(self, arguments, named):

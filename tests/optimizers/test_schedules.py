@@ -150,3 +150,7 @@ class SchedulesTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllClose(schedules.sqrt_scaling(0.1, 4096), 0.4, rtol=1e-12)
         self.assertAllClose(schedules.linear_scaling(0.1, 128, base_batch_size=512), 0.025, rtol=1e-12)
         self.assertAllClose(schedules.sqrt_scaling(0.1, 128, base_batch_size=512), 0.05, rtol=1e-12)
+        for scaling in (schedules.linear_scaling, schedules.sqrt_scaling):
+            for rate in (float("nan"), -0.1, "0.1", None, True):
+                with self.assertRaisesRegex(ValueError, "`base_rate` must be a number"):
+                    scaling(rate, 512)

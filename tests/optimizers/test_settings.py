@@ -162,6 +162,13 @@ class VariablesTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, message):
             optimizer.apply([keras.ops.ones(3)], [kernel])
 
+    @parameterized.parameters(1, 3)
+    def test_gradients_of_another_number(self, gradients):
+        """Keras's optimizers leave out the last of them."""
+        variables = [keras.Variable(np.ones(2), name=name) for name in ("a", "b")]
+        with self.assertRaisesRegex(ValueError, f"Received: {gradients} gradients for 2 variables"):
+            LARS(0.1).apply([keras.ops.ones(2)] * gradients, variables)
+
     @parameterized.parameters({"global_clipnorm": 1.0}, {"clipnorm": 1.0})
     def test_clipping_in_float16(self, **clipping):
         """The square of a norm above 256 is no float16."""
