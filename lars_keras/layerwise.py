@@ -20,6 +20,8 @@ from lars_keras.trust_ratio import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
 
+CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
+
 EXCLUSIONS = ("exclude", "exclude_from_layer_adaptation", "exclude_from_weight_decay")
 
 MAX_RAW_RATE = 5.0
@@ -273,11 +275,12 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         if name == "learning_rate":
             _check_new_learning_rate(value)
         value = check(name, value) if check else value
-        old = getattr(self, name, value) if check else value
+        is_compiled = check is not None or name in CLIPPING
+        old = getattr(self, name, value) if is_compiled else value
         super().__setattr__(name, value)
         if name == "learning_rate":
             self._peak_rate = _peak_of(value)
-        if check and old != value and getattr(self, "_is_traced", False):
+        if is_compiled and old != value and getattr(self, "_is_traced", False):
             warnings.warn(
                 f"A compiled training step has `{name}`={old!r} in it. Compile the model again, or it goes on with "
                 f"that. Received: {name}={value!r}",

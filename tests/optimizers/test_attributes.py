@@ -177,6 +177,29 @@ class ExclusionsTest(parameterized.TestCase):
         np.testing.assert_array_equal(variables[1], np.zeros((2, 2)))
 
 
+class ClippingTest(parameterized.TestCase):
+    @parameterized.parameters("clipnorm", "global_clipnorm", "clipvalue")
+    def test_set_after_an_update(self, name):
+        """It acts as that of SGD."""
+        weights = []
+        for optimizer in (LARS(0.5, weight_decay=0.0, exclude=(".",)), keras.optimizers.SGD(0.5, momentum=0.9)):
+            kernel = keras.Variable(np.ones((2, 2)), name="kernel")
+            for limit in (None, 0.125, None):
+                setattr(optimizer, name, limit)
+                optimizer.apply([keras.ops.ones((2, 2))], [kernel])
+            weights.append(keras.ops.convert_to_numpy(kernel))
+        np.testing.assert_allclose(weights[0], weights[1], rtol=1e-6)
+
+    @parameterized.parameters("clipnorm", "global_clipnorm", "clipvalue")
+    def test_set_after_fit_warns(self, name):
+        """`fit` has compiled a step without it, as it has with Keras's optimizers."""
+        model = two_layers()
+        model.compile(LARS(0.5), "mse")
+        model.fit(np.ones((4, 4)), np.ones((4, 1)), verbose=0)
+        with self.assertWarnsRegex(UserWarning, f"`{name}`=None .*Compile the model again.*{name}=0.5"):
+            setattr(model.optimizer, name, 0.5)
+
+
 class KerasNamesTest(parameterized.TestCase):
     @parameterized.parameters(LARS, LAMB)
     def test_compile_by_name(self, optimizer_class):
