@@ -63,7 +63,7 @@ class ArrayData(ImageData):
             _check_split(argument, *split, num_classes)
         if test[0].shape[1:] != train[0].shape[1:]:
             raise ValueError(
-                f"`test` must have images of the shape of those of `train`, {train[0].shape[1:]}. "
+                f"`test` must have images of the same shape as `train`, {train[0].shape[1:]}. "
                 f"Received: images of shape {test[0].shape[1:]}"
             )
         if augment is not None and augment not in AUGMENTS:

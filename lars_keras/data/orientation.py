@@ -179,7 +179,7 @@ def _jpeg_segment(image: tf.Tensor, at: tf.Tensor, head: tf.Tensor) -> Step:
     is_marker = head[0] == 0xFF
     alone = (code == 0) | (code == 1) | ((code >= 0xD0) & (code <= 0xD8))  # without a length
     size = tf.where(alone, tf.zeros_like(at), tf.maximum(_numbers(head[2:4], False), 2))
-    # Between segments libjpeg, too, skips all that is no marker. A marker may be filled up with 0xFF before it.
+    # Like libjpeg, skip all bytes between segments that are not a marker. Bytes of 0xFF may come before a marker.
     after = tf.where(is_marker & (code != 0xFF), at + 2 + size, at + 1)
     ends = is_marker & ((code == 0xDA) | (code == 0xD9))
     app1 = is_marker & (code == 0xE1)

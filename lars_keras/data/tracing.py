@@ -10,7 +10,7 @@ from typing import Any
 def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function of tensors, so that all graphs that use it share one trace for each signature.
 
-    Arguments that are no tensors, arrays or bytes are part of the signature. AutoGraph converts nothing in it.
+    Arguments other than tensors, arrays and bytes are part of the signature. AutoGraph converts nothing in it.
     """
 
     @functools.cache

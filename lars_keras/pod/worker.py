@@ -170,7 +170,7 @@ def describe(
     notes = []
     if model.compute_dtype == "float32":
         notes.append(
-            "The model computes in float32, but the compute bound is that of bfloat16: set the dtype policy "
+            "The model computes in float32, but the compute bound assumes bfloat16: set the dtype policy "
             '"mixed_bfloat16" in `make_model`.'
         )
     forward = StatelessForward(model, compiled=True)

@@ -196,7 +196,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if isinstance(event, dict) and {"event", "update"} <= event.keys():
             events.append(event)
         else:
-            logging.warning("%s: skipped a line that is no event: %.40r", path, line)
+            logging.warning("%s: skipped a line that is not an event: %.40r", path, line)
     return events
 
 

@@ -97,7 +97,7 @@ class CurrentEngine:
         """
         if self.engine is None or not self.is_current():
             raise RuntimeError(
-                "`Trainer` has no state yet, or that of a model that was compiled again since. Call `fit`, `evaluate` "
+                "`Trainer` has no state yet, or the model was compiled again since then. Call `fit`, `evaluate` "
                 "or `restore` first."
             )
         return self.engine

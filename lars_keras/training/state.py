@@ -71,13 +71,13 @@ def check_identity(model: keras.Model, saved: Mapping[str, Any] | None) -> None:
     own = identity_of(model)
     if saved["optimizer"] != own["optimizer"]:
         raise ValueError(
-            "The saved state is that of another model or optimizer: the optimizer is of class "
+            "The saved state belongs to another model or optimizer: the optimizer is of class "
             f"{saved['optimizer']}, not {own['optimizer']}."
         )
     for there, here in zip(saved["model"], own["model"], strict=False):
         if there != here:
             raise ValueError(
-                f"The saved state is that of another model or optimizer: it has the variable {there} where the model "
+                f"The saved state belongs to another model or optimizer: it has the variable {there} where the model "
                 f"has {here}."
             )
 
@@ -105,7 +105,7 @@ def restore_variables(
     for name, variable in variables.items():
         if name not in saved or saved[name].shape != tuple(variable.shape) or len(saved) != len(variables):
             raise ValueError(
-                f"The saved state is that of another model or optimizer: {len(saved)} variables, not "
+                f"The saved state belongs to another model or optimizer: {len(saved)} variables, not "
                 f"{len(variables)}, or not of the shape of {variable.path}."
             )
     for name, variable in variables.items():
