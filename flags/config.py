@@ -272,10 +272,10 @@ class RunConfig:
                 "--end_lr_scale takes the place of --end_learning_rate: give one. Received: "
                 f"--end_lr_scale={self.end_lr_scale:g} --end_learning_rate={self.end_learning_rate:g}"
             )
-        if self.schedule == "exponential" and not (self.schedule_options["end"] and self.learning_rate):
+        if self.schedule == "exponential" and not (self._schedule_options["end"] and self.learning_rate):
             raise ValueError(
                 "--schedule=exponential needs --learning_rate and --end_learning_rate above 0. Received: "
-                f"--learning_rate={self.learning_rate:g} --end_learning_rate={self.schedule_options['end']:g}"
+                f"--learning_rate={self.learning_rate:g} --end_learning_rate={self._schedule_options['end']:g}"
             )
         try:
             schedules.duration_in_updates(self.warmup_duration, batch_size=1, num_examples=1)
@@ -320,9 +320,13 @@ class RunConfig:
         own = self._arguments(OPTIMIZER_FLAGS, self.optimizer)
         return {"exclude": exclude, **{k: v for k, v in (shared | ema | own).items() if v is not None}}
 
+    def schedule_arguments(self, num_train: int) -> dict[str, Any]:
+        """Arguments of `running.optimizers.make_schedule`."""
+        durations = {"warmup_updates": self.warmup_updates(num_train), "total_updates": self.total_updates(num_train)}
+        return {"name": self.schedule, "peak": self.learning_rate, **durations, **self._schedule_options}
+
     @property
-    def schedule_options(self) -> dict[str, Any]:
-        """Arguments of `running.optimizers.make_schedule` besides name, peak and durations."""
+    def _schedule_options(self) -> dict[str, Any]:
         options = self._arguments(SCHEDULE_FLAGS, self.schedule)
         end_scale = options.pop("end_scale", None)
         if end_scale is not None:

@@ -31,13 +31,7 @@ def make_model(config: RunConfig, data: ImageData) -> keras.Model:
 
 def compile_model(model: keras.Model, config: RunConfig, data: ImageData) -> None:
     """Compile the model with optimizer, schedule, loss and metrics."""
-    schedule = make_schedule(
-        config.schedule,
-        peak=config.learning_rate,
-        warmup_updates=config.warmup_updates(data.num_train),
-        total_updates=config.total_updates(data.num_train),
-        **config.schedule_options,
-    )
+    schedule = make_schedule(**config.schedule_arguments(data.num_train))
     model.compile(
         make_optimizer(config.optimizer, schedule, model.trainable_variables, **config.optimizer_options),
         **scoring(config, data),

@@ -214,13 +214,7 @@ def _finished_updates(run_dir: Path) -> int | None:
 
 def _rates(config: RunConfig, num_train: int, updates: int) -> np.ndarray:
     """Return the learning rates of the first updates."""
-    schedule = make_schedule(
-        config.schedule,
-        peak=config.learning_rate,
-        warmup_updates=config.warmup_updates(num_train),
-        total_updates=config.total_updates(num_train),
-        **config.schedule_options,
-    )
+    schedule = make_schedule(**config.schedule_arguments(num_train))
     return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))))
 
 

@@ -31,7 +31,8 @@ class CurrentEngine:
         self._arguments = (model, cluster, options)
         self._model, self._cluster, self._class = model, cluster, engine_class()
         self._built_for: CompiledState | None = None
-        self._tried_for: int | None = None  # ghost batches for which the loss was tried on this engine
+        self._tried = False  # the loss, on this engine
+        self._ghost_batches = cluster.replicas * options.accumulation_steps
         self._check_model()
 
     def _check_model(self) -> None:
@@ -58,20 +59,18 @@ class CurrentEngine:
             self._check_model()
             spec = element_spec(data, self._cluster.input_context(), *first_update)
             check_targets(self._model, spec)
-            self.engine = self._tried_for = None  # before another is made, for its memory
+            self.engine, self._tried = None, False  # before another is made, for its memory
             self.engine = self._class(*self._arguments, spec)
             self._built_for = CompiledState(self._model)
         assert self._built_for
         self._built_for.check(self._model, training=False)
         return self.engine
 
-    def for_training(self, data: Data, replicas: int, ghost_batches: int, scored: bool) -> Engine:
+    def for_training(self, data: Data, scored: bool) -> Engine:
         """Return the engine, once the model is known to train as with Keras's `fit`.
 
         Args:
             data: for training.
-            replicas: number of replicas.
-            ghost_batches: number of ghost batches in a global batch.
             scored: True if the model is also evaluated.
 
         Raises:
@@ -81,10 +80,10 @@ class CurrentEngine:
         engine = self.of(data, 0)
         self.check_unchanged(engine)
         check_optimizer(self._model)
-        if self._tried_for != ghost_batches:
-            check_terms(self._model, engine.loss_terms, ghost_batches)
-            self._tried_for = ghost_batches
-        engine.metric_terms.check(ghost_batches, replicas)
+        if not self._tried:
+            check_terms(self._model, engine.loss_terms, self._ghost_batches)
+            self._tried = True
+        engine.metric_terms.check(self._ghost_batches, self._cluster.replicas)
         if scored:
             engine.check_scoring()
         return engine

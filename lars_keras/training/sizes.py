@@ -27,10 +27,12 @@ def split_batch(batch_size: int, replicas: int, microbatch_size: int | None) -> 
             f"`batch_size` must be a multiple of the {replicas} replicas, such as {max(below, replicas)}. "
             f"Received: batch_size={batch_size}"
         )
+    if microbatch_size is not None:
+        microbatch_size = check_count("microbatch_size", microbatch_size, at_least=1)
     per_replica = batch_size // replicas
     if microbatch_size is None or microbatch_size > per_replica:
         return per_replica, 1
-    if microbatch_size < 1 or per_replica % microbatch_size:
+    if per_replica % microbatch_size:
         divisors = [d for d in range(1, per_replica + 1) if per_replica % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - microbatch_size))
         raise ValueError(

@@ -108,8 +108,6 @@ class Trainer:
         if not getattr(model, "compiled", False):
             raise ValueError("`Trainer` needs a compiled model: call `model.compile(optimizer, loss)` first.")
         batch_size = check_count("batch_size", batch_size, at_least=1)
-        if microbatch_size is not None:
-            microbatch_size = check_count("microbatch_size", microbatch_size, at_least=1)
         if steps_per_execution is None:
             steps_per_execution = getattr(model, "steps_per_execution", 1)
         steps_per_execution = check_count("steps_per_execution", steps_per_execution, at_least=1)
@@ -127,7 +125,7 @@ class Trainer:
             )
         if noise_scale:
             check_ghost_batches(self.microbatch_size, batch_size)
-        self._options = EngineOptions(
+        options = EngineOptions(
             microbatch_size=self.microbatch_size,
             accumulation_steps=self.accumulation_steps,
             jit_compile=jit_compile,
@@ -136,7 +134,7 @@ class Trainer:
             trust_ratios=trust_ratios,
             noise_scale=noise_scale,
         )
-        self._current = CurrentEngine(model, self.cluster, self._options)
+        self._current = CurrentEngine(model, self.cluster, options)
         self.position = Position()
         self.step_losses: list[float] = []
         self.measures: dict[str, np.ndarray] = {}
@@ -144,6 +142,7 @@ class Trainer:
         self.resumed = False
         self._ema: EmaWeights | None = None
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
+        self._sizes = {"batch_size": batch_size, "microbatch_size": self.microbatch_size}
         self._given = GivenData(batch_size, self.microbatch_size, self.replicas, self.cluster.hosts)
 
     @property
@@ -216,10 +215,9 @@ class Trainer:
         if steps_per_epoch is None:
             data, steps_per_epoch = self._given.whole_updates(data)
         ends = epoch_ends(epochs, steps_per_epoch)
-        engine = self._current.for_training(
-            data, self.replicas, self.replicas * self.accumulation_steps, scored=validation_data is not None
-        )
-        for warning in long_averages(self.model, ends[-1] if ends else 0):
+        total = ends[-1] if ends else 0
+        engine = self._current.for_training(data, scored=validation_data is not None)
+        for warning in long_averages(self.model, total):
             logging.warning("%s", warning)
         restored, self._restored = self._restored, None
         if restored not in (None, engine):
@@ -237,7 +235,7 @@ class Trainer:
             add_history=True,
             model=self.model,
             epochs=len(ends),
-            steps=ends[-1] if ends else 0,
+            steps=total,
             steps_per_epoch=steps_per_epoch,
             batch_size=self.batch_size,
             first_update=position.update,
@@ -246,11 +244,11 @@ class Trainer:
         may_end = isinstance(data, GeneratorFeed)
         steps_per_execution = 1 if may_end else self.steps_per_execution  # to know how many were taken before the end
         self.model.stop_training = False
-        iterator = engine.training_iterator(data, position.batches_consumed, (ends or [0])[-1] - position.update)
+        iterator = engine.training_iterator(data, position.batches_consumed, total - position.update)
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
         self.callbacks, logs = callback_list.callbacks, position.logs
-        if restored and position.update:
+        if self.resumed and position.update:
             restore_memory(self.callbacks, position.callbacks)
         [reads_scores] = self.cluster.any_across_hosts(any(map(_reads_scores, self.callbacks)))
         for epoch, end in enumerate(ends):
@@ -270,7 +268,7 @@ class Trainer:
                 except DataEnded as error:
                     if not may_end or not position.update:
                         raise
-                    logging.warning("%s The training ends with update %d of %d.", error, position.update, ends[-1])
+                    logging.warning("%s The training ends with update %d of %d.", error, position.update, total)
                     stop = True
                     break
                 # Not part of the position: a resumed run waits otherwise.
@@ -278,8 +276,7 @@ class Trainer:
                 stop = hold_vote(self.cluster, self.callbacks, position.update, logs, self.model.stop_training)
                 callback_list.on_train_batch_end(position.update - 1, logs)
                 stop = self.model.stop_training if self.cluster.hosts == 1 else stop
-            [stop] = self.cluster.any_across_hosts(stop or self.model.stop_training)
-            last = position.update == ends[-1] or stop
+            last = self._stops(stop) or position.update == total
             for callback in self.callbacks:
                 if hasattr(callback, "on_updates_end"):
                     callback.on_updates_end(last)
@@ -288,20 +285,24 @@ class Trainer:
             self._ema = engine.ema_weights()
             with contextlib.ExitStack() as averaged:
                 averaged.enter_context(self._ema)
-                if validation_data is not None and (validated(epoch + 1) or position.update == ends[-1]):
+                if validation_data is not None and (validated(epoch + 1) or position.update == total):
                     with kept_random_state(self.model):
                         scores = self._evaluate(validation_data, callback_list, reads_scores)
-                    logs = {**logs, **{f"val_{name}": value for name, value in scores.items()}}
+                    logs = logs | {f"val_{name}": value for name, value in scores.items()}
                 if any(map(_swaps_at_epochs, self.callbacks)):
                     averaged.close()
                 callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
-            [stop] = self.cluster.any_across_hosts(stop or self.model.stop_training)
-            if stop:
+            if self._stops():
                 break
         if ends:
             finalize(self.model)
         callback_list.on_train_end(logs)
         return self.model.history
+
+    def _stops(self, stop: bool = False) -> bool:
+        """Return True if a host is to stop, by `stop` or its model, and tell the models of all. Collective."""
+        [self.model.stop_training] = self.cluster.any_across_hosts(stop or self.model.stop_training)
+        return self.model.stop_training
 
     def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
         """Take `updates` updates, move the position, and return the seconds that the devices waited for data."""
@@ -367,7 +368,7 @@ class Trainer:
             self.position.callbacks = memory_of(self.callbacks)
         logs = {name: np.asarray(value).tolist() for name, value in self.position.logs.items()}
         position = dataclasses.asdict(self.position) | {"logs": logs, "identity": identity_of(self.model)}
-        position["sizes"] = self._sizes()
+        position["sizes"] = self._sizes
         with self._ema.suspended() if self._ema else contextlib.nullcontext():
             return self._current.running().snapshot(), position
 
@@ -389,13 +390,10 @@ class Trainer:
         check_identity(self.model, position.get("identity"))
         before = self._set_rate()
         engine.restore(arrays)
-        if before != self._set_rate():
-            logging.warning(
-                "The learning rate is the saved one, %g. The optimizer was compiled with %g.", self._set_rate(), before
-            )
-        sizes = position.get("sizes", self._sizes())
-        if sizes != self._sizes():
-            logging.warning("The snapshot was taken with %s. With %s the run goes on inexactly.", sizes, self._sizes())
+        if before != (rate := self._set_rate()):
+            logging.warning("The learning rate is the saved one, %g. The optimizer was compiled with %g.", rate, before)
+        if (sizes := position.get("sizes", self._sizes)) != self._sizes:
+            logging.warning("The snapshot was taken with %s. With %s the run goes on inexactly.", sizes, self._sizes)
         fields = {field.name for field in dataclasses.fields(Position)}
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.position.logs = {name: as_log(value) for name, value in self.position.logs.items()}
@@ -417,9 +415,6 @@ class Trainer:
             write: True on the one host that writes the file.
         """
         self._current.running().save_model(path, write)
-
-    def _sizes(self) -> dict[str, int]:
-        return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_size}
 
 
 def _reads_scores(callback: keras.callbacks.Callback) -> bool:

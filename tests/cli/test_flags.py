@@ -54,13 +54,7 @@ def config_of(*arguments):
 
 def made(config):
     """Return the configs of the optimizer and of the schedule of a run."""
-    schedule = make_schedule(
-        config.schedule,
-        peak=config.learning_rate,
-        warmup_updates=config.warmup_updates(200_000),
-        total_updates=config.total_updates(200_000),
-        **config.schedule_options,
-    )
+    schedule = make_schedule(**config.schedule_arguments(200_000))
     with keras.name_scope("model"):
         variables = [keras.Variable([[1.0]], name="kernel"), keras.Variable([1.0], name="bias")]
     with keras.name_scope("batch_normalization"):  # without which a large rate of biases brings a warning

@@ -54,7 +54,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
 
     def pixels(self, form, data, split):
         """Return the stored images of a split, decoded by Pillow."""
-        images = [image for image, _ in (parse_bytes(data, r) for r in read_all(data, split))]
+        images = [image for image, _ in (parse(data, r) for r in read_all(data, split))]
         if form.endswith("raw"):
             return [np.frombuffer(image, np.uint8).reshape(40, 40, 3) for image in images]
         return [np.asarray(Image.open(io.BytesIO(image))) for image in images]
@@ -66,7 +66,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         lossless = "jpeg" not in storage.encoding
         for split in ("_train", "_test"):
             originals = [parse(self.original, record) for record in read_all(self.original, split)]
-            labels = [label for _, label in (parse_bytes(data, r) for r in read_all(data, split))]
+            labels = [label for _, label in (parse(data, r) for r in read_all(data, split))]
             self.assertEqual(labels, [label for _, label in originals])
             found = self.pixels(form, data, split)
             for image, (encoded, _) in zip(found, originals, strict=True):
@@ -289,12 +289,6 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
 def contents(root):
     """Return the bytes of all files in a folder by their paths."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def parse_bytes(data, record):
-    """Return the stored image and the label of a record."""
-    image, label = data._train.parse(record)
-    return image.numpy(), int(label)
 
 
 if __name__ == "__main__":

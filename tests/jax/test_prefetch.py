@@ -5,6 +5,7 @@
 
 import itertools
 import multiprocessing
+import threading
 import unittest
 
 import keras
@@ -29,6 +30,16 @@ class ThreadTest(unittest.TestCase):
 
         prefetcher = Prefetcher(batch, lambda exitcode: exitcode, 2)
         self.assertEqual([prefetcher(()), prefetcher(())], [0, 0])
+
+    @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+    def test_an_exit_does_not_wait_for_data_that_hang(self):
+        never = threading.Event()
+        arguments = (never.wait, lambda made: made, 1)
+        process = multiprocessing.get_context("fork").Process(target=Prefetcher, args=arguments)
+        process.start()
+        self.addCleanup(process.kill)
+        process.join(timeout=30)
+        self.assertEqual(process.exitcode, 0)
 
     def test_devices_hold_two_batches(self):
         """A host that is faster than the devices gives them a batch when the program before the last one is done."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from lars_keras import LAMB, LARS
+from lars_keras import LAMB, LARS, schedules
 from tests import cases
 
 # As in test_backends.py: Keras converts tensors of torch in a way that NumPy 2 deprecates.
@@ -21,6 +21,20 @@ def as_numpy(variable):
 
 
 class AccumulationTest(parameterized.TestCase):
+    @parameterized.parameters(LARS, LAMB)
+    def test_updates(self, optimizer_class):
+        """The 8 updates of 32 gradients, 4 in each, take the rates of 8 updates."""
+        gradients, weights = np.float32(np.random.default_rng(0).normal(0.0, 1.0, (8, 4, 2, 3))), []
+        for steps in (None, 4):
+            schedule, variable = schedules.WarmupPolynomial(1.0, 3, 8), kernel(1.0)
+            optimizer = optimizer_class(schedule, exclude=(".",), gradient_accumulation_steps=steps)
+            for update in gradients:
+                for g in update if steps else [update.mean(axis=0)]:
+                    optimizer.apply([keras.ops.convert_to_tensor(g)], [variable])
+            self.assertEqual(int(optimizer.iterations), 8)
+            weights.append(as_numpy(variable))
+        self.assertLess(cases.relative_error(weights[1], weights[0]), 2e-6)
+
     @parameterized.parameters(LARS, LAMB)
     def test_average_of_the_weights(self, optimizer_class):
         """The average moves with the updates, not with the micro-batches."""

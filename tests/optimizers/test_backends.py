@@ -161,22 +161,6 @@ class AnyBackendTest(Comparison):
             v = keras.ops.convert_to_numpy(v)
             self.assertLess(cases.relative_error(v, expected), 4e-6)
 
-    @parameterized.parameters(LARS, LAMB)
-    def test_gradient_accumulation(self, optimizer_class):
-        """The 8 updates of 32 gradients, 4 in each, take the rates of 8 updates."""
-        rng, weights = np.random.default_rng(0), []
-        gradients = np.float32(rng.normal(0.0, 1.0, (8, 4, 2, 3)))
-        for steps in (None, 4):
-            schedule = schedules.WarmupPolynomial(1.0, 3, 8)
-            optimizer = optimizer_class(schedule, exclude=(".",), gradient_accumulation_steps=steps)
-            variable = keras.Variable(np.ones((2, 3), "float32"), name="kernel")
-            for update in gradients:
-                for g in update if steps else [update.mean(axis=0)]:
-                    optimizer.apply([keras.ops.convert_to_tensor(g)], [variable])
-            self.assertEqual(int(optimizer.iterations), 8)
-            weights.append(keras.ops.convert_to_numpy(variable))
-        self.assertLess(cases.relative_error(weights[1], weights[0]), 2e-6)
-
     @parameterized.parameters("float16", "bfloat16")
     def test_half_precision_variables(self, dtype):
         for variant in cases.VARIANTS:

@@ -153,6 +153,57 @@ class GeneratorTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllEqual(x, batches()[3][0])
 
 
+class Broken(Exception):
+    """An error of a user's data."""
+
+
+class ErrorTest(parameterized.TestCase, tf.test.TestCase):
+    """The error of the data themselves is raised, also if it happens while they are read ahead."""
+
+    FORMS = {
+        "iterable": lambda read: type("Batches", (), {"__iter__": lambda self: read()})(),
+        "function": lambda read: lambda context, *first_update: read(),
+        "generator": lambda read: read(),
+    }
+
+    @parameterized.parameters(1, 2)
+    def test_in_training(self, devices):
+        broken = threading.Event()
+
+        def read():
+            yield from batches(8)[:2]
+            broken.set()
+            raise Broken("the third batch")
+
+        with replicas(devices):
+            trainer = trainer_of()
+        wait = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: batch < 2 or broken.wait(60))
+        for name, form in self.FORMS.items():
+            broken.clear()
+            with self.subTest(name), self.assertRaisesRegex(Broken, "the third batch"):
+                trainer.fit(form(read), steps_per_epoch=9, callbacks=wait, verbose=0)
+            self.assertEqual(trainer.position.update, 2)
+
+    def test_of_another_reader(self):
+        """An evaluation has its own errors, not one of the training data, which were read ahead."""
+        broken = threading.Event()
+
+        def read():
+            yield from batches(8)[:3]
+            broken.set()
+            raise Broken("training")
+
+        def scored():
+            yield from batches(8)[:3]
+            broken.wait(60)
+            raise KeyError("evaluation")
+
+        evaluated = type("Batches", (), {"__iter__": lambda self: scored()})()
+        options = {"steps_per_epoch": 2, "epochs": 9, "validation_data": evaluated, "verbose": 0}
+        with self.assertRaisesRegex(KeyError, "evaluation"):
+            trainer_of().fit(read(), **options)
+
+
 class SizesTest(tf.test.TestCase):
     def test_a_list_without_its_last_partial_update(self):
         given = GivenData(batch_size=8, microbatch_size=4, replicas=1, hosts=1)

@@ -12,7 +12,7 @@ from lars_keras.metrics import MaskedExamples
 from lars_keras.training import Trainer
 from lars_keras.training.padding_terms import check_padding
 from lars_keras.training.scoring import score_batch, summary
-from tests.training.test_meaning import BACKEND, Subclassed, X, dataset, replicas
+from tests.training.test_meaning import BACKEND, IgnoresWeights, Subclassed, X, dataset, replicas
 
 TARGETS = np.random.default_rng(1).integers(0, 2, (64, 1)).astype("float32")
 
@@ -212,10 +212,6 @@ class PaddingTest(parameterized.TestCase, tf.test.TestCase):
         check_padding(own, engine.loss_terms)
 
     def test_refused_by_name(self):
-        class IgnoresWeights(Subclassed):
-            def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
-                return keras.ops.mean(keras.ops.abs(y - y_pred))
-
         own = IgnoresWeights()
         own.compile("sgd", "mse")
         active = model("mae")

@@ -130,10 +130,10 @@ def numpy_training_batches(
 def numpy_scoring_batches(data: Data, context: InputContext, batch_size: int) -> Iterator[Batch]:
     """Return the batches of `lars_keras.training.inputs.scoring_batches` for a `tf.data.Dataset`."""
     if context.num_input_pipelines > 1:
-        yield from map(arrays_of, scoring_examples(data, context, batch_size).as_numpy_iterator())
-        return
-    size = batch_size * context.num_replicas_in_sync
-    batches = _finite(data(context) if callable(data) else data).rebatch(size)
+        batches = scoring_examples(data, context, batch_size)
+    else:
+        size = batch_size * context.num_replicas_in_sync
+        batches = _finite(data(context) if callable(data) else data).rebatch(size)
     with errors_of_data():
         yield from map(arrays_of, batches.as_numpy_iterator())
 
@@ -220,7 +220,7 @@ def as_dataset(batches: Any, close: bool = False) -> tf.data.Dataset:
             yield arrays
 
     arrays = tf.data.Dataset.from_generator(
-        lambda: _keeping_errors(read(), batches.close if close else lambda: None), output_signature=signature
+        lambda: map(_raised, _with_error(read(), batches.close if close else lambda: None)), output_signature=signature
     )
     options = tf.data.Options()
     options.autotune.enabled = False  # as in lars_keras.data: the end of an epoch would wait
@@ -261,24 +261,38 @@ def _of_known_ranks(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(known)
 
 
-_errors: collections.deque[Exception] = collections.deque(maxlen=1)
+_errors: collections.deque[Exception] = collections.deque(maxlen=8)  # also of data that nobody reads any more
 
 
-def _keeping_errors(batches: Iterator[Any], close: Callable[[], None]) -> Iterator[Any]:
-    """Yield the batches and call `close`; keep the error that ends them, because TensorFlow raises another one."""
+def _name(error: Exception) -> str:
+    return f"data error <{id(error)}>"
+
+
+def _with_error(batches: Iterator[Any], close: Callable[[], None]) -> Iterator[Any]:
+    """Yield the batches and call `close`; keep the error that ends them, and yield it instead of an end.
+
+    Replicas read in turn. If the next one found an end, that might be what TensorFlow reports.
+    """
     try:
         yield from batches
     except Exception as e:
         _errors.append(e)
-        raise
+        while True:
+            yield e
     finally:
         close()
+
+
+def _raised(batch: Any) -> Any:
+    """Return a batch; raise what is an error, by its name, because TensorFlow makes another one of it."""
+    if isinstance(batch, Exception):
+        raise RuntimeError(_name(batch)) from batch
+    return batch
 
 
 @contextlib.contextmanager
 def errors_of_data() -> Iterator[None]:
     """Raise the original error in the data or the model, which TensorFlow replaces by another one."""
-    _errors.clear()
     try:
         yield
     except ValueError as e:
@@ -287,8 +301,9 @@ def errors_of_data() -> Iterator[None]:
             raise ValueError(textwrap.dedent(message).strip()) from e
         raise
     except tf.errors.OpError as e:
-        if _errors:
-            raise _errors.pop() from e
+        for error in [error for error in _errors if _name(error) in str(e)]:
+            _errors.remove(error)
+            raise error from e
         if isinstance(e, tf.errors.OutOfRangeError):
             raise DataEnded from e
         if "MaybeMoveContiguousSlices" in str(e):  # of `rebatch`
