@@ -283,6 +283,8 @@ def phrases() -> dict[str, list[str]]:
             f"it loses {fast_loss(8192)} points, and at 16,384 after 59 epochs {fast_loss(16384)} points",
             f"at 4,096, with {fast_top1('momentum', 4096)} after",
             f"eight times gave {fast_at_rate('momentum', 4096, 9.6)}",
+            f"on seed 0 it reached {fast_seed('lars', 1024, 0)}, 14 reached {fast_at_rate('lars', 1024, 14.0)} "
+            f"and 26 reached {fast_at_rate('lars', 1024, 26.0)}",
             f"momentum is {fast_gap(16384)} points behind, with {fast_top1('momentum', 16384)} after",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
