@@ -176,7 +176,7 @@ assert "keras" not in sys.modules
                 lars_keras.data.ArrayData("x", train, (images, labels), 10)
             with self.assertRaisesRegex(ValueError, f"^`test` must.*{message}"):
                 lars_keras.data.ArrayData("x", (images, labels), train, 10)
-        with self.assertRaisesRegex(ValueError, r"`test` must have .* shape as `train`, \(4, 4, 1\). Received: .* \(4, 3, 1\)"):
+        with self.assertRaisesRegex(ValueError, r"`test` must have .* `train`, \(4, 4, 1\). Received: .* \(4, 3, 1\)"):
             lars_keras.data.ArrayData("x", (images, labels), (images[:, :, 1:], labels), 10)
         with self.assertRaisesRegex(ValueError, "`augment` must be one of none, .*Received: augment='mixupp'"):
             lars_keras.data.ArrayData("x", (images, labels), (images, labels), 10, augment="mixupp")
