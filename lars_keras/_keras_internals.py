@@ -190,6 +190,17 @@ def set_backend_value(variable: keras.Variable, value: Any) -> None:
     variable._value = value
 
 
+def backend_values(variables: Iterable[keras.Variable]) -> list[Any]:
+    """Return the arrays that variables hold, whatever scope is in force."""
+    return [v._value for v in variables]
+
+
+def set_backend_values(variables: Iterable[keras.Variable], values: Iterable[Any]) -> None:
+    """Put arrays in the place of the variables' values, ignoring their layouts."""
+    for variable, value in zip(variables, values, strict=True):
+        variable._value = value
+
+
 def output_tensors(layer: keras.layers.Layer) -> list[Any]:
     """Return the symbolic outputs of a layer, from each of its calls in functional models."""
     return [tensor for node in layer._inbound_nodes for tensor in node.output_tensors]

@@ -57,7 +57,7 @@ class ThreadTest(unittest.TestCase):
         numbers = itertools.count()
         prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number, 5)
         for number in range(4):
-            prefetcher._next[1].exception()  # waits until the batch is there
+            prefetcher._next.on_devices.exception()  # waits until the batch is there
             self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
         self.assertEqual(prefetcher(()), 4)
         self.assertIsNone(prefetcher._next)  # nothing is made that nobody will take

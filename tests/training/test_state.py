@@ -156,6 +156,34 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         metrics = len(engine.step.variables["metrics"]) if BACKEND == "jax" else 0  # numbers, summed with the rest
         self.assertEqual(sum(sizes), 2 * 64 + 64 + 1 + 2 * 64 + 1 + metrics)
 
+    def test_weights_that_a_callback_assigns(self):
+        """The next update starts from them, also if two variables are given one array."""
+
+        def made():
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(4)])
+            model.layers[0].kernel.assign(np.arange(16, dtype="float32").reshape(4, 4) / 16)
+            model.layers[1].kernel.assign(np.eye(4))
+            return compiled(model, keras.optimizers.SGD(0.01, momentum=0.9))
+
+        def halve(model, batch, value_of):
+            if batch % 3 == 1:
+                first, second = (layer.kernel for layer in model.layers)
+                first.assign(keras.ops.multiply(first, 0.5))
+                second.assign(value_of(first))
+
+        own, reference = made(), made()
+        assign = lambda batch, logs: halve(own, batch, lambda variable: variable.value)  # noqa: E731
+        callback = keras.callbacks.LambdaCallback(on_train_batch_end=assign)
+        Trainer(own, batch_size=16).fit(X, Y, epochs=3, shuffle=False, verbose=0, callbacks=[callback])
+        updates = 0
+        for start in 3 * list(range(0, len(X) - 15, 16)):
+            reference.train_on_batch(X[start : start + 16], Y[start : start + 16])
+            halve(reference, updates, keras.ops.convert_to_numpy)
+            updates += 1
+        self.assertGreater(updates, 6)
+        for a, b in zip(values(own), values(reference), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
     def test_as_keras(self):
         """A layer not built before: its calls and random numbers, in training and in evaluation."""
         own, reference = compiled(Model()), compiled(Model())

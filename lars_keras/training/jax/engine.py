@@ -1,6 +1,8 @@
 """The JAX engine: connects a live model's state and its data with `JaxStep`."""
 
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from lars_keras._keras_internals import backend_value, set_backend_value
+from lars_keras._keras_internals import backend_value, backend_values, set_backend_value, set_backend_values
 from lars_keras.files import atomic_path
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
@@ -64,6 +66,7 @@ class JaxEngine:
         )
         self.step.find_unreached(element_spec, options.microbatch_size)
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
+        self._written: list[weakref.ref] = []  # the arrays of the last update, which are the variables' own
         self._scoring_assigns: list[int] = []  # numbers of the state that scoring a batch changes, once that is traced
         self._score_fn = jax.jit(self._score)
         self._results_fn = jax.jit(self._results)
@@ -142,6 +145,10 @@ class JaxEngine:
 
         Donated arrays are gone after the update; `train` then assigns the new ones to the variables.
         """
+        state = {group: backend_values(variables) for group, variables in self.step.variables.items()}
+        arrays = itertools.chain.from_iterable(state.values())
+        if self._written and all(last() is array for last, array in zip(self._written, arrays, strict=True)):
+            return state  # nobody has assigned since, so the checks below would find nothing
         seen: set[int] = set()
 
         def value(variable: keras.Variable, sharding: jax.sharding.Sharding) -> Tensor:
@@ -162,9 +169,12 @@ class JaxEngine:
         }
 
     def _write_state(self, state: State) -> None:
+        written: dict[int, weakref.ref] = {}
         for group, variables in self.step.variables.items():
-            for variable, value in zip(variables, state[group], strict=True):
-                set_backend_value(variable, value)  # `assign` would look at dtype, shape and layout of each
+            set_backend_values(variables, state[group])  # `assign` would look at dtype, shape and layout of each
+            written.update((id(array), weakref.ref(array)) for array in state[group])
+        are_distinct = len(written) == sum(map(len, state.values()))
+        self._written = list(written.values()) if are_distinct else []
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Return a copy of all state that the next update depends on. Collective: call it on every host.

@@ -2,6 +2,8 @@
 
 import atexit
 import concurrent.futures
+import dataclasses
+import queue
 import threading
 import time
 import weakref
@@ -10,17 +12,43 @@ from typing import Any, TypeAlias
 
 import jax
 
-_Batch: TypeAlias = tuple[threading.Event, concurrent.futures.Future[Any]]
-"""Is set when the batch is made; the batch on the devices."""
 
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+@dataclasses.dataclass
+class _Batch:
+    """A batch to be made, and given to the devices once they have computed `at_work_on`."""
+
+    at_work_on: Any
+    made: threading.Event = dataclasses.field(default_factory=threading.Event)
+    on_devices: concurrent.futures.Future[Any] = dataclasses.field(default_factory=concurrent.futures.Future)
+
+
+_Requests: TypeAlias = queue.SimpleQueue[_Batch | None]
+_threads: weakref.WeakKeyDictionary[threading.Thread, _Requests] = weakref.WeakKeyDictionary()
 
 
 @atexit.register
 def _wait_for_threads() -> None:
     """Wait for batches in the making, because the exit aborts threads in compiled code; not for data that hang."""
-    for thread in list(_threads):
+    for thread, requests in list(_threads.items()):
+        requests.put(None)
         thread.join(timeout=5)
+
+
+def _make_batches(make: Callable[[], Any], put: Callable[[Any], Any], count: int, requests: _Requests) -> None:
+    """Make `count` batches as they are asked for, or as many as there are before None."""
+    for _ in range(count):
+        batch = requests.get()
+        if batch is None:
+            return
+        try:
+            arrays = make()
+            batch.made.set()
+            jax.block_until_ready(batch.at_work_on)
+            batch.on_devices.set_result(put(arrays))
+        except BaseException as e:
+            batch.on_devices.set_exception(e)
+            batch.made.set()
+        batch = arrays = None  # while this waits
 
 
 class Prefetcher:
@@ -38,8 +66,19 @@ class Prefetcher:
     """
 
     def __init__(self, make: Callable[[], Any], put: Callable[[Any], Any], count: int):
-        self._make, self._put, self._left, self.idle = make, put, count, 0.0
-        self._next: _Batch | None = self._begin(()) if count else None
+        self.idle, self._left = 0.0, count
+        self._requests: _Requests = queue.SimpleQueue()
+        self._next: _Batch | None = None
+        if not count:
+            return
+        self._ask(())
+        # Loaders fork their workers in this thread. In one of `ThreadPoolExecutor` the forks would fail at their ends.
+        thread = threading.Thread(
+            target=_make_batches, args=(make, put, count, self._requests), name="batches", daemon=True
+        )
+        _threads[thread] = self._requests
+        weakref.finalize(self, self._requests.put, None).atexit = False
+        thread.start()
 
     def __call__(self, at_work_on: Any) -> Any:
         """Return the next batch, on the devices.
@@ -49,36 +88,18 @@ class Prefetcher:
                 donated.
         """
         assert self._next is not None  # `count` calls, no more
-        made, batch = self._next
+        batch, self._next = self._next, None
         self._left -= 1
-        if not made.is_set():
+        if not batch.made.is_set():
             jax.block_until_ready(at_work_on)  # nothing can be given to them before the batch is there anyway
             since = time.perf_counter()
-            made.wait()
+            batch.made.wait()
             self.idle += time.perf_counter() - since
-        arrays = batch.result()
-        self._next = self._begin(at_work_on) if self._left else None
+        arrays = batch.on_devices.result()
+        if self._left:
+            self._ask(at_work_on)
         return arrays
 
-    def _begin(self, at_work_on: Any) -> _Batch:
-        """Start to make a batch, and give it to the devices once they have computed `at_work_on`.
-
-        Loaders fork their workers here. A process that is forked in a thread of `ThreadPoolExecutor` fails at its end,
-        because it waits for that thread, so each batch has a thread of its own.
-        """
-        made, batch = threading.Event(), concurrent.futures.Future[Any]()
-
-        def make() -> None:
-            try:
-                arrays = self._make()
-                made.set()
-                jax.block_until_ready(at_work_on)
-                batch.set_result(self._put(arrays))
-            except BaseException as e:
-                batch.set_exception(e)
-                made.set()
-
-        thread = threading.Thread(target=make, name="batches", daemon=True)
-        _threads.add(thread)
-        thread.start()
-        return made, batch
+    def _ask(self, at_work_on: Any) -> None:
+        self._next = _Batch(at_work_on)
+        self._requests.put(self._next)
