@@ -41,6 +41,14 @@ class ThreadTest(unittest.TestCase):
         process.join(timeout=30)
         self.assertEqual(process.exitcode, 0)
 
+    def test_the_thread_ends_with_its_prefetcher(self):
+        threads = []
+        prefetcher = Prefetcher(lambda: threads.append(threading.current_thread()), lambda made: made, 3)
+        prefetcher(())
+        del prefetcher  # with batches left to make
+        threads[0].join(timeout=30)
+        self.assertFalse(threads[0].is_alive())
+
     def test_devices_hold_two_batches(self):
         """A host that is faster than the devices gives them a batch when the program before the last one is done."""
         log = []
@@ -54,12 +62,20 @@ class ThreadTest(unittest.TestCase):
             def block_until_ready(self):
                 log.append(f"program {self.number} is done")
 
-        numbers = itertools.count()
-        prefetcher = Prefetcher(lambda: next(numbers), lambda number: log.append(f"batch {number}") or number, 5)
+        numbers, threads = itertools.count(), set()
+
+        def made():
+            threads.add(threading.current_thread())
+            return next(numbers)
+
+        prefetcher = Prefetcher(made, lambda number: log.append(f"batch {number}") or number, 5)
         for number in range(4):
             prefetcher._next.on_devices.exception()  # waits until the batch is there
             self.assertEqual(prefetcher(Program(number - 1) if number else ()), number)
         self.assertEqual(prefetcher(()), 4)
+        [thread] = threads  # to start one takes as long as a small update
+        thread.join(timeout=30)
+        self.assertFalse(thread.is_alive())
         self.assertIsNone(prefetcher._next)  # nothing is made that nobody will take
         self.assertEqual(
             log,

@@ -8,6 +8,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from tools.benchmarks.speed_tables import (
+    before_after_part,
+    growth_part,
+    host_time_part,
+    input_part,
+    optimizer_part,
+    table,
+    training_step_part,
+)
 from tools.comparison.page import measures, score, search_rule
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -37,11 +46,6 @@ NOT_RUN = """## Not run
 """
 # Test accuracy of ResNet-18 on CIFAR-10 after 200 epochs, in percent, that github.com/noahgolmant/pytorch-lars reports.
 PYTORCH_LARS = {64: 89.39, 256: 85.45, 1024: 81.2, 4096: 73.41, 16384: 64.13}
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def read(name: str) -> Any:
@@ -76,10 +80,10 @@ def comparison_part(name: str, heading: str) -> str:
         f"{found['title']}; {spread} top-1 on the test split."
         f"{state} "
         f"`{found['command']}`, {found['machine']}, {found['wall_seconds'] / 60:.0f} min, commit {found['commit']}.\n\n"
-        + _table(["batch", *candidates], first[1])
-        + "".join(f"\n{heading}:\n\n" + _table(["batch", *candidates], cells) for heading, cells in others)
+        + table(["batch", *candidates], first[1])
+        + "".join(f"\n{heading}:\n\n" + table(["batch", *candidates], cells) for heading, cells in others)
         + f"\nThe chosen rate of each cell and its top-1 on the held-out images (*: lowest or highest tried). Rates: "
-        f"{search_rule(settings)}.\n\n" + _table(["batch", *candidates], rates)
+        f"{search_rule(settings)}.\n\n" + table(["batch", *candidates], rates)
     )
 
 
@@ -124,10 +128,10 @@ def pytorch_lars_part() -> str:
     return (
         "## pytorch-lars's experiment\n\nResNet-18 on CIFAR-10, 200 epochs, top-1 on the test split. The last "
         f"column has another network, after a twentieth of the epochs. {commands}.\n\n"
-        + _table(["batch", "reported by pytorch-lars", *columns], lines)
+        + table(["batch", "reported by pytorch-lars", *columns], lines)
         + "\nIts settings for a sixth of an epoch, which shows only that the recipe runs at each batch size: "
         f"`{short['command']}`, {short['machine']}, {short['wall_seconds'] / 60:.0f} min, commit {short['commit']}.\n\n"
-        + _table(["batch", "updates", "top-1", "top-5"], updates)
+        + table(["batch", "updates", "top-1", "top-5"], updates)
     )
 
 
@@ -162,7 +166,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
         if any("top1_views" in run for run in runs if run["scored_on"] == split):
             head.append("top-1 of six views")
         if rows:
-            text += f"\nScored on {words}:\n\n" + _table(head, [row[: len(head)] for row in rows])
+            text += f"\nScored on {words}:\n\n" + table(head, [row[: len(head)] for row in rows])
     return text
 
 
@@ -187,7 +191,7 @@ def noise_scale_part(found: dict[str, Any]) -> str:
             text += (
                 f"\n`flags/recipes/{name}.flags`, batch {run['batch_size']:,} in ghost batches of "
                 f"{run['microbatch_size']}; it was not compared at equal epochs:\n\n"
-                + _table(["epoch", "noise scale", "from", "to"], measured)
+                + table(["epoch", "noise scale", "from", "to"], measured)
             )
             continue
         rows = [row for row in read(f"compare_{name}")["table"] if row["candidate"] == "lars"]
@@ -196,8 +200,8 @@ def noise_scale_part(found: dict[str, Any]) -> str:
             for row in sorted(rows, key=lambda row: row["batch_size"])
         ]
         text += f"\n{COMPARISONS[name]}, batch {run['batch_size']} in ghost batches of {run['microbatch_size']}:\n\n"
-        text += _table(["epoch", "noise scale", "from", "to"], measured)
-        text += "\n" + _table(["batch", "LARS, top-1", "efficiency of an example"], scores)
+        text += table(["epoch", "noise scale", "from", "to"], measured)
+        text += "\n" + table(["batch", "LARS, top-1", "efficiency of an example"], scores)
     return text
 
 
@@ -216,122 +220,13 @@ def noise_scale_cost_part(found: dict[str, Any]) -> str:
     return (
         f"\nSeconds of an update without and with the measurement, medians of {rounds} paired rounds. "
         f"`{found['command']}`, {found['machine']}.\n\n"
-        + _table(["step", "ghost batch", "without", "with", "median of paired ratios"], rows)
-    )
-
-
-def host_time_part(found: dict[str, Any]) -> str:
-    """Return the table of `tools.benchmarks.host_time`."""
-    rows = [
-        [
-            row["backend"],
-            row["model"],
-            *(f"{row[name]:.1f}" for name in ("Trainer, ms", "Keras fit, ms")),
-            f"{row['ratio']:.2f}",
-        ]
-        for row in found["rows"]
-    ]
-    return (
-        "Milliseconds of an update whose arithmetic costs next to nothing, one update a call: the host's own work. "
-        f"`{found['command']}`, {found['machine']}.\n\n"
-        + _table(["backend", "model", "`Trainer`", "Keras `fit`", "median of paired ratios"], rows)
+        + table(["step", "ghost batch", "without", "with", "median of paired ratios"], rows)
     )
 
 
 def _examples(value: float | None) -> str:
     """Return a noise scale; None is infinite."""
     return "no bound" if value is None else f"{value:,.0f}"
-
-
-def optimizer_part(found: dict[str, Any]) -> str:
-    """Return the tables of `tools.benchmarks.optimizer_step`."""
-    flags = f"XLA_FLAGS={found['xla_flags']} " if found["xla_flags"] else ""
-    command = f"{flags}python -m tools.benchmarks.optimizer_step"
-    text = f"`{command}`, {found['machine']}, medians of {found['rounds']} rounds.\n"
-    for title, result in found["results"].items():
-        rows = [
-            [
-                row["name"],
-                row["mode"],
-                f"{row['milliseconds']:.1f}",
-                f"{row['times_sgd']:.2f}",
-                f"{row['milliseconds'] / row['floor_milliseconds']:.2f}",
-                f"{100 * row['extra_share_of_weights']:.1f} %",
-            ]
-            for row in sorted(result["rows"], key=lambda row: row["milliseconds"])
-        ]
-        head = ["optimizer", "mode", "ms", "x SGD (XLA)", "x bandwidth bound", "extra memory / weights"]
-        text += (
-            f"\n{title}, {result['parameters'] / 1e6:.1f}M parameters; memory {result['bandwidth'] / 1e9:.1f} GB/s\n\n"
-        )
-        text += _table(head, rows)
-    return text
-
-
-def training_step_part(found: dict[str, Any]) -> str:
-    """Return the table of `tools.benchmarks.training_step`."""
-    rows = [
-        [
-            f"`{row['network']}`, {row['size']} pixels, batch {row['batch']}",
-            f"{row['name']}, {row['mode']}",
-            row["dtype"],
-            f"{row['images_per_second']:.0f}",
-            f"{row['of_keras_fit']:.2f}",
-        ]
-        for row in found["rows"]
-    ]
-    return (
-        "Whole training steps in images per second, and the ratio to Keras `fit` in the same mode, or in graph mode if "
-        "it has no such mode. Keras `fit` was up to twice as fast in one run as in another, so these ratios are rough. "
-        'Graph mode beats XLA on this CPU for both networks, and `jit_compile="auto"` uses it. '
-        "`python -m tools.benchmarks.training_step --networks=NAME --batch=128 "
-        f"--rounds={found['rounds']}`, {found['machine']}.\n\n"
-        + _table(["network", "trained by", "dtype", "images/s", "x Keras `fit`"], rows)
-    )
-
-
-def growth_part(found: dict[str, Any]) -> str:
-    """Return the table of `tools.benchmarks.growth`."""
-    rows = [
-        [result["axis"], ", ".join(f"{r['size']:,}: {r['ms']:.1f}" for r in result["rows"]), f"{result['slope']:.2f}"]
-        for result in found["results"].values()
-    ]
-    return (
-        "![milliseconds of an update over its size](growth.svg)\n\n"
-        "Milliseconds of an update at each size. The slope is taken over the last three points in logarithms: 1 means "
-        f"that the cost doubles with the size. `python -m tools.benchmarks.growth --rounds={found['rounds']} "
-        f"--most={found['results']['parameters']['rows'][-1]['size']}`, {found['machine']}.\n\n"
-        + _table(["over", "ms", "slope"], rows)
-    )
-
-
-def input_part(found: dict[str, Any]) -> str:
-    """Return the tables of `tools.benchmarks.input_pipeline`."""
-    settings, versions = found["settings"], found["versions"]
-    text = (
-        f"Real ImageNet JPEGs to {settings['size']} pixels, {versions['machine']}, {versions['cores']} cores, "
-        f"medians of {settings['rounds']} rounds. `ms` is processor time for an image; the last two columns "
-        "are ratios of images/s, then of processor time, in the same round. "
-        "`python -m tools.benchmarks.input_pipeline`. Pillow and Grain take the files from memory.\n"
-    )
-    for kind, candidates in found["results"].items():
-        rows = [
-            [
-                name,
-                f"{row['images_per_second']:,.0f}",
-                f"{row['ms']:.2f}",
-                *(f"{speed:.2f}; {busy:.2f}" for speed, busy in row["of"].values()),
-            ]
-            for name, row in candidates.items()
-        ]
-        references = next(iter(candidates.values()))["of"]
-        text += "\n" + _table([kind, "images/s", "ms", *(f"x {name}" for name in references)], rows)
-    text += (
-        "\nFFCV publishes 172,801 images/s from raw images of 256 pixels, and 31,278 from JPEGs of 512 pixels and "
-        "quality 90, in memory, to random resized crops of 224 pixels (its docs/benchmarks.rst, an AWS p3dn.24xlarge "
-        "with 96 virtual cores). FFCV itself: not run.\n"
-    )
-    return text
 
 
 def other_part(found: dict[str, Any]) -> str:
@@ -365,7 +260,7 @@ def other_part(found: dict[str, Any]) -> str:
             "`python -m tools.benchmarks.overhead`",
         ],
     ]
-    return _table(["measurement", "figure", "command"], rows)
+    return table(["measurement", "figure", "command"], rows)
 
 
 def kills_part(cells: list[dict[str, Any]]) -> str:
@@ -389,7 +284,7 @@ def kills_part(cells: list[dict[str, Any]]) -> str:
         "files were whole, and no checkpoint was lost. `hammer` starts two processes on one folder each time. "
         "The table shows how often one of them was refused, with one line and exit code 2. `array` starts four "
         "processes at once without `--run_dir`.\n\n"
-        + _table(
+        + table(
             [
                 "cell",
                 "backend and flags",
@@ -424,6 +319,8 @@ def page() -> str:
         training_step_part(read("training_step")),
         "## The host's work\n",
         host_time_part(read("host_time")),
+        "## Before and after\n",
+        before_after_part(read("before_after")),
         "## Input\n",
         input_part(read("input_pipeline")),
         "## Steps, exactness and memory\n",
