@@ -7,12 +7,14 @@ import dataclasses
 import json
 import math
 import unittest
+from unittest import mock
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+from lars_keras import _keras_internals
 from lars_keras.training import Trainer
 from lars_keras.training.position import Position
 from tests.training.test_meaning import BACKEND, Subclassed, X, Y, dataset, replicas, sequential
@@ -183,6 +185,23 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         self.assertGreater(updates, 6)
         for a, b in zip(values(own), values(reference), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    @unittest.skipUnless(BACKEND == "jax", "on JAX an update takes the arrays from the variables")
+    def test_arrays_of_the_last_update_are_not_looked_at_again(self):
+        model = compiled(sequential(keras.layers.Dense(4), keras.layers.Dense(1)))
+        trainer = Trainer(model, batch_size=16)
+        trainer.fit(X, Y, verbose=0)
+        engine = trainer.engine
+        engine._write_state(engine.read_state())  # the end of `fit` has assigned
+        looked_at = mock.patch("lars_keras.training.jax.engine.backend_value", wraps=_keras_internals.backend_value)
+        with looked_at as calls:
+            engine.read_state()
+            self.assertEqual(calls.call_count, 0)
+            kernel = model.trainable_variables[0]
+            kernel.assign(kernel + 1.0)
+            state = engine.read_state()
+            self.assertGreater(calls.call_count, 0)
+        np.testing.assert_array_equal(state["trainable"][0], kernel.value)
 
     def test_as_keras(self):
         """A layer not built before: its calls and random numbers, in training and in evaluation."""
