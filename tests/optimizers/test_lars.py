@@ -295,6 +295,17 @@ class LARSTest(tf.test.TestCase, parameterized.TestCase):
             optimizer.apply([tf.constant(x, "float32") for x in g], variables)
         self.assert_close(oracle, optimizer, variables)
 
+    def test_gradient_accumulation_of_the_base_class(self):
+        weights, gradients = cases.problem()
+        oracle = cases.make_case("paper").reference(weights)
+        variables = cases.make_variables(weights)
+        optimizer = cases.make_case("paper", gradient_accumulation_steps=2).lars()
+        for a, b in zip(gradients[::2], gradients[1::2], strict=True):
+            oracle.step([(x + y) / 2 for x, y in zip(a, b, strict=True)])
+            optimizer.apply([tf.constant(x, "float32") for x in a], variables)
+            optimizer.apply([tf.constant(x, "float32") for x in b], variables)
+        self.assert_close(oracle, optimizer, variables)
+
     def test_moving_average_of_the_base_class(self):
         weights, gradients = cases.problem()
         oracle, variables = cases.make_case("paper").reference(weights), cases.make_variables(weights)
