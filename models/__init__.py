@@ -30,6 +30,9 @@ _SPECS = {
     "alexnet_small": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=True), 32, 16),
     "alexnet_small_lrn": _Spec(functools.partial(alexnet.alexnet_small, batch_norm=False), 32, 16),
     "fast_cifar": _Spec(fast_cifar.fast_cifar, 32, 9, adapt=fast_cifar.whiten),
+    "fast_cifar_gelu": _Spec(
+        functools.partial(fast_cifar.fast_cifar, activation="gelu"), 32, 9, adapt=fast_cifar.whiten
+    ),
     "fast_cifar_medium": _Spec(
         functools.partial(fast_cifar.fast_cifar, widths=(64, 128, 128)), 32, 9, adapt=fast_cifar.whiten
     ),

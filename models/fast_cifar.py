@@ -20,13 +20,14 @@ def fast_cifar(
     *,
     synchronized: bool,
     widths: tuple[int, int, int] = (64, 256, 256),
+    activation: str = "relu",
 ) -> keras.KerasTensor:
     """Build a whitening convolution, three groups of two convolutions each, and a linear head.
 
     The whitening kernel is not trained: `whiten` computes it from training images. A group is convolution, max pooling,
-    batch normalization, rectifier, convolution, batch normalization, rectifier. Every convolution of a group starts as
-    the identity on its first channels. Batch normalization has a shift but no scale, and fast moving averages. Logits
-    are divided by 9. The source uses GELU; rectifiers take half the time on a CPU.
+    batch normalization, activation, convolution, batch normalization, activation. Every convolution of a group starts
+    as the identity on its first channels. Batch normalization has a shift but no scale, and fast moving averages.
+    Logits are divided by 9. The source uses GELU.
 
     Args:
         x: normalized images.
@@ -34,6 +35,7 @@ def fast_cifar(
         seeds: one for each initial value.
         synchronized: whether to take batch statistics over all replicas.
         widths: channels of the three groups.
+        activation: as for `keras.layers.Activation`.
 
     Returns:
         The logits.
@@ -46,7 +48,7 @@ def fast_cifar(
         trainable=False,
         name="whiten",
     )(x)
-    x = layers.ReLU(name="whiten_relu")(x)
+    x = layers.Activation(activation, name=f"whiten_{activation}")(x)
     for group, width in enumerate(widths, start=1):
         for half in "ab":
             x = layers.Conv2D(
@@ -62,7 +64,7 @@ def fast_cifar(
             x = batch_normalization(
                 momentum=0.6, epsilon=1e-12, scale=False, synchronized=synchronized, name=f"bn{group}{half}"
             )(x)
-            x = layers.ReLU(name=f"relu{group}{half}")(x)
+            x = layers.Activation(activation, name=f"{activation}{group}{half}")(x)
     x = layers.GlobalMaxPooling2D(name="pool")(x)
     x = layers.Dense(num_classes, use_bias=False, kernel_initializer=_uniform(next(seeds)), dtype="float32", name="fc")(
         x

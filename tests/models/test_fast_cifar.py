@@ -22,7 +22,10 @@ class NetworkTest(tf.test.TestCase, parameterized.TestCase):
         keras.utils.clear_session()
 
     @parameterized.parameters(
-        ("fast_cifar", (64, 256, 256)), ("fast_cifar_medium", (64, 128, 128)), ("fast_cifar_small", (32, 64, 128))
+        ("fast_cifar", (64, 256, 256)),
+        ("fast_cifar_gelu", (64, 256, 256)),
+        ("fast_cifar_medium", (64, 128, 128)),
+        ("fast_cifar_small", (32, 64, 128)),
     )
     def test_size(self, name, widths):
         model = models.get(name, num_classes=10)
@@ -33,6 +36,12 @@ class NetworkTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(model.get_layer("pool").input.shape[1:3], (3, 3))
         self.assertEqual(model.output_shape, (None, 10))
         self.assertEqual([v.path for v in model.trainable_variables if v.name in ("gamma", "bias")], [])
+
+    @parameterized.parameters(("fast_cifar", "relu"), ("fast_cifar_gelu", "gelu"))
+    def test_every_nonlinearity(self, name, expected):
+        model = models.get(name, num_classes=4, input_shape=(12, 12, 3))
+        used = [layer.activation for layer in model.layers if isinstance(layer, keras.layers.Activation)]
+        self.assertEqual(used, 7 * [keras.activations.get(expected)])
 
     def test_convolutions_start_as_the_identity(self):
         layer = keras.layers.Conv2D(7, 3, padding="same", use_bias=False, kernel_initializer=Dirac(3))

@@ -61,6 +61,7 @@ class RegistryTest(ModelTestCase):
                 "alexnet_small": 32,
                 "alexnet_small_lrn": 32,
                 "fast_cifar": 32,
+                "fast_cifar_gelu": 32,
                 "fast_cifar_medium": 32,
                 "fast_cifar_small": 32,
                 "lenet1989": 16,
