@@ -29,6 +29,7 @@ from lars_keras.training import Trainer
 from lars_keras.training.cluster import make_cluster
 from running import command_line
 from running.callbacks import RunCallbacks
+from running.disk import check_disk
 from running.errors import usage_errors
 from running.feeds import make_feeds, require_same_data
 from running.folder import hold_run_dir, is_unfinished, open_run_dir, write_plan
@@ -68,6 +69,7 @@ def _main(
             held.enter_context(hold_run_dir(run_dir, config))
         keras.utils.set_random_seed(config.seed)
         keras.config.set_dtype_policy(config.precision)
+        keras.config.set_image_data_format("channels_last")  # keras.json may have another
 
         # ---- Data
         data = datasets.load(config.dataset, remote=cluster.remote_input, **config.data_options)
@@ -113,6 +115,8 @@ def _main(
         if config.dry_run:
             rehearse(config, trainer, data, plan, run_dir)
             return
+        if chief:
+            check_disk(run_dir, trainer, config.keep_checkpoints)
     callbacks = RunCallbacks(config, trainer, data, run_dir, chief)
     if chief:
         set_results_aside(run_dir, trainer.position.update)

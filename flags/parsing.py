@@ -56,6 +56,8 @@ def parse(
             arguments = values([argv[0], *before, *argv[1:]])
     except (UnicodeDecodeError, OSError) as e:
         raise flags.Error(f"--flagfile is not a readable text file: {e}") from e
+    except ValueError as e:  # of a switch that is given a value
+        raise flags.Error(str(e)) from e
     except flags.UnrecognizedFlagError as e:
         name = e.flagname.removeprefix("no") if e.flagname.removeprefix("no") in renamed.FLAGS else e.flagname
         if name not in renamed.FLAGS:
@@ -66,7 +68,26 @@ def parse(
     flags.DEFINE_string("flagfile", None, "Not read.", flag_values=typed)
     typed(argv)
     _refuse_meaningless(typed, given, values)
+    steps = values["steps"].value
+    if typed["epochs"].present and not typed["steps"].present and steps is not None and not values["eval_only"].value:
+        raise flags.IllegalFlagValueError(
+            f"--epochs has no effect beside the --steps={steps} of the flagfile or of the run: give --steps. Received: "
+            f"--epochs={typed['epochs'].value:g}"
+        )
+    if flags_of_run and given is values:
+        _refuse_no_run(given)
     return values, arguments[1:]
+
+
+def _refuse_no_run(given: flags.FlagValues) -> None:
+    """Refuse to start a run of defaults where the user may have meant to resume one."""
+    run_dir = given["run_dir"].value
+    chosen = [field.name for field in dataclasses.fields(RunConfig) if field.metadata["affects_result"]]
+    if run_dir and not any(given[name].present for name in (*chosen, "eval_only", "dry_run", "help")):
+        raise flags.IllegalFlagValueError(
+            f"There is no run to resume in --run_dir={run_dir}. To start one there, give its flags, such as --model or "
+            "--flagfile."
+        )
 
 
 def _refuse_meaningless(typed: flags.FlagValues, given: flags.FlagValues, values: flags.FlagValues) -> None:

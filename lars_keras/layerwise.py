@@ -25,7 +25,7 @@ CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
 EXCLUSIONS = ("exclude", "exclude_from_layer_adaptation", "exclude_from_weight_decay")
 
 MAX_RAW_RATE = 5.0
-"""The highest rate of biases without normalization of which `build` does not warn. See `warn_of_raw_rate`."""
+"""The highest rate of biases without normalization of which `build` does not warn. See `raw_rate_warning`."""
 
 _measured: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("measured", default=None)
 
@@ -147,7 +147,8 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         by_name = self.add_optimizer_variables(variables, self.slots)
         self._slots = [list(of_variable) for of_variable in zip(*by_name, strict=True)]
         self._program = CompiledUpdate(self._step)
-        warn_of_raw_rate(self._roles, self._peak_rate, self.excluded_lr_scale)
+        if warning := raw_rate_warning(self._roles, self._peak_rate, self.excluded_lr_scale):
+            warnings.warn(warning, stacklevel=2)
 
     def layer_plan(self) -> list[VariableRole]:
         """Return a row per trainable variable: path, shape, dtype, whether adapted and decayed, learning rate factor.
@@ -309,24 +310,24 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def warn_of_raw_rate(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> None:
-    """Warn if biases of a network without normalization take a high rate that no trust ratio makes smaller.
+def raw_rate_warning(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> str | None:
+    """Return a warning if biases of a network without normalization take a high rate; None if they do not.
 
-    Variables that are not adapted move by the global rate, which is meant for a trust coefficient of 1e-3. With
-    normalization layers that trains well: the published recipes for ResNet-50 do so at rates of 10 to 25. Without
-    normalization layers, a small convolutional network on digits stays at chance at peak rates of 8 and 14. It reaches
-    92 % at 4, and at 14 with a factor of 0.05.
+    No trust ratio makes this rate smaller. Variables that are not adapted move by the global rate, which is meant for a
+    trust coefficient of 1e-3. With normalization layers that trains well: the published recipes for ResNet-50 do so at
+    rates of 10 to 25. Without normalization layers, a small convolutional network on digits stays at chance at peak
+    rates of 8 and 14. It reaches 92 % at 4, and at 14 with a factor of 0.05.
     """
     raw_rate = peak_rate * excluded_lr_scale
     excluded = [role.path for role in roles if not role.adapt and role.lr_scale]
-    if raw_rate > MAX_RAW_RATE and excluded and not any(role.normalizes for role in roles):
-        warnings.warn(
-            f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and the model has no "
-            f"normalization layer: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Such models "
-            f"usually diverge above {MAX_RAW_RATE:g}. Set `excluded_lr_scale=0.05`, for a rate of up to "
-            f"{0.05 * peak_rate:g}, or adapt them by `exclude=()`. Received: excluded_lr_scale={excluded_lr_scale:g}",
-            stacklevel=3,
-        )
+    if raw_rate <= MAX_RAW_RATE or not excluded or any(role.normalizes for role in roles):
+        return None
+    return (
+        f"Variables that are not adapted take a learning rate of up to {raw_rate:g}, and the model has no "
+        f"normalization layer: {', '.join(excluded[:3])}{', ...' if len(excluded) > 3 else ''}. Such models usually "
+        f"diverge above {MAX_RAW_RATE:g}. Set `excluded_lr_scale=0.05`, for a rate of up to {0.05 * peak_rate:g}, or "
+        f"adapt them by `exclude=()`. Received: excluded_lr_scale={excluded_lr_scale:g}"
+    )
 
 
 def _check_dtypes(variables: Sequence[Any]) -> None:

@@ -93,9 +93,14 @@ def get(
         A `keras.Model` called `name`. `model.save("x.keras")` stores it completely.
 
     Raises:
-        ValueError: for an unknown name or an argument out of range.
+        ValueError: for an unknown name or an argument out of range, or if Keras's image data format is another one.
     """
     spec = _spec(name)
+    if keras.config.image_data_format() != "channels_last":
+        raise ValueError(
+            "The networks need channels last: call `keras.config.set_image_data_format('channels_last')`. Received: "
+            f"{keras.config.image_data_format()}"
+        )
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"`num_classes` must be a positive integer. Received: {num_classes=}")
     if input_shape is None:

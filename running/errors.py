@@ -18,7 +18,12 @@ _FLAG_OF_ARGUMENT = {
     "peak": "learning_rate",
     "synchronized": "sync_batch_norm",
 }
-_VALUES = {("jit_compile", "=True"): "=on", ("jit_compile", "=False"): "=off", ("sync_batch_norm", "=True"): ""}
+_VALUES = {
+    ("jit_compile", "=True"): "=on",
+    ("jit_compile", "=False"): "=off",
+    ("sync_batch_norm", "=True"): "",
+    ("exclude", "=()"): "=",
+}
 _NO_QUOTES = str.maketrans("", "", "\"'")
 _FLAG_OF_ARGUMENT |= {field.name: field.name for field in dataclasses.fields(RunConfig)}
 

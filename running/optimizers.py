@@ -1,6 +1,7 @@
 """Optimizers and schedules by name, and the flags that each of them has."""
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,7 +110,9 @@ def make_optimizer(
         optimizer = make(learning_rate, weight_decay=weight_decay or None, **arguments)
         if weight_decay:
             _exclude_from_weight_decay(optimizer, variables, exclude)
-    optimizer.build(variables)
+    with warnings.catch_warnings():  # `running.plan` has this one, in terms of flags
+        warnings.filterwarnings("ignore", "Variables that are not adapted")
+        optimizer.build(variables)
     return optimizer
 
 

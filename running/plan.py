@@ -12,9 +12,10 @@ from flags.config import RunConfig
 from lars_keras._keras_internals import learning_rate_of
 from lars_keras.data import ImageData
 from lars_keras.lars import LARS
-from lars_keras.layerwise import LayerwiseOptimizer
+from lars_keras.layerwise import LayerwiseOptimizer, raw_rate_warning
 from lars_keras.training.averages import long_averages
 from lars_keras.training.trainer import Trainer
+from running.errors import in_flags
 
 RELATIVE_STEP_RANGE = (0.02, 0.51)
 """Smallest and largest peak `learning_rate * trust_coefficient / (1 - momentum)` of the published recipes.
@@ -71,6 +72,10 @@ def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.n
                 "The model has weight regularizers beside --weight_decay: both decay the weights, and the gradients of "
                 "the regularizers enter the trust ratio."
             )
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if isinstance(optimizer, LayerwiseOptimizer):
+        raw = raw_rate_warning(optimizer.layer_plan(), rate.max(), optimizer.excluded_lr_scale)
+        found += [in_flags(raw)] if raw else []
     if config.optimizer != "lars" and config.learning_rate > 10:  # with momentum 9.6 trains: results/cifar10_fast.jsonl
         found.append(f"--learning_rate={config.learning_rate:g} is a rate for lars, not for {config.optimizer}.")
     if config.batch_size > data.num_train:

@@ -1,7 +1,6 @@
 """Rehearse a run for `--dry_run`: its sizes, and two updates on synthetic images."""
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,9 +18,8 @@ from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.training.trainer import Trainer
+from running.disk import MIB, bytes_of, check_disk, checkpoint_bytes, nearest_folder
 from running.plan import Plan, count
-
-MIB = 2**20
 
 
 def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, run_dir: Path) -> None:
@@ -33,10 +31,10 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
         UsageError: if something cannot work; the message names the flag to change.
     """
     say(f"{plan.text}\n\n{_table(_rates(plan.rates))}\n\n{_table(_sizes(config, trainer, data))}")
-    place = _nearest_folder(run_dir)
+    place = nearest_folder(run_dir)
     try:
         with _folder_in(place):  # so a folder that cannot be written is said before anything is compiled
-            _check_disk(config, trainer, place)
+            check_disk(run_dir, trainer, config.keep_checkpoints)
         say(f"\n{_table(_rehearsal(trainer, data, place))}")
     except (tf.errors.ResourceExhaustedError, RuntimeError) as e:  # JAX has a RuntimeError for it
         if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
@@ -60,14 +58,6 @@ def _rates(rate: np.ndarray) -> list[tuple[str, str]]:
     return [(f"rate, {name}", f"{rate[i]:.4g} at update {i + 1:,}") for name, i in in_order]
 
 
-def _bytes(variables: list[Any]) -> int:
-    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
-
-
-def _checkpoint_bytes(trainer: Trainer) -> int:
-    return _bytes([*trainer.model.variables, *trainer.model.optimizer.variables])
-
-
 def _activation_bytes(model: keras.Model) -> int:
     """Return the size of one example's outputs of all layers, which the backward pass needs again."""
     total = 0
@@ -84,10 +74,10 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
     batches = math.ceil(data.num_test / (micro * trainer.replicas))
     padding = batches * micro * trainer.replicas - data.num_test
     passes = count(batches, "batch", "es")
-    checkpoint = _checkpoint_bytes(trainer)
+    checkpoint = checkpoint_bytes(trainer)
     device = {
-        "weights": _bytes(model.variables),
-        "optimizer": _bytes(model.optimizer.variables),
+        "weights": bytes_of(model.variables),
+        "optimizer": bytes_of(model.optimizer.variables),
         "gradients": 4 * sum(math.prod(v.shape) for v in model.trainable_variables) * 2,
         "activations": _activation_bytes(model) * micro,
         "images": image * micro,
@@ -101,27 +91,6 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
         ("checkpoint", f"{checkpoint / MIB:,.1f} MiB, {config.keep_checkpoints} kept"),
         ("evaluation", f"{data.num_test:,} images once each, in {passes} with {padding:,} padded"),
     ]
-
-
-def _check_disk(config: RunConfig, trainer: Trainer, place: Path) -> None:
-    """Check that the disk has room for the run.
-
-    Raises:
-        UsageError: if it has no room.
-    """
-    # One more checkpoint than are kept, because the new one is written before the old one goes; and the model.
-    need = _checkpoint_bytes(trainer) * (config.keep_checkpoints + 2)
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise UsageError(
-            f"--run_dir is on a disk with {free / MIB:,.0f} MiB free, and --keep_checkpoints="
-            f"{config.keep_checkpoints} needs {need / MIB:,.0f} MiB. Keep fewer, or name another --run_dir."
-        )
-
-
-def _nearest_folder(path: Path) -> Path:
-    """Return the folder itself, or the nearest folder above it that exists."""
-    return path if path.is_dir() else _nearest_folder(path.absolute().parent)
 
 
 def _folder_in(place: Path) -> tempfile.TemporaryDirectory:

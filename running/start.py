@@ -3,7 +3,7 @@
 While oneDNN is on, TensorFlow 2.21 says so in four lines, whatever its log level.
 """
 
-import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -60,4 +60,13 @@ def _filter(source: int) -> None:
         os._exit(0)
 
 
+def _check_backend() -> None:
+    """End the program if the Keras backend that was asked for is not installed, or does not exist."""
+    name = os.environ.get("KERAS_BACKEND")
+    if name and not importlib.util.find_spec(name):
+        print(f"error: the backend is not installed, or misspelled. Received: KERAS_BACKEND={name}", file=sys.stderr)
+        sys.exit(2)
+
+
+_check_backend()
 import_quietly("keras", "tensorflow")

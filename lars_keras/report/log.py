@@ -143,7 +143,9 @@ class MetricsLog(keras.callbacks.Callback):
 
     def _add(self, event: str, run: str, values: dict[str, float], more: dict[str, Any]) -> None:
         epoch = self._finished / self.params["steps_per_epoch"]
-        self._append({"event": event, "update": self._finished, "epoch": epoch, **values, **more})
+        own = {"event": event, "update": self._finished, "epoch": epoch}
+        named = {f"metric/{name}" if name in own else name: value for name, value in values.items()}
+        self._append({**own, **named, **more})
         self._scalars(run, values, self._finished)
 
     def _append(self, event: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import keras
 import numpy as np
 
+from lars_keras.checks import check_count, check_number
 from lars_keras.runtime.errors import Diverged
 
 if TYPE_CHECKING:
@@ -36,14 +37,13 @@ class DivergenceGuard(keras.callbacks.Callback):
         window: number of updates in the median. No value explodes before that many updates.
 
     Raises:
-        ValueError: if `explosion_factor` is not above 1.
+        ValueError: if `explosion_factor` is not above 1, or `window` is not at least 1.
     """
 
     def __init__(self, trainer: "Trainer | None" = None, *, explosion_factor: float = 100.0, window: int = 20):
         super().__init__()
-        if explosion_factor <= 1:
-            raise ValueError(f"`explosion_factor` must be above 1. Received: explosion_factor={explosion_factor}")
-        self._trainer, self._factor, self._window = trainer, explosion_factor, window
+        self._factor = check_number("explosion_factor", explosion_factor, above=1.0)
+        self._trainer, self._window = trainer, check_count("window", window, at_least=1)
 
     @property
     def memory(self) -> dict[str, list[float]]:

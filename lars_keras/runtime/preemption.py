@@ -1,5 +1,6 @@
 """Stop a run in an orderly way before its machine is taken away."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -22,8 +23,9 @@ class StopOnSignal(keras.callbacks.Callback):
     """Raises `Preempted` after the training or evaluation batch in which a signal arrives.
 
     All hosts stop after the same update. Another signal ends the process at once, unless it arrives within a second of
-    the first: a batch system may signal a process and its parent, which passes it on. A signal other than SIGTERM and
-    SIGINT that the process ignores stays ignored, such as SIGHUP under `nohup`.
+    the first: a batch system may signal a process and its parent, which passes it on. A line on standard error
+    acknowledges each. A signal other than SIGTERM and SIGINT that the process ignores stays ignored, such as SIGHUP
+    under `nohup`.
 
     ```python
     with StopOnSignal() as stop:
@@ -33,12 +35,16 @@ class StopOnSignal(keras.callbacks.Callback):
     Args:
         signals: signals to stop for. The default covers the warnings of batch systems: SIGTERM, SIGINT, SIGHUP, SIGUSR1
             and SIGXCPU.
+
+    Raises:
+        ValueError: by `fit`, outside the block.
     """
 
     def __init__(self, signals: Sequence[int] = SIGNALS) -> None:
         super().__init__()
         self._signals, self._received = tuple(signals), threading.Event()
         self.agreed: bool | None = None
+        self._entered = False
 
     def __enter__(self) -> "StopOnSignal":
         # Python runs its signal handlers between bytecode instructions, and an update is one instruction. Python's C
@@ -53,9 +59,11 @@ class StopOnSignal(keras.callbacks.Callback):
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
+        self._entered = True
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._entered = False
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -70,8 +78,14 @@ class StopOnSignal(keras.callbacks.Callback):
             if not self._received.is_set():
                 self._received.set()
                 first = time.monotonic()
+                _say(f"{signal.strsignal(number[0])}: stopping after this batch. Another signal ends the run at once.")
             elif time.monotonic() - first >= _REPEAT_SECONDS:
+                _say(f"{signal.strsignal(number[0])} again: ended at once; what came after the last checkpoint is lost")
                 os._exit(128 + number[0])
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        if not self._entered:
+            raise ValueError("`StopOnSignal` catches signals only in a block: `with StopOnSignal() as stop: ...`.")
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -91,3 +105,9 @@ class StopOnSignal(keras.callbacks.Callback):
     def _check(self, when: str) -> None:
         if take_agreed(self, self._cluster, self._update):
             raise Preempted(f"stopped {when}")
+
+
+def _say(line: str) -> None:
+    """Write a line to standard error at once, even if another thread is in the middle of a print."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{line}\n".encode())

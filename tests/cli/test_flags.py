@@ -130,6 +130,15 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(code, 2)
         self.assertIn("--momentum goes with", err)
 
+    def test_epochs_beside_steps_of_a_flagfile(self):
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "f.flags")
+        path.write_text("--steps=30\n--epochs=2\n")
+        self.assertEqual(config_of(f"--flagfile={path}").total_updates(10**6), 30)
+        self.assertEqual(config_of(f"--flagfile={path}", "--epochs=4", "--steps=9").total_updates(10**6), 9)
+        code, _, _, err = parse_only(f"--flagfile={path}", "--epochs=4")
+        self.assertEqual(code, 2)
+        self.assertIn("--epochs has no effect beside the --steps=30", err)
+
     def test_zero_is_a_value(self):
         variables = [keras.Variable([1.0], name="kernel")]
         for name in OPTIMIZERS:
@@ -162,6 +171,8 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         (["--tpu=name", "--strategy=single"], "--tpu goes with"),
         (["--strategy=one"], "single"),
         (["--eval_only"], "--run_dir"),
+        (["--nodry_run=3"], "--nodry_run=3 does not take an argument"),
+        (["--run_dir=no_such_run", "--eval_every=3"], "There is no run to resume in --run_dir=no_such_run."),
         (["--eval_only", "--dry_run", "--run_dir=run"], "--dry_run rehearses a training"),
         (["--variant=ratio_on_momentum", "--nesterov"], "Nesterov"),
         (["stray"], "stray"),

@@ -125,10 +125,12 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         # So short a run says little about moving statistics, so not the evaluation.
         self.assertGreater([e["top1"] for e in events if e["event"] == "update"][-1], 0.9)
 
-    @pytest.mark.filterwarnings("ignore:Variables that are not adapted take a learning rate")
     def test_divergence(self):
-        code, _, err = run(*SMALL, "--learning_rate=1e30", f"--run_dir={self.dir}/r")
+        code, out, err = run(*SMALL, "--learning_rate=1e30", f"--run_dir={self.dir}/r")
         self.assertEqual(code, 3)
+        [warning] = [w for w in json.loads((self.dir / "r/config.json").read_text())["warnings"] if "not adapted" in w]
+        self.assertIn("Set --excluded_lr_scale=0.05, for a rate of up to 5e+28, or adapt them by --exclude=.", warning)
+        self.assertIn(f"WARNING: {warning}\n", out)
         self.assertIn("went back to update 0", (self.dir / "r/report.html").read_text())
         self.assertRegex(err, "train.py: The .* is not finite in update [1-5]")
         self.assertRegex((self.dir / "r/metrics.jsonl").read_text(), '"text": "The .* is not finite in update [1-5]')
@@ -197,9 +199,10 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         with self.subTest("a disk that is too small"):
             full = shutil.disk_usage(self.dir)._replace(free=10**6)
             with unittest.mock.patch.object(shutil, "disk_usage", lambda _: full):
-                code, _, err = run(*arguments)
-            self.assertEqual(code, 2)
-            self.assertRegex(err, "1 MiB free, and --keep_checkpoints=3 needs 4 MiB")
+                for mode in ("--dry_run", "--nodry_run"):
+                    code, _, err = run(*arguments, mode)
+                    self.assertEqual(code, 2)
+                    self.assertRegex(err, "1 MiB free, and --keep_checkpoints=3 needs 4 MiB")
 
     def test_a_closed_pipe_ends_no_run(self):
         """As of `train.py | head`."""
@@ -257,7 +260,11 @@ with StopOnSignal() as stop:
         started = subprocess.run(
             [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, timeout=200
         )
-        self.assertEqual(started.returncode, 128 + signal.SIGINT, started.stderr.decode())
+        err = started.stderr.decode()
+        self.assertEqual(started.returncode, 128 + signal.SIGINT, err)
+        first, second = err.splitlines()[-2:]
+        self.assertEqual(first, "Terminated: stopping after this batch. Another signal ends the run at once.")
+        self.assertStartsWith(second, "Interrupt again: ended at once")
 
     @parameterized.parameters(
         ("lambda: 6", True, 6), ("lambda: {}[0]", True, 1), ("lambda: 2", False, 2), ("lambda: 75", True, 75)

@@ -85,6 +85,12 @@ class RegistryTest(ModelTestCase):
         with self.assertRaisesRegex(ValueError, message):
             models.get(**arguments)
 
+    def test_channels_first_is_refused(self):
+        self.addCleanup(keras.config.set_image_data_format, keras.config.image_data_format())
+        keras.config.set_image_data_format("channels_first")
+        with self.assertRaisesRegex(ValueError, "channels last.*Received: channels_first"):
+            models.get("lenet1989", num_classes=10, input_shape=(16, 16, 3))
+
     def test_size_of_unknown_model(self):
         with self.assertRaisesRegex(ValueError, "Received: name='vgg'"):
             models.default_image_size("vgg")

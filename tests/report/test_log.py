@@ -184,6 +184,19 @@ class MetricsLogTest(tf.test.TestCase):
         self.assertEqual(score, {"event": "eval", "update": 1, "epoch": 1 / 3, "loss": 2.0, "auc": 0.75, "n": 8})
         self.assertNoCommonElements(update, ("f1", "top1", "n"))
 
+    def test_metrics_with_names_of_the_log(self):
+        log = log_module.MetricsLog(self.run_dir, self.clock)
+        log.set_params({"batch_size": BATCH, "first_update": 0, "steps_per_epoch": PER_EPOCH})
+        log.on_train_begin()
+        log.on_train_batch_end(0, {"loss": 1.0, "epoch": 7.5, "update": 8.5, "event": 9.5})
+        log.on_epoch_end(0, {"loss": 1.0, "val_loss": 2.0, "val_epoch": 6.5, "val_n": 8.0})
+        log.on_train_end()
+        update, score = self.read()
+        own = "event", "update", "epoch"
+        self.assertEqual([update[name] for name in own], ["update", 1, 1 / 3])
+        self.assertEqual([update[f"metric/{name}"] for name in own], [9.5, 8.5, 7.5])
+        self.assertEqual((score["epoch"], score["metric/epoch"]), (1 / 3, 6.5))
+
     def test_resume_replaces_what_came_after(self):
         self.run_log()
         whole = self.read()

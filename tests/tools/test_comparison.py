@@ -318,13 +318,16 @@ class CommandTest(parameterized.TestCase):
         ),
         (["--recipes=flags/recipes/digits_lenet.flags", "--validation_split=0"], "--validation_split must be above 0"),
         (["--recipes=flags/recipes/digits_lenet.flags", "--validation_split=0.6"], "validation_split"),
+        (["--recipes=flags/recipes/digits_lenet.flags", "--validation_split=nan"], "--validation_split must be finite"),
+        (["--nohelp=3"], "--nohelp=3 does not take an argument"),
+        (["--recipes=flags/recipes/digits_lenet.flags", "--out=Makefile"], "--out=Makefile is not a folder"),
         (["extra"], "Every argument must be a flag"),
     )
     def test_bad_flags(self, arguments, message):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT):
             err = io.StringIO()
             with contextlib.redirect_stderr(err):
-                code = command.run(["compare.py", f"--data_dir={prepared.digits()}", *arguments, f"--out={folder}"])
+                code = command.run(["compare.py", f"--data_dir={prepared.digits()}", f"--out={folder}", *arguments])
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
 

@@ -36,7 +36,7 @@ class VotesTest(tf.test.TestCase):
         callbacks = [
             CheckpointCallback(trainer, manager, SavePolicy(minutes=60)),
             UnreadableImageLimit(data, 0),
-            StopOnSignal(),
+            self.enterContext(StopOnSignal()),
         ]
         with unittest.mock.patch.object(type(cluster_of(model)), "any_across_hosts", any_across_hosts):
             trainer.fit(

@@ -161,7 +161,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
             for run in sorted(runs, key=lambda run: (run["batch_size"], run["optimizer"]))
             if run["finished"] and run["scored_on"] == split
         ]
-        head = ["optimizer", "widths", "batch", "epochs", "updates"]
+        head = ["optimizer", "network", "batch", "epochs", "updates"]
         head += ["peak rate", "excluded x", "weight decay", "top-1", "top-5"]
         if any("top1_views" in run for run in runs if run["scored_on"] == split):
             head.append("top-1 of six views")

@@ -176,12 +176,18 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
     Raises:
         UsageError: if a flag or file is refused.
     """
+    for name in ("epochs", "factor", "validation_split"):
+        number: float | None = own[name].value
+        if number is not None and not math.isfinite(number):
+            raise UsageError(f"--{name} must be finite. Received: --{name}={number}")
     out = local_path(own.out, "out")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out={out} is not a folder.")
     candidates = candidates_of(own)
     config = candidates[0].config
     batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [config.batch_size]
     seeds = _whole_numbers(own, "seeds", 0)
-    if not 1.01 <= own.factor < math.inf:  # rates are rounded to four digits
+    if own.factor < 1.01:  # rates are rounded to four digits
         raise UsageError(f"--factor must be a number of at least 1.01. Received: --factor={own.factor:g}")
     if own.tuning_runs and not own.validation_split:
         raise UsageError("--validation_split must be above 0 if --tuning_runs is. Received: --validation_split=0")
@@ -288,11 +294,11 @@ def run(argv: Sequence[str], usage: str | None = None) -> int:
 def _run(argv: Sequence[str], usage: str | None, held: contextlib.ExitStack) -> int:
     own = define()
     try:
-        arguments = own(argv)[1:]
-        if own.help:
-            say(f"{usage}\n{own.get_help()}")
-            return 0
         with usage_errors():
+            arguments = own(argv)[1:]
+            if own.help:
+                say(f"{usage}\n{own.get_help()}")
+                return 0
             if arguments:
                 raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
             ready = prepare(own, argv, held)
