@@ -19,7 +19,7 @@ from lars_keras.versions import versions
 from running.plan import Plan
 from running.resume import refuse_finished
 
-FACTS = ("fingerprint", "class_names", "mean", "std")
+FACTS = ("fingerprint", "image_shape", "num_classes", "class_names", "mean", "std")
 """What `config.json` keeps of the data, as "data": attributes of `ImageData`. Earlier versions kept nothing."""
 
 _PACKAGES = (

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,13 @@ def score_run(config: RunConfig) -> None:
         _refuse_other_classes(facts, data, run_dir)
         with cluster.scope():
             if unfinished:
+                takes = facts.get("image_shape", data.image_shape), facts.get("num_classes", data.num_classes)
+                _refuse_other_shapes(*takes, data, run_dir)
                 model = make_model(config, trained_on)
                 optimizer = _make_optimizer(config, model)
             else:
                 model, optimizer = load_model(run_dir), "sgd"  # which no update uses
-                _refuse_other_shapes(model, data, run_dir)
+                _refuse_other_shapes(model.input_shape[1:], model.output_shape[-1], data, run_dir)
             model.compile(optimizer, **scoring(config, data))
         trainer = Trainer(
             model,
@@ -175,17 +178,16 @@ def _refuse_other_classes(facts: dict[str, Any], data: ImageData, run_dir: Path)
             )
 
 
-def _refuse_other_shapes(model: keras.Model, data: ImageData, run_dir: Path) -> None:
-    """Refuse data whose images or number of classes the model does not take."""
-    takes, scores = tuple(model.input_shape[1:]), model.output_shape[-1]
-    if (takes, scores) != (tuple(data.image_shape), data.num_classes):
+def _refuse_other_shapes(image_shape: Sequence[int], num_classes: int, data: ImageData, run_dir: Path) -> None:
+    """Refuse data whose images or number of classes are not those that the model takes."""
+    if (tuple(image_shape), num_classes) != (tuple(data.image_shape), data.num_classes):
         raise UsageError(
-            f"The model in --run_dir={run_dir} takes images of {_size(takes)} in {scores:,} classes. Received: images "
-            f"of {_size(data.image_shape)} in {data.num_classes:,} classes"
+            f"The model in --run_dir={run_dir} takes images of {_size(image_shape)} in {num_classes:,} classes. "
+            f"Received: images of {_size(data.image_shape)} in {data.num_classes:,} classes"
         )
 
 
-def _size(shape: tuple[int | None, ...]) -> str:
+def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 

@@ -128,14 +128,17 @@ class ScoreTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_other_shapes(self):
         took = "takes images of 16 x 16 x 3 in 2 classes. Received: images of "
-        self.assertIn(took + "24 x 24 x 3 in 2 classes", self.refused("finished", "--image_size=24"))
-        self.assertIn(took + "16 x 16 x 1 in 10 classes", self.refused("finished", data=few_digits()))
         more = self.copy_of(self.images)
         write_images(more / "train", {"eel": 1})
+        for name in ("finished", "unfinished"):
+            self.assertIn(took + "24 x 24 x 3 in 2 classes", self.refused(name, "--image_size=24"))
+            self.assertIn(took + "16 x 16 x 1 in 10 classes", self.refused(name, data=few_digits()))
         error = self.refused(self.earlier("finished"), f"--data_dir={more}")
         self.assertIn(took + "16 x 16 x 3 in 3 classes", error)
-        error = self.refused("unfinished", "--image_size=32")
-        self.assertRegex(error, r"it has \S+/kernel in the shape \(.*\), and the model has it in the shape \(.*\)\.")
+        for argument in ("--image_size=32", f"--data_dir={more}"):
+            error = self.refused(self.earlier("unfinished"), argument)
+            message = r"it has \S+/kernel in the shape \(.*\), and the model has it in the shape \(.*\)\.$"
+            self.assertRegex(error, message)
 
     def test_without_a_test_split(self):
         own = "There is no test split.\nscored on the 3 images held out by --validation_split=0.25\n"
@@ -165,8 +168,10 @@ class ScoreTest(parameterized.TestCase, tf.test.TestCase):
         error = self.refused(name, flag)
         self.assertIn(f"Received: {flag} where the run has ", error)
 
-    def test_flags_of_a_scoring(self):
+    def test_flags_of_a_scoring_exist(self):
         self.assertContainsSubset(FOR_SCORING, [field.name for field in dataclasses.fields(flags.RunConfig)])
+
+    def test_a_damaged_config(self):
         path = self.copy_of(self.dir / "finished")
         (path / "config.json").write_text("{")
         self.assertIn(f"{path}/config.json is damaged", self.refused(path))
