@@ -7,7 +7,7 @@ from lars_keras.training.cluster import Cluster, make_cluster
 
 
 def start_devices(config: RunConfig) -> Cluster:
-    """Find the devices, and set the seed and the dtype policy of the process.
+    """Find the devices, and set the seed, the dtype policy and the image format of the process.
 
     Call it first of all, because a TPU must be initialized before any tensor exists.
     """
@@ -19,4 +19,5 @@ def start_devices(config: RunConfig) -> Cluster:
     )
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
+    keras.config.set_image_data_format("channels_last")  # keras.json may have another
     return cluster
