@@ -13,7 +13,6 @@ signal and saved.
 import running.start  # noqa: F401, I001  (before the first import of TensorFlow)
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -26,64 +25,52 @@ from lars_keras.runtime.checkpoint import SavePolicy
 from lars_keras.runtime.preemption import StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
-from lars_keras.training.cluster import make_cluster
 from running import command_line
 from running.callbacks import RunCallbacks
+from running.devices import start_devices
 from running.disk import check_disk
 from running.errors import usage_errors
 from running.feeds import make_feeds, require_same_data
-from running.folder import hold_run_dir, is_unfinished, open_run_dir, write_plan
-from running.model import compile_model, load_model, make_model
+from running.folder import hold_run_dir, open_run_dir, write_plan
+from running.model import compile_model, make_model
 from running.plan import make_plan
 from running.rehearsal import rehearse
 from running.results import final_scores, report_of_failure, scores_line, write_results
-from running.resume import RunCheckpoints, latest_state, resume, set_results_aside
+from running.resume import RunCheckpoints, resume, set_results_aside
+from running.score import score_run
 from running.views import score_views
 
 
 def main(config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback] = ()) -> None:
     """Train a model, or score one, according to the flags. `running/` has the functions called here."""
+    if config.eval_only:
+        score_run(config)
+        return
     with contextlib.ExitStack() as held:
-        _main(config, more_callbacks, held)
+        _train(config, more_callbacks, held)
 
 
-def _main(
+def _train(
     config: flags.RunConfig, more_callbacks: Sequence[keras.callbacks.Callback], held: contextlib.ExitStack
 ) -> None:
-    validation_split = config.validation_split
-    if config.eval_only:  # on the test split, even if rates were chosen on held-out images
-        config = dataclasses.replace(config, validation_split=0.0)
     with usage_errors():
         run_dir = open_run_dir(config)
-        unfinished = config.eval_only and is_unfinished(run_dir)
 
-        # ---- Cluster: first of all, because a TPU must be initialized before any tensor exists.
-        cluster = make_cluster(
-            config.strategy,
-            replicas=config.replicas,
-            tpu=config.tpu,
-            shard_optimizer_state=config.shard_optimizer_state,
-        )
+        # ---- Devices: first of all, because a TPU must be initialized before any tensor exists.
+        cluster = start_devices(config)
         chief = cluster.is_chief  # of several hosts, one prints and writes
-        if chief and not (config.eval_only or config.dry_run):
+        if chief and not config.dry_run:
             held.enter_context(hold_run_dir(run_dir, config))
-        keras.utils.set_random_seed(config.seed)
-        keras.config.set_dtype_policy(config.precision)
-        keras.config.set_image_data_format("channels_last")  # keras.json may have another
 
         # ---- Data
         data = datasets.load(config.dataset, remote=cluster.remote_input, **config.data_options)
         require_same_data(cluster, data)
-        trained_on = data
-        if unfinished and validation_split:  # its first layer has the mean and deviation of these images
-            options = config.data_options | {"validation_split": validation_split}
-            trained_on = datasets.load(config.dataset, remote=cluster.remote_input, **options)
         steps_per_epoch = data.num_train / config.batch_size  # the batch that crosses the end of an epoch is whole
         total_updates = config.total_updates(data.num_train)
 
         # ---- Model, with its optimizer, schedule, loss and metrics
         with cluster.scope():
-            model = load_model(run_dir) if config.eval_only and not unfinished else make_model(config, trained_on)
+            model = make_model(config, data)
             compile_model(model, config, data)
 
         # ---- Trainer: takes the place of `model.fit`
@@ -92,21 +79,15 @@ def _main(
             batch_size=config.batch_size,
             microbatch_size=config.microbatch_size,
             steps_per_execution=config.steps_per_execution,
-            jit_compile="auto" if config.jit_compile == "auto" else config.jit_compile == "on",
+            jit_compile=config.compiles,
             variable_norms=True,
             reduce_dtype=config.reduce_dtype,
             trust_ratios=config.telemetry_every > 0,
             noise_scale=config.noise_scale_every > 0,
         )
         train_feed, test_feed = make_feeds(data, trainer, config.seed)
-    if config.eval_only:
-        with latest_state(config, run_dir, trainer, train_feed) if unfinished else contextlib.nullcontext():
-            scores = trainer.evaluate(test_feed) | score_views(config, data, trainer, test_feed)
-        say(scores_line(scores, data.num_test))
-        return
 
-    # ---- Resume, if the folder holds a run that was interrupted
-    with usage_errors():
+        # ---- Resume, if the folder holds a run that was interrupted
         checkpoints = RunCheckpoints(run_dir, config)
         resumed = resume(config, checkpoints, run_dir, trainer, data, train_feed)
 
@@ -120,7 +101,7 @@ def _main(
     callbacks = RunCallbacks(config, trainer, data, run_dir, chief)
     if chief:
         set_results_aside(run_dir, trainer.position.update)
-        write_plan(run_dir, config, plan, model.optimizer)
+        write_plan(run_dir, config, data, plan, model.optimizer)
         say(plan.text)
         for note in resumed.notes:
             callbacks.log.note(trainer.position.update, note)

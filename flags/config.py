@@ -14,6 +14,11 @@ from lars_keras.lars import VARIANTS
 from running.optimizers import OPTIMIZER_FLAGS, OPTIMIZERS, SCHEDULE_FLAGS, SCHEDULES, applies
 
 NOT_REPEATED = ("run_dir", "eval_only", "dry_run", "allow_inexact_resume")  # belong to a command, not to a run
+FOR_SCORING = (  # say which images --eval_only scores, where they are, and on which devices
+    *("run_dir", "eval_only", "dataset", "data_dir", "image_size", "augment", "resized", "validation_split"),
+    *("cache", "cache_dir", "batch_size", "microbatch_size", "test_views"),
+    *("strategy", "replicas", "tpu", "shard_optimizer_state", "jit_compile"),
+)
 
 
 def _flag(default: Any, kind: str, text: str, affects_result: bool = True, **options: Any) -> Any:
@@ -89,7 +94,9 @@ class RunConfig:
         affects_result=False,
     )
     eval_only: bool = _switch(
-        "Score the run in --run_dir on the test split, by its newest checkpoint if it is unfinished, and stop.",
+        "Score the run in --run_dir, by its newest checkpoint if it is unfinished, and stop. It scores the test split; "
+        "with --validation_split, or if there is no test split, the images that the run held out. Only flags of data, "
+        "batch size and devices may differ from those of the run.",
         affects_result=False,
     )
     dry_run: bool = _switch(
@@ -298,6 +305,11 @@ class RunConfig:
         if self.dataset in data.ANY_SIZE and self.image_size is None:
             return models.default_image_size(self.model)
         return self.image_size
+
+    @property
+    def compiles(self) -> bool | str:
+        """Argument `jit_compile` of `Trainer`."""
+        return "auto" if self.jit_compile == "auto" else self.jit_compile == "on"
 
     @property
     def data_options(self) -> dict[str, Any]:

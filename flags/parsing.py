@@ -53,6 +53,8 @@ def parse(
         arguments = given(argv)
         if flags_of_run and given["run_dir"].value and (before := flags_of_run(given["run_dir"].value)):
             values = define()
+            if given["eval_only"].value:  # on the test split, even if rates were chosen on held-out images
+                before = [line for line in before if not line.startswith("--validation_split=")]
             arguments = values([argv[0], *before, *argv[1:]])
     except (UnicodeDecodeError, OSError) as e:
         raise flags.Error(f"--flagfile is not a readable text file: {e}") from e

@@ -11,12 +11,16 @@ from pathlib import Path
 import keras
 
 from flags.config import RunConfig
+from lars_keras.data import ImageData
 from lars_keras.files import atomic_write_text, local_path, printable
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.versions import versions
 from running.plan import Plan
-from running.resume import refuse_finished, refuse_other_model
+from running.resume import refuse_finished
+
+FACTS = ("fingerprint", "image_shape", "num_classes", "class_names", "mean", "std")
+"""What `config.json` keeps of the data, as "data": attributes of `ImageData`. Earlier versions kept nothing."""
 
 _PACKAGES = (
     "lars-keras",
@@ -35,23 +39,28 @@ def open_run_dir(config: RunConfig) -> Path:
 
     Raises:
         ValueError: if it is not on a local disk.
-        UsageError: if its name is not UTF-8, or the run in it is finished. For `eval_only`, if it holds no run, or a
-            run of another model.
+        UsageError: if its name is not UTF-8, or the run in it is finished.
     """
     if not config.run_dir:
         name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
         return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(4)}"
-    path = local_path(config.run_dir, "run_dir")
-    if printable(str(path)) != str(path):  # TensorFlow and the report take UTF-8 only
-        raise UsageError(f"--run_dir must be UTF-8. Received: --run_dir={printable(str(path))}")
-    if config.eval_only:
-        if not ((path / "model.keras").is_file() or any(path.glob("checkpoints/update-*.npz"))):
-            raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={path}")
-        refuse_other_model(path, config)
-        return path
+    path = path_of(config.run_dir)
     refuse_finished(path, config)
     if path.exists() and not path.is_dir():
         raise UsageError(f"--run_dir={path} is not a folder.")
+    return path
+
+
+def path_of(run_dir: str) -> Path:
+    """Return the value of --run_dir as a path.
+
+    Raises:
+        ValueError: if it is not on a local disk.
+        UsageError: if it is not UTF-8.
+    """
+    path = local_path(run_dir, "run_dir")
+    if printable(str(path)) != str(path):  # TensorFlow and the report take UTF-8 only
+        raise UsageError(f"--run_dir must be UTF-8. Received: --run_dir={printable(str(path))}")
     return path
 
 
@@ -71,16 +80,9 @@ def hold_run_dir(path: Path, config: RunConfig) -> Iterator[None]:
         yield
 
 
-def is_unfinished(path: Path) -> bool:
-    """Return True if the newest state of a run is in its checkpoints, not only in `model.keras`.
-
-    The last state is saved before `model.keras`. A run that is extended keeps its old `model.keras` until its new end.
-    """
-    finished = (path / "results.json").is_file() or not any(path.glob("checkpoints/update-*.npz"))
-    return not (finished and (path / "model.keras").is_file())
-
-
-def write_plan(path: Path, config: RunConfig, plan: Plan, optimizer: keras.optimizers.Optimizer) -> None:
+def write_plan(
+    path: Path, config: RunConfig, data: ImageData, plan: Plan, optimizer: keras.optimizers.Optimizer
+) -> None:
     """Create the folder with `flags.txt`, `config.json` and `plan.txt`.
 
     Raises:
@@ -97,6 +99,7 @@ def write_plan(path: Path, config: RunConfig, plan: Plan, optimizer: keras.optim
         **{name: value for name, value in dataclasses.asdict(config).items() if config.applies(name)},
         "warnings": plan.warnings,
         "versions": all_versions(),
+        "data": {name: getattr(data, name) for name in FACTS},
         "layer_plan": [dataclasses.asdict(row) for row in rows],
     }
     atomic_write_text(path / "config.json", json.dumps(settings, indent=2) + "\n")

@@ -10,10 +10,9 @@
    printed with the plan and shown in the report.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import flags
 from flags import RunConfig
 from lars_keras.data import ImageData
 from lars_keras.files import local_path
-from lars_keras.report.progress import say
 from lars_keras.runtime.checkpoint import Checkpoint, CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.recovery import require_same_checkpoint
@@ -69,17 +67,6 @@ def refuse_finished(run_dir: Path, config: RunConfig | None = None) -> None:
             f"--run_dir={run_dir} holds a finished run, and nothing is written over. Name another folder, give "
             f"--eval_only to score its model, or {_more(before)}, to go on with it."
         )
-
-
-def refuse_other_model(run_dir: Path, config: RunConfig) -> None:
-    """Refuse to score a run's model under the name of another model.
-
-    Raises:
-        UsageError: if the flags name another model than the run in the folder has.
-    """
-    lines = flags_of_run(str(run_dir))
-    if lines and config.model != (model := config_of_flags(lines).model):
-        raise UsageError(f"--eval_only scores --model={model} of --run_dir={run_dir}. Received: --model={config.model}")
 
 
 def _more(config: RunConfig | None) -> str:
@@ -181,25 +168,6 @@ def resume(
     as_saved = json.loads(json.dumps(record["flags"]))
     changed = bool(changes) or as_saved != checkpoint.metadata["flags"]
     return Resumed({**record, "rollbacks": checkpoint.metadata["rollbacks"]}, notes, changed)
-
-
-@contextlib.contextmanager
-def latest_state(config: RunConfig, run_dir: Path, trainer: Trainer, train_feed: Any) -> Iterator[None]:
-    """Restore the newest checkpoint of an unfinished run, to score it as the run would; print its update.
-
-    Raises:
-        UsageError: if there is no undamaged checkpoint, or it belongs to another model.
-    """
-    with usage_errors():
-        checkpoint = RunCheckpoints(run_dir, config).latest()
-        require_same_checkpoint(trainer.cluster, checkpoint)
-        if checkpoint is None:
-            raise UsageError(f"--eval_only found no model.keras and no checkpoint in --run_dir={run_dir}")
-        trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], train_feed)
-    assert trainer.engine
-    say(f"after update {checkpoint.update}:")
-    with trainer.engine.ema_weights():
-        yield
 
 
 def _finished_updates(run_dir: Path) -> int | None:

@@ -25,7 +25,7 @@ def score_views(config: RunConfig, data: ImageData, trainer: Trainer, test_feed:
         model,
         batch_size=trainer.batch_size,
         microbatch_size=trainer.microbatch_size,
-        jit_compile="auto" if config.jit_compile == "auto" else config.jit_compile == "on",
+        jit_compile=config.compiles,
     )
     scores = views.evaluate(test_feed)
     return {"test_views": config.test_views, **{f"{name}_views": scores[name] for name in ("top1", "top5", "loss")}}

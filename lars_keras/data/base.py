@@ -35,6 +35,7 @@ class ImageData(abc.ABC):
     Attributes:
         name: name of the data set.
         num_classes: number of classes; labels are in `range(num_classes)`.
+        class_names: the name of each class, in the order of the labels; empty if unknown.
         image_shape: `(height, width, channels)` of every image.
         num_train, num_test: number of examples in each split.
         mean, std: statistics of each channel over the training split, for pixel values 0 to 255.
@@ -52,6 +53,7 @@ class ImageData(abc.ABC):
 
     name: str
     num_classes: int
+    class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int, int]
     num_train: int
     num_test: int

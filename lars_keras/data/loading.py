@@ -96,6 +96,7 @@ def load(
             name, train_files, test_files, validation_split, len(classes), f"in {printable(str(root))}", cache, options
         )
         _mention(found, train_files, test_files, classes)
+        found.class_names = tuple(classes)
         return found
     if printable(os.fspath(root)) != os.fspath(root):
         raise ValueError(f"`data_dir` must be UTF-8 for {name}. Received: data_dir={printable(os.fspath(root))}")
@@ -112,14 +113,17 @@ def load(
         for split in splits
     )
     features = builder.info.features
-    num_classes = features["label"].num_classes
+    num_classes, names = features["label"].num_classes, tuple(features["label"].names)
+    known = names if names != tuple(map(str, range(num_classes))) else ()  # else tensorflow-datasets makes them up
     origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
     if name in ANY_SIZE:
         parse = _parser(features)
         train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
         metadata = builder_parts(builder, splits, described=resized is not None)
         options["fingerprint"] = fingerprint(len(train), len(test), num_classes, metadata)
-        return _image_file_data(name, train_images, test_images, validation_split, num_classes, origin, cache, options)
+        found = _image_file_data(name, train_images, test_images, validation_split, num_classes, origin, cache, options)
+        found.class_names = known
+        return found
     height, width, channels = features["image"].shape
     if image_size not in (None, height):
         raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
@@ -130,7 +134,7 @@ def load(
         train_arrays, test_arrays = ((images[ids], labels[ids]) for ids in parts)
     else:
         test_arrays = _decode_all(features, test)
-    return ArrayData(
+    arrays = ArrayData(
         name,
         train_arrays,
         test_arrays,
@@ -139,6 +143,8 @@ def load(
         augment=augment,
         description=f"{_counts(train_arrays[0], test_arrays[0])}, {height}x{width}x{channels}, in memory ({origin})",
     )
+    arrays.class_names = known
+    return arrays
 
 
 def _check_arguments(

@@ -102,11 +102,19 @@ def restore_variables(
     """
     variables = variables_by_name(model)
     saved = {name: value for name, value in state.items() if not name.startswith("metric/")}
+    if saved.keys() != variables.keys():
+        counts = [
+            f"{len(names)} ({sum(n.startswith('model/') for n in names)} of the model)" for names in (saved, variables)
+        ]
+        raise ValueError(
+            f"The saved state belongs to another model or optimizer: it has {counts[0]} variables, not {counts[1]}."
+        )
     for name, variable in variables.items():
-        if name not in saved or saved[name].shape != tuple(variable.shape) or len(saved) != len(variables):
+        there, here = saved[name].shape, tuple(variable.shape)
+        if there != here:
             raise ValueError(
-                f"The saved state belongs to another model or optimizer: {len(saved)} variables, not "
-                f"{len(variables)}, or not of the shape of {variable.path}."
+                f"The saved state belongs to another model or optimizer: it has {variable.path} in the shape {there}, "
+                f"and the model has it in the shape {here}."
             )
     for name, variable in variables.items():
         value = saved[name]

@@ -48,7 +48,7 @@ class PathsTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn(f"report: {self.home}/r/report.html", out)
         self.assertTrue((self.home / "r" / "results.json").is_file())
         self.assertEqual(run(*SMALL, "--run_dir=~/r", "--eval_only")[0], 0)
-        self.assertRegex(run(*SMALL, "--run_dir=~/r")[2], "holds a finished run")
+        self.assertRegex(run(*SMALL, "--run_dir=~/r", "--steps=1")[2], "holds a finished run")
         with contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertEqual(report.main(["~/r"]), 0)
         self.assertEqual(out.getvalue(), f"{self.home}/r/report.html\n")

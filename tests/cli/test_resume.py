@@ -14,13 +14,12 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-import train
 from flags import RunConfig
 from lars_keras.runtime.checkpoint import CheckpointManager
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.training import Trainer
-from running import callbacks, renamed
+from running import callbacks, renamed, score
 from running.resume import RunCheckpoints, config_of_flags, flags_of_run, refuse_finished, resume
 from tests.cli.runs import SMALL, few_digits, run
 
@@ -155,7 +154,7 @@ class RunTest(tf.test.TestCase):
         self.assertIn("after update 5:", out)
 
     def test_an_unfinished_run_is_scored_with_the_statistics_that_it_trains_with(self):
-        """Without those of the held-out images, although the test split is scored."""
+        """Without those of the held-out images, although the test split is scored. They are the saved ones, if any."""
 
         def load(name, *, validation_split, **_):
             data = few_digits()
@@ -166,11 +165,14 @@ class RunTest(tf.test.TestCase):
         shutil.copytree(self.dir / "stopped", path)
         with open(path / "flags.txt", "a") as file:
             file.write("--validation_split=0.25\n")
-        with unittest.mock.patch.object(train, "make_model", wraps=train.make_model) as make_model:
-            code, out, err = run(f"--run_dir={path}", "--eval_only", data=load)
-        self.assertEqual(code, 0, err)
-        self.assertEqual(make_model.call_args.args[1].mean, (25.0,))
-        self.assertIn("n=37", out)
+        config = json.loads((path / "config.json").read_text())
+        for saved, mean in ((config["data"], few_digits().mean), ({}, (25.0,))):  # {} as by an earlier version
+            (path / "config.json").write_text(json.dumps(config | {"data": saved}))
+            with unittest.mock.patch.object(score, "make_model", wraps=score.make_model) as make_model:
+                code, out, err = run(f"--run_dir={path}", "--eval_only", data=load)
+            self.assertEqual(code, 0, err)
+            self.assertEqual(make_model.call_args.args[1].mean, mean)
+            self.assertIn("n=37", out)
 
     def test_a_finished_run_goes_on(self):
         path = self.dir / "extended"

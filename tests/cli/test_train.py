@@ -60,7 +60,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
 
             code, out, err = run(f"--run_dir={first}", "--eval_only", "--model=lenet1989")
             self.assertEqual((code, out), (2, ""))
-            self.assertIn(f"--model=alexnet_small of --run_dir={first}. Received: --model=lenet1989", err)
+            self.assertIn("Received: --model=lenet1989 where the run has alexnet_small\n", err)
 
         with self.subTest("nothing is written over"):
             before = (first / "results.json").read_bytes()

@@ -144,7 +144,7 @@ class FolderTest(tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, "val/b is not one of the 1 classes of the training split"):
             self.load()
         (self.root / "labels.txt").write_text("a\n b \n\nc d\n")
-        self.assertEqual(self.load().num_classes, 3)
+        self.assertEqual((self.load().num_classes, self.load().class_names), (3, ("a", "b", "c d")))
         (self.root / "val" / "b" / "1.jpg").unlink()
         self.write("val/b/1.tiff")
         with self.assertRaisesRegex(FileNotFoundError, "val has no images.*It has: 1 x .tiff file, which cannot"):

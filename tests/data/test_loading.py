@@ -123,6 +123,7 @@ class RealDataTest(tf.test.TestCase):
         self.assertAllClose(data.mean, (125.307, 122.950, 113.865), atol=1e-3)
         self.assertAllClose(data.std, (62.993, 62.089, 66.705), atol=1e-3)
         self.assertAllEqual(np.bincount(data._train[1]), np.full(10, 5000))
+        self.assertEqual(data.class_names[:3], ("airplane", "automobile", "bird"))
         with self.assertRaisesRegex(ValueError, "`image_size` of cifar10 is 32.*image_size=64"):
             lars_keras.data.load("cifar10", data_dir=SHARED / "tfds", image_size=64)
 

@@ -50,8 +50,25 @@ class IdentityTest(tf.test.TestCase):
         scaled = Trainer(model(names, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))), batch_size=8)
         scaled.fit(x, x, verbose=0)
         plain = Trainer(model(names, keras.optimizers.SGD(0.1)), batch_size=8)
-        with self.assertRaisesRegex(ValueError, "another model or optimizer: .* variables, not"):
+        with self.assertRaisesRegex(
+            ValueError, "another model or optimizer: it has 10 .4 of the model. variables, not 6"
+        ):
             plain.restore(*scaled.snapshot(), (x, x))
+
+    def test_other_shapes(self):
+        """Name the variable, and both shapes."""
+
+        def trainer(inputs):
+            net = keras.Sequential([keras.Input((inputs,)), keras.layers.Dense(4, name="one")])
+            net.compile(keras.optimizers.SGD(0.1), "mse")
+            return Trainer(net, batch_size=8)
+
+        data = {n: (np.ones((16, n), "f4"), np.ones((16, 4), "f4")) for n in (4, 5)}
+        saved = trainer(4)
+        saved.fit(*data[4], verbose=0)
+        message = r"optimizer: it has .*one/kernel in the shape \(4, 4\), and the model has it in the shape \(5, 4\)\."
+        with self.assertRaisesRegex(ValueError, message):
+            trainer(5).restore(*saved.snapshot(), data[5])
 
     def test_a_trainer(self):
         x = np.ones((16, 4), "f4")
