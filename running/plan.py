@@ -99,6 +99,7 @@ def _text(
     per_epoch = data.num_train / config.batch_size
     peak = int(rate.argmax())
     scored = "validation" if config.validation_split else "test"
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     rows = [
         ("data", f"{config.dataset}: {data.description}"),
         ("input", _input(trainer, data)),
@@ -111,6 +112,7 @@ def _text(
         ),
         ("length", f"{total:,} updates = {total / per_epoch:.4g} epochs of {per_epoch:.4g}"),
         ("optimizer", _optimizer(config)),
+        *_step(config, optimizer, rate),
         (
             "schedule",
             f"{config.schedule}, warm-up {config.warmup_updates(data.num_train)} updates: {rate[0]:.4g} at update 1, "
@@ -121,11 +123,6 @@ def _text(
         *(("resumed", note) for note in notes),
     ]
     lines = [f"  {name:<11}{value}" for name, value in rows]
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if isinstance(optimizer, LARS):
-        steps = _relative_steps(config, rate)
-        step = f"an update moves a layer by up to {steps.max():.2g} of its norm, all updates by {steps.sum():.4g}"
-        lines.insert(6, f"  {'step':<11}{step}")
     if isinstance(optimizer, LayerwiseOptimizer):
         lines += ["", *_layers(optimizer)]
     lines += [f"WARNING: {warning}" for warning in warnings]
@@ -149,6 +146,15 @@ def _optimizer(config: RunConfig) -> str:
         f"LARS ({', '.join([config.variant, *extras])}), momentum {config.momentum:g}, weight decay "
         f"{config.weight_decay:g}, trust coefficient {config.trust_coefficient:g}"
     )
+
+
+def _step(config: RunConfig, optimizer: keras.optimizers.Optimizer, rate: np.ndarray) -> list[tuple[str, str]]:
+    if not isinstance(optimizer, LARS):
+        return []
+    steps = _relative_steps(config, rate)
+    return [
+        ("step", f"an update moves a layer by up to {steps.max():.2g} of its norm, all updates by {steps.sum():.4g}")
+    ]
 
 
 def _layers(optimizer: LayerwiseOptimizer) -> list[str]:

@@ -76,18 +76,22 @@ def _sizes(config: RunConfig, trainer: Trainer, data: ImageData) -> list[tuple[s
     passes = count(batches, "batch", "es")
     checkpoint = checkpoint_bytes(trainer)
     device = {
-        "weights": bytes_of(model.variables),
-        "optimizer": bytes_of(model.optimizer.variables),
-        "gradients": 4 * sum(math.prod(v.shape) for v in model.trainable_variables) * 2,
-        "activations": _activation_bytes(model) * micro,
-        "images": image * micro,
+        "weights": (bytes_of(model.variables), ""),
+        "optimizer": (bytes_of(model.optimizer.variables), ""),
+        "gradients": (
+            2 * 4 * sum(math.prod(v.shape) for v in model.trainable_variables),
+            "a micro-batch's and their sum",
+        ),
+        "activations": (_activation_bytes(model) * micro, f"all layer outputs of {micro} examples: an upper estimate"),
+        "images": (image * micro, ""),
     }
-    rows = [(f"{name} per device", f"{size / MIB:,.1f} MiB") for name, size in device.items()]
-    rows[3] = (rows[3][0], rows[3][1] + f", all layer outputs of {micro} examples: an upper estimate")
-    rows[2] = (rows[2][0], rows[2][1] + ", those of a micro-batch and their sum")
+    rows = [
+        (f"{name} per device", f"{size / MIB:,.1f} MiB{remark and f', {remark}'}")
+        for name, (size, remark) in device.items()
+    ]
     return [
         *rows,
-        ("in all per device", f"{sum(device.values()) / MIB:,.1f} MiB"),
+        ("in all per device", f"{sum(size for size, _ in device.values()) / MIB:,.1f} MiB"),
         ("checkpoint", f"{checkpoint / MIB:,.1f} MiB, {config.keep_checkpoints} kept"),
         ("evaluation", f"{data.num_test:,} images once each, in {passes} with {padding:,} padded"),
     ]
