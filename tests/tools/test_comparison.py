@@ -343,6 +343,17 @@ class CommandTest(parameterized.TestCase):
             self.assertIn("--out is in use by", err.getvalue())
             self.assertEqual(sorted(os.listdir(folder)), before)
 
+    def test_the_plan_counts_the_trials_of_the_mode(self):
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.ExitStack() as held:
+            argv = ["compare.py", "--recipes=flags/recipes/digits_lenet.flags", "--optimizer=lars", "--seeds=1,2"]
+            argv += ["--batch_sizes=64", "--tuning_runs=0", f"--data_dir={prepared.digits()}", f"--out={folder}"]
+            for mode, left in (("fastest", 4), ("off", 2)):
+                own = command.define()
+                own([*argv, f"--jit_compile={mode}"])
+                ready = command.prepare(own, argv, held)
+                self.assertIn(f"0 finished, {left} left", "\n".join(ready.plan))
+                held.close()
+
     @pytest.mark.slow  # four imports of TensorFlow; each part has a test above, the replay in test_search.py
     def test_stopped_and_resumed(self):
         """Two short runs, one before a signal to a process of its own and one after, in this process."""

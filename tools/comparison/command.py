@@ -242,6 +242,7 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
         },
     }
     store = ResultsStore(out, about, cells)
+    left = store.left + sum(len(trial.jobs(store.outcomes)) for trial in trials)
     workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())  # JAX takes all cores
     epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in candidates))
     images = " and ".join(f"{found.num_train:,}" for found in data.values())
@@ -250,7 +251,7 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
         f"compared    {names}: {networks}, {epochs} epochs of {images} images",
         f"batches     {', '.join(map(str, batch_sizes))}; seeds {', '.join(map(str, seeds))}",
         f"rates       {rates}",
-        f"runs        {len(store.outcomes)} finished, {store.left} left, {workers} at a time",
+        f"runs        {len(store.outcomes)} finished, {left} left, {workers} at a time",
         f"results     {out}/compare.html",
     )
     mode = own.jit_compile if own.jit_compile in ("on", "off") else None
