@@ -296,6 +296,16 @@ def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
     return [loss.loss for loss in (model._compile_loss._flat_losses or [])] if model._compile_loss else []
 
 
+def loss_trackers(model: keras.Model) -> list[keras.metrics.Metric]:
+    """Return the metric that follows each of `compiled_losses`; none where there is one loss."""
+    return list(model._compile_loss.metrics) if model._compile_loss else []
+
+
+def has_swapped(callback: keras.callbacks.SwapEMAWeights) -> bool:
+    """Return True if the model has the EMA weights by this callback, and the optimizer keeps the other ones."""
+    return callback._ema_weights_in_model
+
+
 def single_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     """Return all metrics of a built model; the metrics given to `compile` come one by one."""
     compiled = model._compile_metrics

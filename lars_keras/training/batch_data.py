@@ -268,6 +268,7 @@ def feed_of_pydataset(
     microbatch_size: int,
 ) -> IndexedFeed:
     """Return the feed of a `PyDataset`. The feed calls the hooks of the `PyDataset` as Keras does."""
+    warn_of_processes(x)
     count = x.num_batches
     source = Indexed(x, None if count is None else int(count), "PyDataset", class_weight)
     return IndexedFeed(
@@ -281,6 +282,17 @@ def feed_of_pydataset(
     )
 
 
+def warn_of_processes(x: keras.utils.PyDataset) -> None:
+    """Warn once that a `PyDataset` which asks for processes is read by threads."""
+    if x.use_multiprocessing:
+        logging.log_first_n(
+            logging.WARNING,
+            "`Trainer` reads a PyDataset with threads, not with processes, although use_multiprocessing=True. If "
+            "reading is slow, let other code than Python do the work there, or train from a tf.data.Dataset.",
+            1,
+        )
+
+
 class GeneratorFeed:
     """Returns the batches of a generator for training, from the generator's current position on.
 
@@ -290,7 +302,8 @@ class GeneratorFeed:
     """
 
     def __init__(self, generator: Iterator[Batch], batch_size: int):
-        self.generator, self._batch_size = generator, batch_size
+        self.given = self.generator = generator
+        self._batch_size = batch_size
         self._consumed = 0
         self._lock = threading.Lock()  # a thread of an earlier `fit` may still read ahead
         self._next: list[Batch] = []

@@ -1,4 +1,4 @@
-"""Save the memory of callbacks, so that a resumed run decides like a run that was never stopped."""
+"""Look at the callbacks of a run, and save their memory, so that a resumed run decides as one that never stopped."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from absl import logging
 
+from lars_keras import _keras_internals as keras_internals
 from lars_keras.runtime.divergence import DivergenceGuard
 
 # Plain values only. Each of these classes resets them, or begins without them, in a new process.
@@ -15,6 +16,14 @@ _REMEMBERED: dict[type, tuple[str, ...]] = {
     keras.callbacks.ModelCheckpoint: ("best",),
     DivergenceGuard: ("memory",),
 }
+
+
+def unpacked(callbacks: Any) -> list[keras.callbacks.Callback]:
+    """Return the callbacks in a structure of callbacks and `CallbackList`s, those within each other too."""
+    found = []
+    for callback in keras.tree.flatten(callbacks or ()):
+        found += unpacked(callback.callbacks) if isinstance(callback, keras.callbacks.CallbackList) else [callback]
+    return found
 
 
 def check_callbacks(callbacks: Sequence[keras.callbacks.Callback], hosts: int) -> None:
@@ -89,3 +98,18 @@ def _with_memory(
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (int, dict)) else float(value)
+
+
+def reads_scores(callback: keras.callbacks.Callback) -> bool:
+    """Return True if a callback may read the logs of `on_test_batch_end`. In training, Keras's and ours do not."""
+    return not str(callback.on_test_batch_end.__module__).startswith(("keras.", "lars_keras."))
+
+
+def has_swapped(callback: keras.callbacks.Callback) -> bool:
+    """Return True for a callback that has swapped in the EMA weights, and the weights for the average."""
+    return swaps_at_epochs(callback) and keras_internals.has_swapped(callback)
+
+
+def swaps_at_epochs(callback: keras.callbacks.Callback) -> bool:
+    """Return True for a callback that swaps in the EMA weights itself, from the end of an epoch to the next one."""
+    return isinstance(callback, keras.callbacks.SwapEMAWeights) and callback.swap_on_epoch

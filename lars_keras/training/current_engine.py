@@ -1,12 +1,15 @@
 """Make the engine of a model, and make it again when the model is compiled again."""
 
+import dataclasses
+from typing import Any
+
 import keras
 
 from lars_keras.training.backend import engine_class
 from lars_keras.training.cluster import Cluster
 from lars_keras.training.compiled_state import CompiledState, check_optimizer
 from lars_keras.training.engine import Engine, EngineOptions
-from lars_keras.training.inputs import Data, element_spec
+from lars_keras.training.inputs import Data, element_spec, known_structure
 from lars_keras.training.loss_terms import check_terms
 from lars_keras.training.overrides import check_loss, check_overrides, check_targets
 
@@ -30,8 +33,9 @@ class CurrentEngine:
         self.engine: Engine | None = None
         self._arguments = (model, cluster, options)
         self._model, self._cluster, self._class = model, cluster, engine_class()
+        self._spec: Any = None  # of the last data, if known
         self._built_for: CompiledState | None = None
-        self._tried = False  # the loss, on this engine
+        self._tried: list[Any] = []  # the specs of weights with which the loss was tried, on this engine
         self._ghost_batches = cluster.replicas * options.accumulation_steps
         self._check_model()
 
@@ -55,23 +59,27 @@ class CurrentEngine:
             ValueError: if the model was compiled again and cannot be trained; if the data lack targets; if layers were
                 added or removed without another `compile`.
         """
-        if self.engine is None or not self.is_current():
+        context = self._cluster.input_context()
+        if self.engine is not None and self.is_current():
+            self._spec = known_structure(data.look(context, *first_update) if hasattr(data, "look") else data)
+            check_targets(self._model, self._spec)
+        else:
             self._check_model()
-            spec = element_spec(data, self._cluster.input_context(), *first_update)
-            check_targets(self._model, spec)
-            self.engine, self._tried = None, False  # before another is made, for its memory
-            self.engine = self._class(*self._arguments, spec)
+            self._spec = element_spec(data, context, *first_update)
+            check_targets(self._model, self._spec)
+            self.engine, self._tried = None, []  # before another is made, for its memory
+            self.engine = self._class(*self._arguments, self._spec)
             self._built_for = CompiledState(self._model)
         assert self._built_for
         self._built_for.check(self._model, training=False)
         return self.engine
 
-    def for_training(self, data: Data, scored: bool) -> Engine:
+    def for_training(self, data: Data, scored: Data | None) -> Engine:
         """Return the engine, once the model is known to train as with Keras's `fit`.
 
         Args:
             data: for training.
-            scored: True if the model is also evaluated.
+            scored: data on which the model is also evaluated, or None.
 
         Raises:
             ValueError: if the model was changed without another `compile`; if its optimizer, loss or metrics do not
@@ -80,13 +88,28 @@ class CurrentEngine:
         engine = self.of(data, 0)
         self.check_unchanged(engine)
         check_optimizer(self._model)
-        if not self._tried:
-            check_terms(self._model, engine.loss_terms, self._ghost_batches)
-            self._tried = True
+        engine.prepare_training()
+        terms = engine.loss_terms
+        if isinstance(self._spec, tuple) and len(self._spec) > 2:
+            terms = dataclasses.replace(terms, weights=self._spec[2])
+        if terms.weights not in self._tried:
+            check_terms(self._model, terms, self._ghost_batches)
+            self._tried.append(terms.weights)
         engine.metric_terms.check(self._ghost_batches, self._cluster.replicas)
-        if scored:
+        if scored is not None:
+            check_targets(self._model, known_structure(scored))
             engine.check_scoring()
         return engine
+
+    def to_restore(self) -> Engine:
+        """Return the engine, which an earlier call made for the model in its current compiled state.
+
+        Raises:
+            ValueError: if layers were added or removed without another `compile`.
+        """
+        assert self.engine and self._built_for
+        self._built_for.check(self._model, training=False)
+        return self.engine
 
     def running(self) -> Engine:
         """Return the engine that an earlier call made.

@@ -89,6 +89,13 @@ class Engine(Protocol):
     def check(cls, model: keras.Model, cluster: Any, options: EngineOptions) -> None:
         """Raise ValueError if this engine does not support the model or an option, before anything is built."""
 
+    def prepare_training(self) -> None:
+        """Prepare what updates need and evaluations do not; work only the first time.
+
+        Raises:
+            ValueError: if the loss depends on no trainable variable. The engine of TensorFlow finds that in an update.
+        """
+
     def training_iterator(self, data: Data, first_update: int, updates: int) -> Any:
         """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lars_keras.training.batch_data import GeneratorFeed
+from lars_keras.training.function_data import FunctionData
 from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
 
@@ -11,8 +12,8 @@ from lars_keras.training.sources import scoring_data, training_data, validation_
 class GivenData:
     """Bring the data of `Trainer.fit` and `Trainer.evaluate` into the form that engines take.
 
-    It remembers the generator of the last `fit`, to go on from its current position, and the size of the data that it
-    counted last.
+    It remembers the generator or function of the last `fit`, to go on from its current position, and the size of the
+    data that it counted last.
 
     Args:
         batch_size: global batch size.
@@ -24,7 +25,7 @@ class GivenData:
     def __init__(self, batch_size: int, microbatch_size: int, replicas: int, hosts: int):
         self._batch_size, self._microbatch_size, self._hosts = batch_size, microbatch_size, hosts
         self._scored_at_once = microbatch_size * replicas
-        self._generator: GeneratorFeed | None = None
+        self._read_once: GeneratorFeed | FunctionData | None = None
         self._counted: tuple[Any, int] = (None, 0)
 
     def training(
@@ -37,11 +38,12 @@ class GivenData:
         seed: int = 0,
     ) -> Data:
         """Return the data for training; see `lars_keras.training.sources.training_data`."""
-        if self._generator and self._generator.generator is x:
-            return self._generator
+        with_others = y is not None or sample_weight is not None or class_weight is not None
+        if self._read_once and self._read_once.given is x and not with_others:
+            return self._read_once
         sizes = {"batch_size": self._batch_size, "microbatch_size": self._microbatch_size, "hosts": self._hosts}
         data = training_data(x, y, sample_weight, class_weight, **sizes, shuffle=shuffle, seed=seed)
-        self._generator = data if isinstance(data, GeneratorFeed) else None
+        self._read_once = data if isinstance(data, GeneratorFeed | FunctionData) else None
         return data
 
     def validation(self, data: Any) -> Data | None:

@@ -82,7 +82,10 @@ def element_spec(data: Data, context: Any, *first_update: int) -> Any:
     Raises:
         ValueError: if `data` is empty or can be read only once.
     """
-    batches = data(context, *first_update) if callable(data) and not hasattr(data, "element_spec") else data
+    batches = data
+    if callable(data) and not hasattr(data, "element_spec"):
+        function: Any = getattr(data, "look", data)
+        batches = function(context, *first_update)
     if hasattr(batches, "element_spec"):
         spec = spec_of(batches.element_spec)
         if not is_dataset(batches) or is_known(spec):
@@ -92,6 +95,13 @@ def element_spec(data: Data, context: Any, *first_update: int) -> Any:
     for batch in first_batches(batches, 1):
         return spec_of(batch)
     raise ValueError(f"The data must have at least one batch. Received: {type(data).__name__} without any")
+
+
+def known_structure(data: Data) -> Any:
+    """Return the structure of a batch as `element_spec` does; None if the data must be read or opened for that."""
+    if hasattr(data, "element_spec"):
+        return spec_of(data.element_spec)
+    return spec_of(arrays_of(data[0])) if isinstance(data, list) and data else None
 
 
 def first_batches(batches: Iterable[Batch], count: int) -> list[Batch]:

@@ -83,7 +83,9 @@ def check_terms(model: keras.Model, terms: LossTerms, ghost_batches: int) -> Non
             f"{ghost_batches} ghost batches, and `Trainer` can do so for one masked mean alone. {remedy} Received: "
             f"a masked loss with {_parts(model, terms)}"
         )
-    found = [name for name in suspects(model) if _is_mean(model, terms) is False]
+    found = suspects(model)
+    if found:
+        found = _without_mean(model, terms, found)
     if terms.layer_losses and not found:
         found = _layers_without_mean(model, terms.batch)
     if found:
@@ -120,11 +122,11 @@ def _parts(model: keras.Model, terms: LossTerms) -> str:
 
 
 def suspects(model: keras.Model) -> list[str]:
-    """Return the name of one part of the loss that may not be a mean over examples, if there is any."""
+    """Return the names of the parts of the loss that may not be means over examples."""
     if is_overridden(model, "compute_loss"):
         return [f"{type(model).__name__}.compute_loss"]
     unknown = [loss.name for loss in keras_internals.compiled_losses(model) if not is_known_mean(loss)]
-    return unknown[:1]
+    return list(dict.fromkeys(unknown))
 
 
 def is_known_mean(loss: Any) -> bool:
@@ -137,15 +139,24 @@ def is_known_mean(loss: Any) -> bool:
     return all(p.__module__.startswith("keras.") for p in parts) and not {"dice", "tversky", "circle"} & set(names)
 
 
-def _is_mean(model: keras.Model, terms: LossTerms) -> bool | None:
-    """Try the loss on synthetic targets, predictions and weights; None if undecided.
+def _without_mean(model: keras.Model, terms: LossTerms, names: list[str]) -> list[str]:
+    """Try the loss on synthetic targets, predictions and weights.
 
     Some of the targets are also replaced by numbers that often stand for a missing target.
+
+    Args:
+        model: compiled and built.
+        terms: terms of its loss.
+        names: the parts of the loss that may not be means.
+
+    Returns:
+        The names of the parts that are not; nothing if that is undecided. They are all names if no single part differs.
     """
     batch = terms.batch
     predictions = keras.tree.map_structure(lambda spec: dataclasses.replace(spec, dtype="float32"), batch[2])
     batch = batch[0], batch[1], predictions  # in half precision a mean would not be told from its like
     x, y, y_pred = made_up_batch(batch, _EXAMPLES)
+    trackers = keras_internals.loss_trackers(model)
     no_weights = keras.tree.map_structure(lambda spec: None, terms.weights)
     _, _, weights = made_up_batch((None, None, terms.weights), _EXAMPLES)
 
@@ -153,9 +164,11 @@ def _is_mean(model: keras.Model, terms: LossTerms) -> bool | None:
         def loss(start: int, stop: int) -> list[float] | None:
             some_x, some_y, some_y_pred = part_of([x, targets, y_pred], batch, start, stop)
             _, _, weight = part_of([None, None, weights], (None, None, terms.weights), start, stop)
-            with keras_internals.losses_of_one_replica(), RecordingScope(_values(model)) as scope:
+            zeros = [(v, ops.zeros(v.shape, v.dtype)) for m in trackers for v in m.variables]
+            with keras_internals.losses_of_one_replica(), RecordingScope([*_values(model), *zeros]) as scope:
                 value = keras_internals.compute_loss(model, some_x, some_y, some_y_pred, weight, training=True)
-            return None if scope.random else [float(value)]
+                parts = [float(m.result()) for m in trackers]
+            return None if scope.random else [float(value), *parts]
 
         return loss
 
@@ -165,13 +178,18 @@ def _is_mean(model: keras.Model, terms: LossTerms) -> bool | None:
             found.append(_differs(loss_of(y, weights), 1e-3))
     except Exception as error:  # it asks for other data than these
         logging.warning("Whether the loss is a mean over examples cannot be tried: %s", error)
-        return None
+        return []
     for number in _NO_TARGET:
         marked = keras.tree.map_structure(lambda a, n=number: None if a is None else _with_first(a, n), y)
         with contextlib.suppress(Exception):  # it asks for other targets than these
             found.append(_differs(loss_of(marked), 1e-3))
-    decided = [any(differs) for differs in found if differs is not None]
-    return not any(decided) if decided else None
+    decided = [differs for differs in found if differs is not None]
+    if not decided:
+        return []
+    whole, *parts = map(any, zip(*decided, strict=True))
+    losses = keras_internals.compiled_losses(model)
+    own = [loss.name for loss, differs in zip(losses, parts, strict=False) if differs and loss.name in names]
+    return (list(dict.fromkeys(own)) or names) if whole else []
 
 
 def _layers_without_mean(model: keras.Model, batch: tuple[Any, Any, Any]) -> list[str]:

@@ -21,7 +21,9 @@ from lars_keras.training.batch_data import (
     Reread,
     TorchBatches,
     feed_of_pydataset,
+    warn_of_processes,
 )
+from lars_keras.training.function_data import FunctionData, check_called
 from lars_keras.training.inputs import Data, count_in, is_dataset
 
 _ENDLESS = 2**40  # Grain gives `sys.maxsize` as the length of repeated data, and a batch size divides it
@@ -68,8 +70,11 @@ def training_data(
 
         return weighted_by_class(x, class_weight)
     _refuse_targets(x, class_weight=class_weight)
-    if is_dataset(x) or _is_function(x):
+    if is_dataset(x):
         return x
+    if _is_function(x):
+        check_called(x, "Call it: `fit({})`", None, 0)
+        return _of_function(x)
     if is_grain(x) and hasattr(x, "__getitem__"):
         count = len(x) if len(x) < _ENDLESS else None
         threads = min(8, os.cpu_count() or 1)  # each reads batches ahead
@@ -104,6 +109,7 @@ def scoring_data(
         return x
     if isinstance(x, keras.utils.PyDataset):
         refuse_endless(x.num_batches is None)
+        warn_of_processes(x)
         return PyDatasetBatches(x)
     if is_torch_loader(x):
         _refuse_hosts(x, hosts)
@@ -113,13 +119,16 @@ def scoring_data(
         return Reread(x)
     if isinstance(x, types.GeneratorType) and once:
         _refuse_hosts(x, hosts)
-        return lambda context: x
+        return FunctionData(lambda context: x, given=x)
     if isinstance(x, Iterator) or not (isinstance(x, Iterable) or callable(x)) or isinstance(x, str | bytes | type):
         raise ValueError(
             "The data must be arrays, a tf.data.Dataset, a keras.utils.PyDataset, a torch or Grain loader, an iterable "
             "of batches that can be read again and again, or a function that returns one; for training, and once for "
             f"`evaluate`, also a generator. Received: {x!r:.100} of type {type(x).__name__}"
         )
+    if callable(x):
+        check_called(x, "Call it: `evaluate({})`" if once else "Give a list of its batches: `list({})`", None)
+        return _of_function(x)
     return x
 
 
@@ -163,6 +172,10 @@ def _has_base(x: Any, names: tuple[str, ...], module: str) -> bool:
 
 def _is_function(x: Any) -> bool:
     return callable(x) and not isinstance(x, type)
+
+
+def _of_function(x: Any) -> Data:
+    return x if hasattr(x, "element_spec") or isinstance(x, FunctionData) else FunctionData(x)
 
 
 def _refuse_targets(x: Any, **given: Any) -> None:

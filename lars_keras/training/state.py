@@ -175,6 +175,11 @@ class EmaWeights:
         self._optimizer, self._copy_of = inner_optimizer(optimizer), copy_of
         self._swapped: list[tuple[keras.Variable, Any, Any]] = []
 
+    @property
+    def in_force(self) -> bool:
+        """True if the model has EMA weights by this context."""
+        return bool(self._swapped)
+
     def __enter__(self) -> "EmaWeights":
         optimizer = self._optimizer
         if optimizer.use_ema and not optimizer.ema_overwrite_frequency and _has_updated(optimizer):

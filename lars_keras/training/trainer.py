@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,7 +15,15 @@ from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
 from lars_keras.training.batch_data import GeneratorFeed
-from lars_keras.training.callback_memory import check_callbacks, memory_of, restore_memory
+from lars_keras.training.callback_memory import (
+    check_callbacks,
+    has_swapped,
+    memory_of,
+    reads_scores,
+    restore_memory,
+    swaps_at_epochs,
+    unpacked,
+)
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions, Scores, as_log
@@ -141,6 +149,7 @@ class Trainer:
         self._restored: Engine | None = None
         self.resumed = False
         self._ema: EmaWeights | None = None
+        self._goes_on = False  # the model has the weights that training continues from, not the average of them
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
         self._sizes = {"batch_size": batch_size, "microbatch_size": self.microbatch_size}
         self._given = GivenData(batch_size, self.microbatch_size, self.replicas, self.cluster.hosts)
@@ -207,7 +216,7 @@ class Trainer:
                 `ModelCheckpoint`; if no variable is trainable, or the loss depends on no trainable variable; if
                 layers were frozen, unfrozen, added or removed without another `model.compile`.
         """
-        callbacks = keras.tree.flatten(callbacks or ())
+        callbacks = unpacked(callbacks)
         check_callbacks(callbacks, self.cluster.hosts)
         validated = epochs_to_validate(validation_freq)
         validation_data = self._given.validation(validation_data)
@@ -216,7 +225,7 @@ class Trainer:
             data, steps_per_epoch = self._given.whole_updates(data)
         ends = epoch_ends(epochs, steps_per_epoch)
         total = ends[-1] if ends else 0
-        engine = self._current.for_training(data, scored=validation_data is not None)
+        engine = self._current.for_training(data, validation_data)
         for warning in long_averages(self.model, total):
             logging.warning("%s", warning)
         restored, self._restored = self._restored, None
@@ -225,7 +234,8 @@ class Trainer:
         self.resumed = restored is not None
         if not restored:
             self.position = Position()
-        position = self.position
+        position, self._goes_on = self.position, True
+        beyond = position.is_beyond(total)
         order = getattr(data, "order", None)
         if position.order not in (None, order):
             logging.warning("The saved run had its examples in another order; the resumed one does not go on exactly.")
@@ -244,13 +254,13 @@ class Trainer:
         may_end = isinstance(data, GeneratorFeed)
         steps_per_execution = 1 if may_end else self.steps_per_execution  # to know how many were taken before the end
         self.model.stop_training = False
-        iterator = engine.training_iterator(data, position.batches_consumed, total - position.update)
+        iterator = engine.training_iterator(data, position.batches_consumed, max(total - position.update, 0))
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
         self.callbacks, logs = callback_list.callbacks, position.logs
         if self.resumed and position.update:
             restore_memory(self.callbacks, position.callbacks)
-        [reads_scores] = self.cluster.any_across_hosts(any(map(_reads_scores, self.callbacks)))
+        [wanted] = self.cluster.any_across_hosts(any(map(reads_scores, self.callbacks)))
         for epoch, end in enumerate(ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
             if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
@@ -282,20 +292,23 @@ class Trainer:
                     callback.on_updates_end(last)
             self._current.check_unchanged(engine)
             logs = position.logs if position.counted else {}  # the data may have ended with the epoch before
-            self._ema = engine.ema_weights()
             with contextlib.ExitStack() as averaged:
-                averaged.enter_context(self._ema)
+                averaged.enter_context(self._averaged(engine))
                 if validation_data is not None and (validated(epoch + 1) or position.update == total):
                     with kept_random_state(self.model):
-                        scores = self._evaluate(validation_data, callback_list, reads_scores)
+                        scores = self._evaluate(engine, validation_data, callback_list, wanted)
                     logs = logs | {f"val_{name}": value for name, value in scores.items()}
-                if any(map(_swaps_at_epochs, self.callbacks)):
+                if any(map(swaps_at_epochs, self.callbacks)):
                     averaged.close()
                 callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
             if self._stops():
                 break
-        if ends:
-            finalize(self.model)
+        if beyond:
+            self._restored = restored
+        else:
+            if ends:
+                finalize(self.model)
+            self._goes_on = False
         callback_list.on_train_end(logs)
         return self.model.history
 
@@ -342,19 +355,32 @@ class Trainer:
         data = self._given.scoring(x, y, sample_weight)
         bars = [keras.callbacks.ProgbarLogger()] if verbose else []
         callback_list = keras.callbacks.CallbackList(bars, verbose=verbose, epochs=1, steps=None)
-        [reads_scores] = self.cluster.any_across_hosts(verbose in (1, "auto"))
-        return self._evaluate(data, callback_list, reads_scores)
+        [wanted] = self.cluster.any_across_hosts(verbose in (1, "auto"))
+        return self._evaluate(self._current.of(data), data, callback_list, wanted)
 
-    def _evaluate(self, data: Data, callback_list: keras.callbacks.CallbackList, reads_scores: bool) -> dict[str, Any]:
+    def _evaluate(
+        self, engine: Engine, data: Data, callback_list: keras.callbacks.CallbackList, wanted: bool
+    ) -> dict[str, Any]:
         def after_batch(batch: int, scores: Scores) -> None:
             hold_vote(self.cluster, callback_list.callbacks, self.position.update, {})
-            callback_list.on_test_batch_end(batch, scores() if reads_scores else {})
+            callback_list.on_test_batch_end(batch, scores() if wanted else {})
 
-        engine = self._current.of(data)
-        callback_list.on_test_begin()
-        scores = engine.evaluate(data, callback_list.on_test_batch_begin, after_batch)
-        callback_list.on_test_end(scores)
+        with self._averaged(engine):
+            callback_list.on_test_begin()
+            scores = engine.evaluate(data, callback_list.on_test_batch_begin, after_batch)
+            callback_list.on_test_end(scores)
         return scores
+
+    @contextlib.contextmanager
+    def _averaged(self, engine: Engine) -> Iterator[None]:
+        """Give the model the EMA weights, unless it has them already: within this, or after the end of `fit`."""
+        inside = self._ema is not None and self._ema.in_force
+        if inside or not self._goes_on or any(map(has_swapped, self.callbacks)):
+            yield
+            return
+        self._ema = engine.ema_weights()
+        with self._ema:
+            yield
 
     def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the state of the run between two updates: weights, optimizer, random numbers, metrics and position.
@@ -384,9 +410,10 @@ class Trainer:
             ValueError: if the model or optimizer has other variables, or variables with the same shapes and other
                 paths, or the optimizer is of another class; nothing is changed then.
         """
-        if not self._current.is_current():
-            data = self._given.training(*(data if isinstance(data, tuple) else (data,)))
-        engine = self._current.of(data, 0)
+        if self._current.is_current():
+            engine = self._current.to_restore()
+        else:
+            engine = self._current.of(self._given.training(*(data if isinstance(data, tuple) else (data,))), 0)
         check_identity(self.model, position.get("identity"))
         before = self._set_rate()
         engine.restore(arrays)
@@ -398,7 +425,7 @@ class Trainer:
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.position.logs = {name: as_log(value) for name, value in self.position.logs.items()}
         self.callbacks = ()
-        self._restored = engine
+        self._restored, self._goes_on = engine, True
 
     def _set_rate(self) -> float | None:
         """Return the learning rate if it is stored in a variable; None if a schedule sets it."""
@@ -415,13 +442,3 @@ class Trainer:
             write: True on the one host that writes the file.
         """
         self._current.running().save_model(path, write)
-
-
-def _reads_scores(callback: keras.callbacks.Callback) -> bool:
-    """Return True if a callback may read the logs of `on_test_batch_end`. In training, Keras's and ours do not."""
-    return not str(callback.on_test_batch_end.__module__).startswith(("keras.", "lars_keras."))
-
-
-def _swaps_at_epochs(callback: keras.callbacks.Callback) -> bool:
-    """Return True for a callback that swaps in the EMA weights itself, from the end of an epoch to the next one."""
-    return isinstance(callback, keras.callbacks.SwapEMAWeights) and callback.swap_on_epoch

@@ -21,6 +21,7 @@ FILES = (
     "tests/jax/test_plain_fit.py",
     "tests/jax/test_prefetch.py",
     "tests/training/test_callbacks.py",
+    "tests/training/test_evaluate.py",
     "tests/training/test_meaning.py",
     "tests/training/test_gradients.py",
     "tests/training/test_masks.py",

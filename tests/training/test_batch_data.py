@@ -4,6 +4,7 @@
 """
 
 import threading
+import unittest.mock
 
 import keras
 import numpy as np
@@ -42,6 +43,12 @@ class PyDatasetTest(tf.test.TestCase):
         data.threads.clear()  # the first batch was looked at
         next(iter(feed(InputContext(), 0)))
         self.assertEqual(data.threads, {"read"})
+
+    def test_processes_are_not_used(self):
+        for read in (feed_of, trainer_of().evaluate):
+            with unittest.mock.patch("absl.logging.log_first_n") as warn:
+                read(Watched(8, use_multiprocessing=True))
+            self.assertIn("with threads, not with processes", "".join(call.args[1] for call in warn.call_args_list))
 
     def test_hooks(self):
         data, trainer = Watched(8), trainer_of()

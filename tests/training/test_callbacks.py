@@ -85,6 +85,38 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(trainer.evaluate(*SCORED).keys(), {"loss", "mae", "n"})
 
 
+class Hooks(Scores):
+    """Notes the hook of `Trainer`, and votes."""
+
+    def __init__(self):
+        super().__init__()
+        self.agreed, self.lasts, self.votes = None, [], []
+
+    def vote(self, update, logs):
+        self.votes.append(update)
+        return False
+
+    def on_updates_end(self, last):
+        self.lasts.append(last)
+
+
+class CallbackListTest(tf.test.TestCase):
+    def test_its_members_are_called(self):
+        pack = keras.callbacks.CallbackList
+        for wrap in (lambda c: pack([c]), lambda c: [keras.callbacks.Callback(), pack([pack([c])])]):
+            hooks, trainer = Hooks(), Trainer(make(), batch_size=32)
+            trainer.fit(X, Y, validation_data=SCORED, callbacks=wrap(hooks), verbose=0)
+            self.assertEqual(hooks.lasts, [True])
+            self.assertEqual(hooks.votes[:2], [1, 2])
+            self.assertIn("loss", hooks.logs[0][1])
+            self.assertIn(hooks, trainer.callbacks)
+
+    def test_its_members_are_checked(self):
+        callbacks = keras.callbacks.CallbackList([keras.callbacks.BackupAndRestore(self.get_temp_dir())])
+        with self.assertRaisesRegex(ValueError, "Received: BackupAndRestore"):
+            Trainer(make(), batch_size=32).fit(X, Y, callbacks=callbacks, verbose=0)
+
+
 class StopTest(parameterized.TestCase, tf.test.TestCase):
     class Stop(keras.callbacks.Callback):
         """Stops the training in one of the hooks, and notes which are called."""

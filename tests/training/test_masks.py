@@ -203,6 +203,25 @@ class NoMeanTest(parameterized.TestCase, tf.test.TestCase):
             self.trainer(self.model(None, Pairs))()
         self.trainer(self.model(keras.losses.Dice()), microbatch_size=8)()
 
+    def test_named_among_several(self):
+        """A mean beside the loss is not named."""
+
+        def mean(y_true, y_pred):
+            return keras.ops.mean((y_true - y_pred) ** 2, -1)
+
+        x, y = RNG.normal(size=(8, 4)).astype("float32"), RNG.integers(0, 2, (8, 3)).astype("float32")
+        inputs = keras.Input((4,))
+        for losses, names in (
+            ((mean, contrastive), "contrastive"),
+            ((contrastive, mean), "contrastive"),
+            ((contrastive, per_positive), "contrastive, per_positive"),
+        ):
+            heads = {name: keras.layers.Dense(3, "sigmoid", name=name)(inputs) for name in "ab"}
+            model = keras.Model(inputs, heads)
+            model.compile("sgd", dict(zip("ab", losses, strict=True)))
+            with self.assertRaisesRegex(ValueError, f"Received: {names}$"):
+                Trainer(model, batch_size=8, microbatch_size=4).fit(x, {"a": y, "b": y}, verbose=0)
+
     def test_weights(self):
         """A mean by the weights of a batch is not that of its parts; without weights it is."""
 

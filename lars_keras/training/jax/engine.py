@@ -34,9 +34,6 @@ Tensor = Any
 class JaxEngine:
     """The compiled functions of a model over the devices of a cluster; see `lars_keras.training.engine.Engine`.
 
-    Raises:
-        ValueError: if the loss depends on no trainable variable.
-
     Attributes:
         step: the programs of an update.
         loss_terms: the terms of the loss.
@@ -64,7 +61,7 @@ class JaxEngine:
             reduce_dtype=options.reduce_dtype,
             masked=self.loss_terms.masked,
         )
-        self.step.find_unreached(element_spec, options.microbatch_size)
+        self._element_spec, self._knows_unreached = element_spec, False
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         self._written: list[weakref.ref] = []  # the arrays of the last update, which are the variables' own
         self._scoring_assigns: list[int] = []  # numbers of the state that scoring a batch changes, once that is traced
@@ -87,8 +84,19 @@ class JaxEngine:
 
     # -- training ------------------------------------------------------------------------------
 
+    def prepare_training(self) -> None:
+        """Find the variables that the loss does not reach, once. An evaluation does not need this.
+
+        Raises:
+            ValueError: if the loss depends on no trainable variable.
+        """
+        if not self._knows_unreached:
+            self.step.find_unreached(self._element_spec, self.options.microbatch_size)
+            self._knows_unreached = True
+
     def training_iterator(self, data: Data, first_update: int, updates: int) -> Prefetcher:
         """Return the batches of `updates` updates on the devices, for `train`: one for each micro-batch."""
+        self.prepare_training()
         sizes = self.options.microbatch_size, self.options.accumulation_steps
         data, as_arrays = self._opened(data, first_update)
         if as_arrays:

@@ -76,6 +76,9 @@ class TensorFlowEngine:
 
     # -- training ------------------------------------------------------------------------------
 
+    def prepare_training(self) -> None:
+        """Do nothing: the program of an update finds the variables that the loss does not reach."""
+
     def training_iterator(self, data: Data, first_update: int, updates: int) -> Any:
         """Return an iterator over the data of `updates` updates from `first_update` on, for `train`."""
         sizes = self.options.microbatch_size, self.options.accumulation_steps
