@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,14 +22,14 @@ from lars_keras.training.callback_memory import (
     memory_of,
     reads_scores,
     restore_memory,
-    swaps_at_epochs,
     unpacked,
 )
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
 from lars_keras.training.engine import Engine, EngineOptions, Scores, as_log
+from lars_keras.training.epoch_loop import EpochLoop
 from lars_keras.training.given_data import GivenData
-from lars_keras.training.inputs import Data, DataEnded
+from lars_keras.training.inputs import Data
 from lars_keras.training.position import Position
 from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
@@ -38,7 +39,6 @@ from lars_keras.training.state import (
     finalize,
     identity_of,
     inner_optimizer,
-    kept_random_state,
 )
 from lars_keras.training.votes import hold_vote
 
@@ -251,58 +251,31 @@ class Trainer:
             first_update=position.update,
             verbose=verbose,
         )
-        may_end = isinstance(data, GeneratorFeed)
-        steps_per_execution = 1 if may_end else self.steps_per_execution  # to know how many were taken before the end
         self.model.stop_training = False
         iterator = engine.training_iterator(data, position.batches_consumed, max(total - position.update, 0))
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
-        self.callbacks, logs = callback_list.callbacks, position.logs
+        self.callbacks = callback_list.callbacks
         if self.resumed and position.update:
             restore_memory(self.callbacks, position.callbacks)
         [wanted] = self.cluster.any_across_hosts(any(map(reads_scores, self.callbacks)))
-        for epoch, end in enumerate(ends):
-            # A run that was resumed at an epoch's end may still have to evaluate it.
-            if end < position.update or (epoch > 0 and end == ends[epoch - 1]):
-                continue
-            if position.epoch != epoch:
-                position.begin_epoch(epoch)
-                self.model.reset_metrics()
-            callback_list.on_epoch_begin(epoch)
-            self._current.check_unchanged(engine)
-            stop = False  # as in Keras, a stop from here or `on_train_begin` acts after the next call of the engine
-            while position.update < end and not stop:
-                callback_list.on_train_batch_begin(position.update)
-                try:
-                    data_wait = self._execute(engine, iterator, min(steps_per_execution, end - position.update))
-                except DataEnded as error:
-                    if not may_end or not position.update:
-                        raise
-                    logging.warning("%s The training ends with update %d of %d.", error, position.update, total)
-                    stop = True
-                    break
-                # Not part of the position: a resumed run waits otherwise.
-                logs = {**position.logs, "data_wait": data_wait}
-                stop = hold_vote(self.cluster, self.callbacks, position.update, logs, self.model.stop_training)
-                callback_list.on_train_batch_end(position.update - 1, logs)
-                stop = self.model.stop_training if self.cluster.hosts == 1 else stop
-            last = self._stops(stop) or position.update == total
-            for callback in self.callbacks:
-                if hasattr(callback, "on_updates_end"):
-                    callback.on_updates_end(last)
-            self._current.check_unchanged(engine)
-            logs = position.logs if position.counted else {}  # the data may have ended with the epoch before
-            with contextlib.ExitStack() as averaged:
-                averaged.enter_context(self._averaged(engine))
-                if validation_data is not None and (validated(epoch + 1) or position.update == total):
-                    with kept_random_state(self.model):
-                        scores = self._evaluate(engine, validation_data, callback_list, wanted)
-                    logs = logs | {f"val_{name}": value for name, value in scores.items()}
-                if any(map(swaps_at_epochs, self.callbacks)):
-                    averaged.close()
-                callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
-            if self._stops():
-                break
+        validate = functools.partial(self._evaluate, engine, validation_data, callback_list, wanted)
+        may_end = isinstance(data, GeneratorFeed)
+        loop = EpochLoop(
+            self.model,
+            self.cluster,
+            position,
+            callback_list,
+            ends,
+            updates_per_call=1 if may_end else self.steps_per_execution,  # to know how many came before the end
+            may_end=may_end,
+            execute=lambda updates: self._execute(engine, iterator, updates),
+            check_unchanged=lambda: self._current.check_unchanged(engine),
+            averaged=lambda: self._averaged(engine),
+            validate=None if validation_data is None else validate,
+            validated=validated,
+        )
+        logs = loop.run()
         if beyond:
             self._restored = restored
         else:
@@ -311,11 +284,6 @@ class Trainer:
             self._goes_on = False
         callback_list.on_train_end(logs)
         return self.model.history
-
-    def _stops(self, stop: bool = False) -> bool:
-        """Return True if a host is to stop, by `stop` or its model, and tell the models of all. Collective."""
-        [self.model.stop_training] = self.cluster.any_across_hosts(stop or self.model.stop_training)
-        return self.model.stop_training
 
     def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
         """Take `updates` updates, move the position, and return the seconds that the devices waited for data."""
