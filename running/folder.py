@@ -98,6 +98,8 @@ def write_plan(
     settings = {
         **{name: value for name, value in dataclasses.asdict(config).items() if config.applies(name)},
         "warnings": plan.warnings,
+        "peak_learning_rate": float(plan.rates.max()),
+        "warmup_updates": config.warmup_updates(data.num_train),
         "versions": all_versions(),
         "data": {name: getattr(data, name) for name in FACTS},
         "layer_plan": [dataclasses.asdict(row) for row in rows],

@@ -127,12 +127,15 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
         raise ValueError(f"The run needs the learning rates of its updates in its metrics.jsonl. Received: {run_dir}")
     # The noise scale grows, so the last third of the run speaks.
     found, last, size = combine(events[-max(2, len(events) // 3) :]).total(), events[-1], config["batch_size"]
-    peak = max(rates.values())
-    reached = next(update for update, rate in rates.items() if rate >= (1 - 1e-6) * peak)  # but for rounding
+    peak, warmup = config.get("peak_learning_rate"), config.get("warmup_updates")
+    if peak is None or warmup is None:  # of an earlier version: what the logged updates show
+        peak = max(rates.values())
+        reached = next(update for update, rate in rates.items() if rate >= (1 - 1e-6) * peak)  # but for rounding
+        warmup = 0 if reached == next(iter(rates)) < log_length(log) else reached
     per_epoch = last["update"] / last["epoch"]
     updates = config.get("steps") or math.ceil(config.get("epochs", 0) * per_epoch - 1e-9) or log_length(log)
-    if reached == log_length(log) < updates:
-        raise ValueError(f"The run needs an update after its warm-up. Received: {reached} updates in {run_dir}")
+    if log_length(log) <= warmup and log_length(log) < updates:
+        raise ValueError(f"The run needs an update after its warm-up. Received: {log_length(log)} updates in {run_dir}")
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
     lines += ["", found.describe(size, last["epoch"]), "", CAVEATS]
     if not batch_sizes:
@@ -144,7 +147,7 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
         batch_size=size,
         learning_rate=peak,
         updates=updates,
-        warmup_updates=0 if reached == next(iter(rates)) else reached,
+        warmup_updates=warmup,
         num_train=round(per_epoch * size),
         normalized=config["optimizer"] in ("lars", "lamb", "adam"),
     )

@@ -217,7 +217,7 @@ def _heat_map(title: str, updates: np.ndarray, values: np.ndarray, rows: Sequenc
             norm=LogNorm(low, high if high > low else low * 1.01),
             extent=(updates[0] - step / 2, updates[-1] + step / 2, len(rows) - 0.5, -0.5),
         )
-        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)  # a name may have a $
         axes.set_xlabel("optimizer updates")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.tick_params(length=0)

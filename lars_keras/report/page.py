@@ -119,7 +119,7 @@ def _evaluations(updates: Rows, evals: Rows) -> list[list[str]]:
     rows = []
     for e in evals:
         before = training.get(e["update"], {})
-        scores = [number(e[key], form) for key, form in columns]
+        scores = [number(e.get(key), form) for key, form in columns]
         rows.append([*scores, number(before.get("loss"), ".4g"), number(before.get("top1"), ".2%")])
     return rows
 

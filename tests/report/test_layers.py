@@ -112,14 +112,15 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("conv gets no gradient", said(event(1, gradient=(0.0, 1.0, 1.0))))
 
     def test_report_has_words_and_heat_maps(self):
-        plan = [{**layer, "shape": [2, 2], "decay": True, "lr_scale": 1.0} for layer in LAYERS]
+        layers = [*LAYERS[:-1], LAYERS[-1] | {"path": "dense$x_{b$"}]  # no formula
+        plan = [{**layer, "shape": [2, 2], "decay": True, "lr_scale": 1.0} for layer in layers]
         (self.dir / "config.json").write_text(json.dumps({"layer_plan": plan}))
         log = MetricsLog(self.dir)
         for update in range(1, 4):
             values = event(update)
-            log.layers(update, [layer["path"] for layer in LAYERS], {name: np.array(values[name]) for name in MEASURES})
+            log.layers(update, [layer["path"] for layer in layers], {name: np.array(values[name]) for name in MEASURES})
         page = write_report(self.dir).read_text()
-        self.assertIn("dense limits the learning rate", page)
+        self.assertIn("dense$x_{b$ limits the learning rate", page)
         for title in ("Trust ratio", "Effective rate", "Gradient norm over weight norm"):
             self.assertIn(f"<figcaption>{title}</figcaption>", page)
         self.assertIn("a heat map from 0.01 to 0.1", page)

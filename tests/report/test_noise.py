@@ -184,6 +184,20 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         _, (itself,) = batch_size.propose_from_run(self.run_dir, [256])
         self.assertEqual((itself.learning_rate, itself.updates, itself.warmup_updates), (1.0, 400, 80))
 
+    def test_the_rates_of_a_run_that_logs_few_of_them(self):
+        """The plan has them: with 100 updates a call, the log has none near the peak."""
+        self.log(400, 100, 100)
+        path = self.run_dir / "metrics.jsonl"
+        log = read_metrics(path)
+        falling = [e | {"learning_rate": (480 - e["update"]) / 400} if e["event"] == "update" else e for e in log]
+        path.write_text("".join(json.dumps(e) + "\n" for e in falling))
+        self.write_config(peak_learning_rate=1.0, warmup_updates=80)
+        _, (itself,) = batch_size.propose_from_run(self.run_dir, [256])
+        self.assertEqual((itself.learning_rate, itself.updates, itself.warmup_updates), (1.0, 400, 80))
+        self.write_config(peak_learning_rate=1.0, warmup_updates=450, steps=500)
+        with self.assertRaisesRegex(ValueError, "an update after its warm-up. Received: 400 updates in"):
+            batch_size.propose_from_run(self.run_dir, [256])
+
     def test_a_run_that_was_stopped(self):
         """It counts with the length that it was to have, by its epochs or its steps."""
         self.log(60, 20)

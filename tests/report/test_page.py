@@ -96,6 +96,11 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(path, self.run_dir / "report.html")
         return PageParser(path.read_text())
 
+    def test_a_model_with_metrics_of_its_own(self):
+        event = {"event": "eval", "update": 3, "epoch": 1.0, "loss": 0.5, "accuracy": 0.75, "n": 450}
+        self.write("metrics.jsonl", json.dumps(event) + "\n")
+        self.assertIn("450", "".join(self.page().texts))
+
     def test_finished_run(self):
         self.write_run()
         page = self.page()
