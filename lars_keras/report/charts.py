@@ -114,6 +114,11 @@ class _Curve:
     def points(self) -> int:
         return int(np.isfinite(self.y).sum())
 
+    def alone(self) -> list[int]:
+        """Return the indices of points without a neighbor."""
+        there = np.pad(np.isfinite(self.y), 1)
+        return np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()
+
 
 def curves(updates: Events, evals: Events, scored: str) -> list[Chart]:
     """Draw loss, top-1, top-5 and learning rate over updates.
@@ -142,7 +147,12 @@ def noise_scale_chart(events: Events) -> Chart:
         events: `noise_scale` events of a log.
     """
     interval = [_Curve.of(label, TRAIN, events, label, faint=True) for label in ("low", "high")]
-    return _chart("Noise scale", [_Curve.of("noise scale", VALIDATION, events, "noise_scale"), *interval], log=True)
+    chart = _chart("Noise scale", [_Curve.of("noise scale", VALIDATION, events, "noise_scale"), *interval], log=True)
+    unbounded = sum(e.get("high") is None for e in events)
+    if not unbounded:
+        return chart
+    note = f"{unbounded} of {len(events)} estimates have no upper bound, because the noise hides the gradient."
+    return dataclasses.replace(chart, note=note)
 
 
 def _chart(title: str, lines: list[_Curve], percent: bool = False, log: bool = False) -> Chart:
@@ -157,14 +167,16 @@ def _svg(title: str, lines: list[_Curve], percent: bool, log: bool) -> Markup:
         figure = Figure(figsize=(4.3, 2.7), layout="constrained")
         axes, drawn = figure.add_subplot(), []
         for line in lines:
-            marked = line.color == VALIDATION or line.points == 1
+            alone = line.alone()  # a line would not show these
+            marked = line.color == VALIDATION and len(line.x) <= 40
             drawn += axes.plot(
                 line.x,
                 np.maximum(line.y, 1.0) if log else line.y,  # a logarithmic axis has no 0
                 color=line.color,
                 label=line.label,
-                marker="o" if marked else None,
-                markersize=3.5 if len(line.x) <= 40 else 0,
+                marker="o" if marked or alone else None,
+                markevery=None if marked else alone,
+                markersize=3.5,
                 linewidth=0.8 if line.faint else 1.6,
                 alpha=0.55 if line.faint else 1.0,
                 clip_on=False,  # a line on the axis keeps its width

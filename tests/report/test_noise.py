@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.noise_scale import NoiseScale
-from lars_keras.report import batch_size, noise
+from lars_keras.report import batch_size, charts, noise
 from lars_keras.report.log import MetricsLog, read_metrics
 from lars_keras.report.page import write_report
 
@@ -58,6 +58,16 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         self.write_config(optimizer="momentum")
         self.log(60, 20)
         self.assertIn("Noise scale ", write_report(self.run_dir).read_text())
+
+    def test_a_chart_of_estimates_without_a_bound(self):
+        events = [
+            {"update": u, "noise_scale": 100.0 if u % 2 else None, "low": 50.0, "high": None} for u in range(1, 61)
+        ]
+        chart = charts.noise_scale_chart(events)
+        self.assertEqual(chart.note.split(",")[0], "60 of 60 estimates have no upper bound")
+        self.assertEqual(chart.svg.count("<use "), 30 + 1)  # the legend has one
+        fine = charts.noise_scale_chart([e | {"noise_scale": 100.0, "high": 200.0} for e in events])
+        self.assertEqual((fine.note, fine.svg.count("<use ")), ("", 0))
 
     def test_lines(self):
         events = self.log(60, 20)
