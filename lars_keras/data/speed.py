@@ -205,6 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-a", "--augment", choices=AUGMENTS, help="augmentation")
     parser.add_argument("-r", "--resized", metavar="FORM", help="form of the stored images, such as squash256")
     parser.add_argument("-c", "--cache", default="none", choices=CACHES)
+    parser.add_argument("--cache_dir", help="folder of the copies on disk (default: ~/.cache/lars_keras)")
+    parser.add_argument("--validation_split", type=float, default=0.0, help="fraction of the images to hold out")
     parser.add_argument("-b", "--batch_size", type=int, default=256, help="images of a batch (default: 256)")
     parser.add_argument("-t", "--seconds", type=float, default=20.0, help="how long to read (default: 20)")
     parser.add_argument("-w", "--wanted", type=float, metavar="IMAGES", help="images that the model takes in a second")
@@ -221,6 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
             augment=options.augment,
             resized=options.resized,
             cache=options.cache,
+            cache_dir=options.cache_dir,
+            validation_split=options.validation_split,
         )
         print(report(data, measure(data, options.batch_size, options.seconds), options.wanted))
     except (OSError, ValueError) as error:

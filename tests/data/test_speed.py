@@ -101,6 +101,12 @@ class SpeedTest(tf.test.TestCase, parameterized.TestCase):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertEqual(speed.main(arguments), 0)
         self.assertRegex(out.getvalue(), r"(?s)images/s.*reading .*decoding .*batches .*would wait (99|100) %")
+        copies = pathlib.Path(self.get_temp_dir(), "copies")
+        cached = ["--cache=disk", f"--cache_dir={copies}", "--validation_split=0.25"]
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(speed, "load", wraps=speed.load) as loaded:
+            self.assertEqual(speed.main([*arguments, *cached]), 0)
+        self.assertEqual(loaded.call_args.kwargs["validation_split"], 0.25)
+        self.assertNotEmpty(list(copies.iterdir()))
 
     @parameterized.parameters(
         (["-t", "0"], "`seconds` and `wanted` must be positive. Received: seconds=0.0, wanted=None"),
