@@ -196,13 +196,13 @@ class ErrorTest(parameterized.TestCase, tf.test.TestCase):
         broken = threading.Event()
 
         def read():
-            yield from batches(8)[:3]
+            yield from batches(8)[:2]
             broken.set()
             raise Broken("training")
 
         def scored():
             yield from batches(8)[:3]
-            broken.wait(60)
+            self.assertTrue(broken.wait(60), "the training data were not read ahead")
             raise KeyError("evaluation")
 
         evaluated = type("Batches", (), {"__iter__": lambda self: scored()})()
