@@ -267,8 +267,8 @@ def phrases() -> dict[str, list[str]]:
             f"{fast_loss(8192)} points at 8,192 and {fast_loss(16384)} points at 16,384",
             f"momentum loses {points('systemds_cifar10', ('momentum', 256), ('momentum', 1024))} points at 1,024, "
             f"and LARS {points('systemds_cifar10', ('lars', 256), ('lars', 1024))}",
-            f"momentum is {fast_gap(4096)} points behind at the best",
-            f"At 16,384 it is {fast_gap(16384)} points behind",
+            f"momentum is {fast_gap(4096)} points behind at 4,096, at the best",
+            f"it is {fast_gap(1024)} points behind at 1,024, and {fast_gap(16384)} at 16,384",
             fast_table(),
             equal_epochs_table(),
         ],
@@ -298,6 +298,8 @@ def phrases() -> dict[str, list[str]]:
             f"changed {fast_run('f1k-b', 'top1_views')} to {fast_run('g1k-s0', 'top1_views')} on seed 0, and twice the "
             f"weight decay made it {fast_run('g1k-wd1e3-s0', 'top1_views')}. At 16,384, 40 epochs reach "
             f"{fast_run('f16k-e40')}",
+            f"At 1,024 it is {fast_gap(1024)} points behind at one rate, half the best at 4,096, with "
+            f"{fast_top1('momentum', 1024)}",
             f"momentum is {fast_gap(16384)} points behind, with {fast_top1('momentum', 16384)} after",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
@@ -324,7 +326,7 @@ def phrases() -> dict[str, list[str]]:
         ],
         "docs/recipes.md": [
             "| {batch_size} | {learning_rate} | {epochs} |".format(
-                **settings("cifar10_fast_4k_momentum", "cifar10_fast_16k_momentum")
+                **settings("cifar10_fast_1k_momentum", "cifar10_fast_4k_momentum", "cifar10_fast_16k_momentum")
             ),
             "| {batch_size} | {learning_rate} | {epochs} |".format(
                 **settings(*(f"cifar10_fast_{size}" for size in ("1k", "4k", "8k", "16k")))

@@ -139,8 +139,9 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     """Return the section of the fast network: its finished runs, one a row."""
     text = (
         "## The fast network on CIFAR-10\n\n"
-        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, `cifar10_fast_4k.flags`, "
-        "`cifar10_fast_4k_momentum.flags`, `cifar10_fast_8k.flags`, `cifar10_fast_16k.flags` and "
+        "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, "
+        "`cifar10_fast_1k_momentum.flags`, `cifar10_fast_4k.flags`, `cifar10_fast_4k_momentum.flags`, "
+        "`cifar10_fast_8k.flags`, `cifar10_fast_16k.flags` and "
         "`cifar10_fast_16k_momentum.flags`, with the settings of results/cifar10_fast.jsonl. The rows of one peak "
         "rate are seeds 0, 1 and on. The table has no times, because the machine "
         "did other work.\n"
