@@ -308,7 +308,7 @@ class RunConfig:
 
     @property
     def compiles(self) -> bool | str:
-        """Argument `jit_compile` of `Trainer`."""
+        """Return the argument `jit_compile` of `Trainer`."""
         return "auto" if self.jit_compile == "auto" else self.jit_compile == "on"
 
     @property

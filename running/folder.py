@@ -20,7 +20,7 @@ from running.plan import Plan
 from running.resume import refuse_finished
 
 FACTS = ("fingerprint", "image_shape", "num_classes", "class_names", "mean", "std")
-"""What `config.json` keeps of the data, as "data": attributes of `ImageData`. Earlier versions kept nothing."""
+"""Attributes of `ImageData` that `config.json` keeps as "data". Earlier versions kept nothing."""
 
 _PACKAGES = (
     "lars-keras",

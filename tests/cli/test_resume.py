@@ -154,7 +154,7 @@ class RunTest(tf.test.TestCase):
         self.assertIn("after update 5:", out)
 
     def test_an_unfinished_run_is_scored_with_the_statistics_that_it_trains_with(self):
-        """Without those of the held-out images, although the test split is scored. They are the saved ones, if any."""
+        """Leave out those of the held-out images, although the test split is scored. Take the saved ones, if any."""
 
         def load(name, *, validation_split, **_):
             data = few_digits()

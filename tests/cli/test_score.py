@@ -105,7 +105,7 @@ class ScoreTest(parameterized.TestCase, tf.test.TestCase):
         self.assertIn("class 2 is missing there, and eel in the data", self.refused(name, f"--data_dir={more}"))
 
     def test_classes_in_the_order_of_the_run(self):
-        """By labels.txt."""
+        """Number the classes by labels.txt."""
         other = self.renamed()
         (other / "labels.txt").write_text("cat\nant\n")
         self.assertIn("class 1 is dog there, and ant in the data", self.refused("finished", f"--data_dir={other}"))
@@ -116,7 +116,7 @@ class ScoreTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters("finished", "unfinished")
     def test_other_data_of_the_same_classes(self, name):
-        """They are said to be other data. By their number the warm-up would be longer than the run."""
+        """Say that they are other data. By their number the warm-up would be longer than the run."""
         other = self.dir / f"other_{name}"
         write_images(other / "train", {"cat": 20, "dog": 20})
         write_images(other / "val", {"cat": 4, "dog": 3})

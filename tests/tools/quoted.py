@@ -295,8 +295,8 @@ def phrases() -> dict[str, list[str]]:
             f"eight times gave {fast_at_rate('momentum', 4096, 9.6)}",
             f"on seed 0 it reached {fast_seed('lars', 1024, 0)}, 14 reached {fast_at_rate('lars', 1024, 14.0)} "
             f"and 26 reached {fast_at_rate('lars', 1024, 26.0)}",
-            f"changed {fast_run('f1k-b', 'top1_views')} to {fast_run('g1k-s0', 'top1_views')} on seed 0, and twice the "
-            f"weight decay made it {fast_run('g1k-wd1e3-s0', 'top1_views')}. At 16,384, 40 epochs reach "
+            f"changed {fast_run('f1k-b', 'top1_views')} of six views to {fast_run('g1k-s0', 'top1_views')} on seed 0, "
+            f"and twice the weight decay made it {fast_run('g1k-wd1e3-s0', 'top1_views')}. At 16,384, 40 epochs reach "
             f"{fast_run('f16k-e40')}",
             f"At 1,024 it is {fast_gap(1024)} points behind at one rate, half the best at 4,096, with "
             f"{fast_top1('momentum', 1024)}",

@@ -260,7 +260,7 @@ class Uneven(keras.losses.Loss):
 
 
 class SecondCallTest(tf.test.TestCase):
-    """What the first data show is checked with other data, too."""
+    """Check with other data, too, what the first data show."""
 
     def test_without_targets(self):
         trainer = Trainer(make(), batch_size=8)
