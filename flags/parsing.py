@@ -105,11 +105,13 @@ def _refuse_meaningless(typed: flags.FlagValues, given: flags.FlagValues, values
                 )
     optimizer = values["optimizer"].value
     meant = typed if typed["optimizer"].present or typed["weight_decay"].present else given
-    if meant["exclude"].present and optimizer not in ("lars", "lamb") and values["weight_decay"].value == 0.0:
-        raise flags.IllegalFlagValueError(
-            f"--exclude needs --weight_decay above 0 with --optimizer={optimizer}, which adapts no layer. Received: "
-            "--weight_decay=0"
-        )
+    same_rate = optimizer == "adam" or values["bias_lr_scale"].value == 1.0
+    if meant["exclude"].present and optimizer not in ("lars", "lamb") and same_rate:
+        if values["weight_decay"].value == 0.0:
+            raise flags.IllegalFlagValueError(
+                f"--exclude needs --weight_decay above 0 with --optimizer={optimizer}, which adapts no layer. "
+                "Received: --weight_decay=0"
+            )
 
 
 def read(values: flags.FlagValues) -> RunConfig:

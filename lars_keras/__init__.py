@@ -8,6 +8,7 @@ from lars_keras import metrics, schedules
 from lars_keras.exclude import DEFAULT_EXCLUDE, VariableRole
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
+from lars_keras.sgd import SGD
 
-__all__ = ["DEFAULT_EXCLUDE", "LAMB", "LARS", "VariableRole", "metrics", "schedules"]
+__all__ = ["DEFAULT_EXCLUDE", "LAMB", "LARS", "SGD", "VariableRole", "metrics", "schedules"]
 __version__ = "0.1.0"

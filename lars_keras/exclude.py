@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -150,6 +150,13 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
                 raise ValueError(message)
             warnings.warn(f"{message}. It matched some when the optimizer was first built", stacklevel=3)
     return {"variables": layout, "patterns": matches}
+
+
+def plain(value: Any) -> Any:
+    """Return a copy of nested dictionaries and lists, without the trackers in which Keras and TensorFlow wrap them."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _path(variable: Any) -> str:

@@ -6,7 +6,7 @@ import contextvars
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,7 +15,15 @@ from keras import ops
 from lars_keras._keras_internals import WholeUpdateOptimizer, is_overwritten, variable_index
 from lars_keras.checks import as_number, check_number
 from lars_keras.compiled import CompiledUpdate, being_traced, distributed
-from lars_keras.exclude import DEFAULT_EXCLUDE, Matches, VariableRole, check_patterns, match_patterns, resolve_roles
+from lars_keras.exclude import (
+    DEFAULT_EXCLUDE,
+    Matches,
+    VariableRole,
+    check_patterns,
+    match_patterns,
+    plain,
+    resolve_roles,
+)
 from lars_keras.trust_ratio import Tensor, l2_norm
 
 MEASURES = ("weight_norm", "gradient_norm", "ratio", "rate")
@@ -291,7 +299,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config() | {name: getattr(self, name) for name in self._constants()}
         config |= {name: None if p is None else list(p) for name, p in self._patterns.items()}
-        return config if self._matches is None else config | {"matches": _plain(self._matches)}
+        return config if self._matches is None else config | {"matches": plain(self._matches)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "LayerwiseOptimizer":
@@ -301,13 +309,6 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         optimizer = super().from_config(config, custom_objects)
         optimizer._matches = matches
         return optimizer
-
-
-def _plain(value: Any) -> Any:
-    """Return a copy of nested dictionaries and lists, without the trackers in which Keras and TensorFlow wrap them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def raw_rate_warning(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> str | None:

@@ -11,12 +11,13 @@ from lars_keras.exclude import DEFAULT_EXCLUDE, check_patterns, match_patterns
 from lars_keras.lamb import LAMB
 from lars_keras.lars import LARS
 from lars_keras.schedules import WarmupCosine, WarmupExponential, WarmupPolynomial, WarmupStep
+from lars_keras.sgd import SGD
 
 _OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "lars": LARS,
     "lamb": LAMB,
-    "sgd": keras.optimizers.SGD,
-    "momentum": functools.partial(keras.optimizers.SGD, momentum=0.9),
+    "sgd": SGD,
+    "momentum": functools.partial(SGD, momentum=0.9),
     "adam": keras.optimizers.Adam,
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
@@ -35,6 +36,8 @@ OPTIMIZER_FLAGS: dict[str, dict[str, str]] = {
     "trust_clip": {"lars": "trust_clip", "lamb": "trust_clip"},
     # Not for LAMB: variables that it does not adapt take Adam's step, which needs no other rate.
     "excluded_lr_scale": {"lars": "excluded_lr_scale"},
+    # A flag of its own, so that a recipe of lars does not set it.
+    "bias_lr_scale": {"sgd": "excluded_lr_scale", "momentum": "excluded_lr_scale"},
 }
 # The same for schedules.
 SCHEDULE_FLAGS: dict[str, dict[str, str]] = {
@@ -104,12 +107,16 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"`optimizer` must be one of {OPTIMIZERS}. Received: optimizer={name!r}")
     make = _OPTIMIZERS[name]
-    if make in (LARS, LAMB):
+    if name in ("lars", "lamb"):
         optimizer = make(learning_rate, weight_decay=weight_decay, exclude=exclude, **arguments)
     else:  # Keras would multiply every weight by 1 for a decay of 0
-        optimizer = make(learning_rate, weight_decay=weight_decay or None, **arguments)
-        if weight_decay:
-            _exclude_from_weight_decay(optimizer, variables, exclude)
+        decays = {"weight_decay": weight_decay or None}
+        if name == "adam":
+            optimizer = make(learning_rate, **decays, **arguments)
+            if weight_decay:
+                _exclude_from_weight_decay(optimizer, variables, exclude)
+        else:
+            optimizer = make(learning_rate, exclude=exclude, **decays, **arguments)
     with warnings.catch_warnings():  # `running.plan` has this one, in terms of flags
         warnings.filterwarnings("ignore", "Variables that are not adapted")
         optimizer.build(variables)

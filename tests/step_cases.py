@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lars_keras import LARS
+from lars_keras import LARS, SGD
 from lars_keras.training import Trainer
 from models.batch_norm import batch_normalization
 from tests.reference import ReferenceLARS
@@ -16,7 +16,7 @@ BATCH, FEATURES, CLASSES, UPDATES = 64, 12, 5, 5
 
 OPTIMIZERS = {
     "lars": lambda **more: LARS(5.0, trust_coefficient=0.02, weight_decay=0.05, excluded_lr_scale=0.01, **more),
-    "momentum": lambda **more: keras.optimizers.SGD(0.1, momentum=0.9, **more),
+    "momentum": lambda **more: SGD(0.1, momentum=0.9, excluded_lr_scale=4.0, **more),
 }
 
 

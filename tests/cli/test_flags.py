@@ -34,6 +34,7 @@ VALUES = {
     "variant": "norm_of_sum",
     "trust_clip": True,
     "excluded_lr_scale": 0.5,
+    "bias_lr_scale": 64.0,
     "power": 1.0,
     "end_learning_rate": 0.25,
     "end_lr_scale": 0.5,

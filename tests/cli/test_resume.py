@@ -92,7 +92,7 @@ def make_earlier(run_dir):
     saved = checkpoints.latest()
     metadata = dict(saved.metadata)
     metadata["flags"] = by_earlier_names(metadata["flags"] | {"strategy": "one"}, renamed.FLAGS)
-    for new in ("beta_2", "adam_epsilon", "bias_correction"):
+    for new in ("beta_2", "adam_epsilon", "bias_correction", "bias_lr_scale"):
         metadata["flags"].pop(new)
     position = by_earlier_names(metadata["position"], renamed.POSITION)
     metadata["position"] = position | {"logs": by_earlier_names(position["logs"], renamed.METRICS)}

@@ -36,6 +36,7 @@ FILES = (
     "tests/optimizers/test_backends.py",
     "tests/optimizers/test_internals.py",
     "tests/optimizers/test_settings.py",
+    "tests/optimizers/test_sgd.py",
     "tests/test_blocks.py",
     "tests/cli/test_fast_recipe.py::ViewsTest::test_padded_batches_are_scored_once",
 )
