@@ -237,7 +237,7 @@ class RunConfig:
                 f"Received: --microbatch_size={self.microbatch_size} --batch_size={self.batch_size}"
             )
         if self.cache_dir and self.cache != "disk":
-            raise ValueError(f"--cache_dir goes with --cache=disk. Received: --cache={self.cache}")
+            raise ValueError(f"--cache_dir needs --cache=disk. Received: --cache={self.cache}")
         if self.steps is None and self.epochs == 0:
             raise ValueError("--epochs must be above 0. Received: --epochs=0")
         if self.eval_only and not self.run_dir:
@@ -245,21 +245,20 @@ class RunConfig:
         if self.eval_only and self.dry_run:
             raise ValueError("--dry_run rehearses a training, and --eval_only has none. Received: both")
         if self.optimizer == "lars" and self.nesterov and self.variant == "ratio_on_momentum":
-            raise ValueError("--variant=ratio_on_momentum does not go with Nesterov momentum. Received: --nesterov")
+            raise ValueError("--variant=ratio_on_momentum does not support Nesterov momentum. Received: --nesterov")
         if self.replicas and self.strategy not in ("auto", "mirrored"):
             raise ValueError(
-                f"--replicas goes with --strategy=mirrored. Received: --replicas={self.replicas} "
-                f"--strategy={self.strategy}"
+                f"--replicas needs --strategy=mirrored. Received: --replicas={self.replicas} --strategy={self.strategy}"
             )
         if self.replicas and self.tpu:
             raise ValueError(
-                f"--replicas does not go with --tpu. Received: --replicas={self.replicas} --tpu={self.tpu}"
+                f"--replicas cannot be combined with --tpu. Received: --replicas={self.replicas} --tpu={self.tpu}"
             )
         if self.tpu and self.strategy not in ("auto", "tpu"):
-            raise ValueError(f"--tpu goes with --strategy=tpu. Received: --tpu={self.tpu} --strategy={self.strategy}")
+            raise ValueError(f"--tpu needs --strategy=tpu. Received: --tpu={self.tpu} --strategy={self.strategy}")
         if self.ema_overwrite_every and self.ema_momentum is None:
             raise ValueError(
-                "--ema_overwrite_every goes with --ema_momentum. "
+                "--ema_overwrite_every needs --ema_momentum. "
                 f"Received: --ema_overwrite_every={self.ema_overwrite_every}"
             )
         if self.noise_scale_every == 1:

@@ -100,7 +100,7 @@ def _refuse_meaningless(typed: flags.FlagValues, given: flags.FlagValues, values
         for name, owners in table.items():
             if meant[name].present and chosen not in owners:
                 raise flags.IllegalFlagValueError(
-                    f"--{name} goes with --{owner}={' or '.join(owners)}. Received: --{name}={meant[name].value} "
+                    f"--{name} needs --{owner}={' or '.join(owners)}. Received: --{name}={meant[name].value} "
                     f"--{owner}={chosen}"
                 )
     optimizer = values["optimizer"].value

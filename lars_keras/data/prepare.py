@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.manual_dir and options.dataset != "imagenet2012":
             raise ValueError(f"`manual_dir` is for imagenet2012. Received: manual_dir={options.manual_dir}")
         if options.out_dir and not options.resize:
-            raise ValueError(f"`out_dir` goes with `resize`. Received: out_dir={options.out_dir}, no `resize`")
+            raise ValueError(f"`out_dir` needs `resize`. Received: out_dir={options.out_dir}, no `resize`")
         if options.file_format and options.dataset == "folder":
             raise ValueError(f"`file_format` is not for a folder. Received: file_format={options.file_format}")
         if options.resize:

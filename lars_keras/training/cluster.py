@@ -78,7 +78,7 @@ def make_cluster(
         raise ValueError(f"`strategy` must be one of {', '.join(STRATEGIES)}. Received: strategy={strategy!r}")
     if strategy == "auto" and replicas and len(tf_config.workers()) > 1:
         raise ValueError(
-            'TF_CONFIG lists several workers, and `replicas` goes with `strategy="mirrored"` only. '
+            'TF_CONFIG lists several workers, and `replicas` needs `strategy="mirrored"`. '
             f"Received: replicas={replicas}"
         )
     if backend == "jax":

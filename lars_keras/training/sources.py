@@ -182,7 +182,7 @@ def _refuse_targets(x: Any, **given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` goes with arrays{', a PyDataset or tf.data' * (name == 'class_weight')}. Other data hold "
+                f"`{name}` needs arrays{', a PyDataset or tf.data' * (name == 'class_weight')}. Other data hold "
                 f"weights in their batches, `(x, y, sample_weight)`. Received: `{name}` and x of type "
                 f"{type(x).__name__}"
             )

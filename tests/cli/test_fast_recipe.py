@@ -133,7 +133,7 @@ class RateTest(tf.test.TestCase, parameterized.TestCase):
         model = make_model(config, data)
         compile_model(model, config, data)
         self.assertEqual((model.optimizer.ema_momentum, model.optimizer.ema_overwrite_frequency), (0.5, 3))
-        with self.assertRaisesRegex(ValueError, "goes with --ema_momentum. Received: --ema_overwrite_every=3"):
+        with self.assertRaisesRegex(ValueError, "needs --ema_momentum. Received: --ema_overwrite_every=3"):
             flags.RunConfig(ema_overwrite_every=3)
 
     def test_two_last_rates(self):

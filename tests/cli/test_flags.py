@@ -88,7 +88,7 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
                     code, _, _, err = parse_only(*chosen, as_flag(name, value))
                     self.assertEqual(code, 2)
                     self.assertIn(f"--{name}={value} --{kind}={owner}", err)
-                    self.assertIn(f"--{name} goes with --{kind}={' or '.join(owners)}", err)
+                    self.assertIn(f"--{name} needs --{kind}={' or '.join(owners)}", err)
 
     def test_the_table_is_complete(self):
         """An argument of an optimizer that a flag sets for another optimizer is set, or not there."""
@@ -125,11 +125,11 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(code, 2)
             self.assertIn("Received: --momentum=0.7 --optimizer=sgd", err)
             code, _, _, err = parse_only(*flagfile, "--schedule=step", "--power=1")
-            self.assertIn("--power goes with", err)
+            self.assertIn("--power needs", err)
         path.write_text("--momentum=0.8\n--optimizer=sgd\n")
         code, _, _, err = parse_only(f"--flagfile={path}", "--seed=1")
         self.assertEqual(code, 2)
-        self.assertIn("--momentum goes with", err)
+        self.assertIn("--momentum needs", err)
 
     def test_epochs_beside_steps_of_a_flagfile(self):
         path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "f.flags")
@@ -157,8 +157,8 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         (["--no_such_flag=1"], "no_such_flag"),
         (["--batch_size=0"], "batch_size"),
         (["--batch_size=64", "--microbatch_size=24"], "--microbatch_size must divide --batch_size"),
-        (["--batch_size=63", "--strategy=single", "--replicas=2"], "--replicas goes with"),
-        (["--batch_size=64", "--tpu=name", "--replicas=2"], "--replicas does not go with --tpu"),
+        (["--batch_size=63", "--strategy=single", "--replicas=2"], "--replicas needs"),
+        (["--batch_size=64", "--tpu=name", "--replicas=2"], "--replicas cannot be combined with --tpu"),
         (["--optimizer=rmsprop"], "optimizer"),
         (["--learning_rate=-1"], "learning_rate"),
         (["--epochs=0"], "--epochs must be above 0"),
@@ -169,7 +169,7 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         (["--warmup=soon"], "--warmup"),
         (["--momentum=1"], "--momentum must be below 1"),
         (["--optimizer=adam", "--beta_2=1"], "--beta_2 must be below 1"),
-        (["--tpu=name", "--strategy=single"], "--tpu goes with"),
+        (["--tpu=name", "--strategy=single"], "--tpu needs"),
         (["--strategy=one"], "single"),
         (["--eval_only"], "--run_dir"),
         (["--nodry_run=3"], "--nodry_run=3 does not take an argument"),

@@ -381,7 +381,7 @@ class EarlierVersionTest(tf.test.TestCase):
         self.assertIn("--warmup=100 steps", flags_of_run(str(folder)))
         code, _, err = run(f"--run_dir={folder}", "--nesterov")  # what the user gives is refused as ever
         self.assertEqual(code, 2)
-        self.assertIn("--nesterov goes with --optimizer=lars or momentum", err)
+        self.assertIn("--nesterov needs --optimizer=lars or momentum", err)
 
 
 if __name__ == "__main__":

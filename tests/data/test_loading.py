@@ -69,7 +69,7 @@ class ErrorTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertEqual(main([other, f"--data_dir={root}", "--manual_dir=tars", "--resize=crop24"]), 2)
         self.assertEqual(errors.getvalue().count("`manual_dir` is for imagenet2012. Received: manual_dir=tars"), 2)
         for message, *arguments in (
-            ("`out_dir` goes with `resize`. Received: out_dir=there, no `resize`", "digits", "--out_dir=there"),
+            ("`out_dir` needs `resize`. Received: out_dir=there, no `resize`", "digits", "--out_dir=there"),
             ("`file_format` is not for a folder.", "folder", "--file_format=tfrecord", "--resize=crop24"),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as errors:

@@ -309,7 +309,7 @@ class CommandTest(parameterized.TestCase):
         (["--recipes=flags/recipes/digits_lenet.flags", "--batch_sizes=1500"], "--microbatch_size must divide"),
         (
             ["--recipes=flags/recipes/demo.flags,flags/recipes/digits_lenet.flags", "--optimizer=lars"],
-            "--optimizer goes with one recipe",
+            "--optimizer needs a single recipe",
         ),
         (["--recipes=flags/recipes/alexnet_bn_4k.flags,flags/recipes/alexnet_bn_32k.flags"], "--batch_sizes is needed"),
         (

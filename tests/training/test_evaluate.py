@@ -95,7 +95,7 @@ class ReadOnceTest(parameterized.TestCase, tf.test.TestCase):
     def test_a_generator_again_with_class_weight(self):
         endless, trainer = (batch for _ in range(9) for batch in batches()), Trainer(make(), batch_size=8)
         trainer.fit(endless, steps_per_epoch=2, verbose=0)
-        with self.assertRaisesRegex(ValueError, "`class_weight` goes with arrays"):
+        with self.assertRaisesRegex(ValueError, "`class_weight` needs arrays"):
             trainer.fit(endless, steps_per_epoch=2, class_weight={0: 1.0}, verbose=0)
 
 

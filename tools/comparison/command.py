@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def candidates_of(own: absl_flags.FlagValues) -> list[Candidate]:
         raise UsageError(f"--recipes need file names that differ. Received: {','.join(own.recipes)}")
     if len(configs) > 1:
         if not own["optimizer"].using_default_value:
-            raise UsageError("--optimizer goes with one recipe; several are compared as they are.")
+            raise UsageError("--optimizer needs a single recipe; several are compared as they are.")
         if not own.batch_sizes and len({c.batch_size for c in configs.values()}) > 1:
             raise UsageError("--batch_sizes is needed, because the recipes have several. Received: none")
         return [Candidate(name, c, c.learning_rate, c.batch_size, own.scaling) for name, c in configs.items()]
@@ -176,38 +176,18 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
     Raises:
         UsageError: if a flag or file is refused.
     """
-    for name in ("epochs", "factor", "validation_split"):
-        number: float | None = own[name].value
-        if number is not None and not math.isfinite(number):
-            raise UsageError(f"--{name} must be finite. Received: --{name}={number}")
+    _check(own)
     out = local_path(own.out, "out")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out={out} is not a folder.")
     candidates = candidates_of(own)
-    config = candidates[0].config
-    batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [config.batch_size]
+    batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [candidates[0].config.batch_size]
     seeds = _whole_numbers(own, "seeds", 0)
-    if own.factor < 1.01:  # rates are rounded to four digits
-        raise UsageError(f"--factor must be a number of at least 1.01. Received: --factor={own.factor:g}")
-    if own.tuning_runs and not own.validation_split:
-        raise UsageError("--validation_split must be above 0 if --tuning_runs is. Received: --validation_split=0")
     for candidate in candidates:  # so a bad flag is reported at once
         for batch_size in batch_sizes:
             candidate.sized(batch_size)
     accelerator = _hide_accelerators()
-    data = {  # loaded here once, so that the processes of the runs do not prepare it at the same time
-        (c.config.dataset, c.config.data_dir): datasets.load(
-            c.config.dataset,
-            data_dir=c.config.data_dir,
-            resized=c.config.resized,
-            cache="disk" if c.config.cache == "disk" else "none",
-            cache_dir=c.config.cache_dir,
-        )
-        for c in candidates
-    }
-    for i, c in enumerate(candidates):
-        found = data[c.config.dataset, c.config.data_dir]
-        candidates[i] = dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train)
+    candidates = _with_data(candidates)
     cells = grid(candidates, batch_sizes, own.tuning_runs, own.factor, seeds)
     for cell in cells:  # a flag may be bad for this number of images
         for stage in ("short", "seed"):
@@ -219,10 +199,60 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
         held.enter_context(lock_folder(out, "out"))
     except OSError as e:
         raise UsageError(f"--out={out} cannot be written: {e.strerror}") from e
+    about = _about(own, argv, candidates, batch_sizes, seeds)
+    store = ResultsStore(out, about, cells)
+    workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())  # JAX takes all cores
+    left = store.left + sum(len(trial.jobs(store.outcomes)) for trial in trials)
+    plan = (
+        *_plan(candidates, about["settings"]),
+        f"runs        {len(store.outcomes)} finished, {left} left, {workers} at a time",
+        f"results     {out}/compare.html",
+    )
+    mode = own.jit_compile if own.jit_compile in ("on", "off") else None
+    return Comparison(cells, trials, mode, store, out, workers, plan)
+
+
+def _check(own: absl_flags.FlagValues) -> None:
+    for name in ("epochs", "factor", "validation_split"):
+        number: float | None = own[name].value
+        if number is not None and not math.isfinite(number):
+            raise UsageError(f"--{name} must be finite. Received: --{name}={number}")
+    if own.factor < 1.01:  # rates are rounded to four digits
+        raise UsageError(f"--factor must be a number of at least 1.01. Received: --factor={own.factor:g}")
+    if own.tuning_runs and not own.validation_split:
+        raise UsageError("--validation_split must be above 0 if --tuning_runs is. Received: --validation_split=0")
+
+
+def _with_data(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates with the sizes of their data, which are prepared before several processes read them."""
+    data: dict[tuple[str, str | None], datasets.ImageData] = {}
+    for config in (c.config for c in candidates):
+        data[config.dataset, config.data_dir] = datasets.load(
+            config.dataset,
+            data_dir=config.data_dir,
+            resized=config.resized,
+            cache="disk" if config.cache == "disk" else "none",
+            cache_dir=config.cache_dir,
+        )
+    own = [data[c.config.dataset, c.config.data_dir] for c in candidates]
+    return [
+        dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train)
+        for c, found in zip(candidates, own, strict=True)
+    ]
+
+
+def _about(
+    own: absl_flags.FlagValues,
+    argv: Sequence[str],
+    candidates: Sequence[Candidate],
+    batch_sizes: Sequence[int],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """Return what the results say of the comparison: title, command, machine, versions and settings."""
     names = ", ".join(c.name for c in candidates)
-    networks = " and ".join(dict.fromkeys(c.config.model for c in candidates))
-    about: dict[str, Any] = {
-        "title": f"{networks} on {' and '.join(dict.fromkeys(c.config.dataset for c in candidates))}: {names}",
+    networks = _joined(c.config.model for c in candidates)
+    return {
+        "title": f"{networks} on {_joined(c.config.dataset for c in candidates)}: {names}",
         "command": command_of(argv),
         "machine": f"{platform.machine()}, {cores()} cores",
         "commit": _commit(),
@@ -241,21 +271,26 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
             "jit_compile": None if own.jit_compile == "recipe" else own.jit_compile,
         },
     }
-    store = ResultsStore(out, about, cells)
-    left = store.left + sum(len(trial.jobs(store.outcomes)) for trial in trials)
-    workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())  # JAX takes all cores
+
+
+def _plan(candidates: Sequence[Candidate], settings: dict[str, Any]) -> tuple[str, ...]:
+    """Return lines that say what is compared."""
+    names = ", ".join(c.name for c in candidates)
+    networks = _joined(c.config.model for c in candidates)
     epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in candidates))
-    images = " and ".join(f"{found.num_train:,}" for found in data.values())
-    rates = page.search_rule(about["settings"]) if own.tuning_runs else "the recipe's"
-    plan = (
+    data = {(c.config.dataset, c.config.data_dir): c.num_train for c in candidates}
+    images = " and ".join(f"{num_train:,}" for num_train in data.values())
+    batch_sizes, seeds = (", ".join(map(str, settings[name])) for name in ("batch_sizes", "seeds"))
+    rates = page.search_rule(settings) if settings["tuning_runs"] else "the recipe's"
+    return (
         f"compared    {names}: {networks}, {epochs} epochs of {images} images",
-        f"batches     {', '.join(map(str, batch_sizes))}; seeds {', '.join(map(str, seeds))}",
+        f"batches     {batch_sizes}; seeds {seeds}",
         f"rates       {rates}",
-        f"runs        {len(store.outcomes)} finished, {left} left, {workers} at a time",
-        f"results     {out}/compare.html",
     )
-    mode = own.jit_compile if own.jit_compile in ("on", "off") else None
-    return Comparison(cells, trials, mode, store, out, workers, plan)
+
+
+def _joined(names: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(names))
 
 
 def _hide_accelerators() -> bool:

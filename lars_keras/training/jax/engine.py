@@ -78,7 +78,7 @@ class JaxEngine:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
         if options.trust_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
-                "On JAX `trust_ratios` does not go with dynamic loss scaling, which the dtype policy mixed_float16 "
+                "On JAX `trust_ratios` does not support dynamic loss scaling, which the dtype policy mixed_float16 "
                 "brings. Received: an optimizer of type LossScaleOptimizer"
             )
 

@@ -35,6 +35,10 @@ from lars_keras.training.state import inner_optimizer, sum_dtype
 Tensor = Any
 State: TypeAlias = dict[str, list[Any]]
 """The values of all variables, by group; see `JaxStep.variables`."""
+Sums: TypeAlias = dict[str, Any]
+"""The sums over ghost batches: `gradients` and moving `statistics`, lists in the order of their variables; `loss`;
+`squares` of the gradients of ghost batches, to measure noise; `valid`, their entries, if they are masked. Beside them
+`metrics`, the newest variables of the metrics."""
 
 _REPLICATED = PartitionSpec()
 _NOTHING = np.zeros(len(MEASURES), "float32")
@@ -163,11 +167,11 @@ class JaxStep:
             metrics: list[Tensor],
             scale: Tensor,
             data: Any,
-        ) -> tuple[list[Tensor], Any, list[Tensor]]:
+        ) -> tuple[Sums, list[Tensor]]:
             weights = self._weights.gather(shards)
             index = self._ghost_number()
-            sums, metrics, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
-            return *self._weights.reduce(sums[0], (*sums[1], metrics)), rng_state
+            sums, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
+            return self._reduced(sums), rng_state
 
         arguments = (
             *(state[group] for group in ("trainable", "batch_stats", "rng_state")),
@@ -176,37 +180,41 @@ class JaxStep:
             data,
         )
         specs = (self._weights.specs, *[_REPLICATED] * 4, self._batch_spec)
-        on_devices = self._on_devices(on_device, specs, (self._weights.specs, _REPLICATED, _REPLICATED))
-        gradients, others, rng_state = on_devices(*arguments)
-        return self._applied(state, gradients, others, rng_state)
+        on_devices = self._on_devices(on_device, specs, (self._reduced_specs(), _REPLICATED))
+        return self._applied(state, *on_devices(*arguments))
 
-    def _begin(self, state: State) -> tuple[list[Tensor], Tensor, Any]:
+    def _begin(self, state: State) -> tuple[list[Tensor], Tensor, Sums]:
         """Return the full weights, the scale of the loss, and zero sums, for an update of several micro-batches.
 
         If no weight is sharded, return no weights: the state has them, and a copy would take as much memory again.
         """
         weights = self._weights.round(state["trainable"]) if self._weights.sharded else []
-        gradients, batch_stats = (
+        gradients, statistics = (
             [jnp.zeros((self.devices, *v.shape), sum_dtype(v.dtype)) for v in variables]
             for variables in (self.forward.trainable, self.forward.averaged)
         )
-        gradients = [jnp.full_like(g, -jnp.inf) if o else g for g, o in self._and_overwritten(gradients)]
-        metrics = [jnp.repeat(v[None], self.devices, 0) for v in self._first_metrics(state["metrics"])]
-        squares = jnp.zeros((self.devices, len(self.forward.trainable) * self._measure_noise), "float32")
-        valid = jnp.zeros((self.devices, 1 * self._masked), "float32")
-        others = (batch_stats, jnp.zeros(self.devices, self.forward.loss_dtype), squares, valid, metrics)
-        return weights, self._loss_scale(state), (gradients, others)
+        sums: Sums = {
+            "gradients": [jnp.full_like(g, -jnp.inf) if o else g for g, o in self._and_overwritten(gradients)],
+            "statistics": statistics,
+            "loss": jnp.zeros(self.devices, self.forward.loss_dtype),
+            "metrics": [jnp.repeat(v[None], self.devices, 0) for v in self._first_metrics(state["metrics"])],
+        }
+        if self._measure_noise:
+            sums["squares"] = jnp.zeros((self.devices, len(gradients)), "float32")
+        if self._masked:
+            sums["valid"] = jnp.zeros(self.devices, "float32")
+        return weights, self._loss_scale(state), sums
 
     def _accumulate(
         self,
-        sums: Any,
+        sums: Sums,
         weights: list[Tensor],
         batch_stats: list[Tensor],
         rng_state: list[Tensor],
         scale: Tensor,
         data: Any,
         i: Tensor,
-    ) -> tuple[Any, list[Tensor], Tensor]:
+    ) -> tuple[Sums, list[Tensor], Tensor]:
         """Add micro-batch `i` to each device's sums, without traffic between devices.
 
         Returns:
@@ -214,45 +222,39 @@ class JaxStep:
             is ready when the devices are done.
         """
 
-        def on_device(sums: Any, weights: list[Tensor], *arguments: Any) -> tuple[Any, list[Tensor]]:
+        def on_device(sums: Sums, weights: list[Tensor], *arguments: Any) -> tuple[Sums, list[Tensor]]:
             batch_stats, rng_state, scale, data, i = arguments
             weights = [w.astype(v.dtype) for w, v in zip(weights, self.forward.trainable, strict=True)]
             index = i * self.devices + self._ghost_number()
-            gradients, (*others, metrics) = jax.tree.map(lambda total: total[0], sums)
-            own, metrics, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
-            others = jax.tree.map(jnp.add, tuple(others), own[1])
-            pairs = zip(self._and_overwritten(gradients), own[0], strict=True)
-            gradients = [jnp.maximum(g, new) if o else g + new for (g, o), new in pairs]
-            return jax.tree.map(lambda total: total[None], (gradients, (*others, metrics))), rng_state
+            sums = jax.tree.map(lambda total: total[0], sums)
+            new, rng_state = self._ghost_sums(weights, batch_stats, rng_state, sums["metrics"], data, index, scale)
+            return jax.tree.map(lambda total: total[None], self._added(sums, new)), rng_state
 
         specs = (self._batch_spec, *[_REPLICATED] * 4, self._batch_spec, _REPLICATED)
         on_devices = self._on_devices(on_device, specs, (self._batch_spec, _REPLICATED))
         return *on_devices(sums, weights, batch_stats, rng_state, scale, data, i), i + 1
 
-    def _finish(self, state: State, sums: Any, rng_state: list[Tensor]) -> tuple[State, dict[str, Tensor]]:
+    def _finish(self, state: State, sums: Sums, rng_state: list[Tensor]) -> tuple[State, dict[str, Tensor]]:
         """Reduce the sums after the last micro-batch, and apply the update."""
 
-        def on_device(sums: Any) -> tuple[list[Tensor], Any]:
-            return self._weights.reduce(*jax.tree.map(lambda total: total[0], sums))
+        def on_device(sums: Sums) -> Sums:
+            return self._reduced(jax.tree.map(lambda total: total[0], sums))
 
-        on_devices = self._on_devices(on_device, (self._batch_spec,), (self._weights.specs, _REPLICATED))
-        gradients, others = on_devices(sums)
-        return self._applied(state, gradients, others, rng_state)
+        on_devices = self._on_devices(on_device, (self._batch_spec,), self._reduced_specs())
+        return self._applied(state, on_devices(sums), rng_state)
 
     def _on_devices(self, function: Any, in_specs: tuple[Any, ...], out_specs: Any) -> Any:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _applied(
-        self, state: State, gradients: list[Tensor], others: Any, rng_state: list[Tensor]
-    ) -> tuple[State, dict[str, Tensor]]:
+    def _applied(self, state: State, sums: Sums, rng_state: list[Tensor]) -> tuple[State, dict[str, Tensor]]:
         """Apply Keras's own update to gradients that are reduced over the devices, and sharded like the weights.
 
         The compiler shards the update like its arguments.
         """
-        batch_stats, loss, squares, valid, metrics = others
+        gradients, loss, metrics = sums["gradients"], sums["loss"], sums["metrics"]
         if self._masked:
-            ghosts = self.devices * self.accumulation_steps
-            mean = jnp.where(valid[0] > 0, ghosts / jnp.where(valid[0] > 0, valid[0], 1.0), 0.0)
+            ghosts, valid = self.devices * self.accumulation_steps, sums["valid"]
+            mean = jnp.where(valid > 0, ghosts / jnp.where(valid > 0, valid, 1.0), 0.0)
             gradients, loss = self._weighted(gradients, mean), loss * mean.astype(loss.dtype)
         own = [g.astype(v.dtype) for g, v in zip(gradients, self.forward.trainable, strict=True)]
         own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
@@ -263,7 +265,7 @@ class JaxStep:
         iterations = inner_optimizer(self.optimizer).iterations
         i = next(i for i, v in enumerate(self.variables["optimizer"]) if v is iterations)
         taken = optimizer[i] > state["optimizer"][i]
-        triples = zip(self.forward.averaged, batch_stats, self.forward.assigned, strict=True)
+        triples = zip(self.forward.averaged, sums["statistics"], self.forward.assigned, strict=True)
         moved = {id(v): mean.astype(v.dtype) for v, mean, assigned in triples if assigned}
         new = {
             "trainable": trainable,
@@ -279,7 +281,7 @@ class JaxStep:
             norms = jnp.sqrt(self._gradient_squares(gradients)) / scale
             rows += [jnp.where(taken, norms, 0.0), jnp.sqrt(_squares(trainable))]
         if self._measure_noise:  # each is of a gradient divided by the number of ghost batches
-            rows += [jnp.where(taken, jnp.sqrt(self.devices * self.accumulation_steps * squares) / scale, 0.0)]
+            rows += [jnp.where(taken, jnp.sqrt(self.devices * self.accumulation_steps * sums["squares"]) / scale, 0.0)]
         if self._measure_ratios:
             found = iter(measures)
             left = map(operator.or_, self._overwritten, self.forward.unreached)
@@ -307,8 +309,8 @@ class JaxStep:
         data: Any,
         index: Tensor,
         scale: Tensor,
-    ) -> tuple[Any, list[Tensor], list[Tensor]]:
-        """Return a ghost batch's part of `(gradients, (batch_stats, loss, squares, valid))`, metrics, rng_state."""
+    ) -> tuple[Sums, list[Tensor]]:
+        """Return the terms that a ghost batch adds to the sums, with its new `metrics`; and the new `rng_state`."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         ghosts = self.devices * self.accumulation_steps
 
@@ -324,12 +326,32 @@ class JaxStep:
         gradients = [g.astype(sum_dtype(g.dtype.name)) for g in gradients]
         new_batch_stats = [a.astype(sum_dtype(a.dtype.name)) / ghosts for a in new_batch_stats]
         new_metrics = self._with_compiled_metrics(new_metrics, x, y, y_pred, sample_weight)
-        squares = self._gradient_squares(gradients) if self._measure_noise else jnp.zeros(0, "float32")
         loss = loss.astype(self.forward.loss_dtype)
+        sums: Sums = {"gradients": gradients, "statistics": new_batch_stats, "loss": loss, "metrics": new_metrics}
+        if self._measure_noise:
+            sums["squares"] = self._gradient_squares(gradients)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
-            gradients, loss = self._weighted(gradients, valid), loss * valid.astype(loss.dtype)
-        valid = valid[None] if self._masked else jnp.zeros(0, "float32")
-        return (gradients, (new_batch_stats, loss, squares, valid)), new_metrics, new_rng_state
+            weighted = {"gradients": self._weighted(gradients, valid), "loss": loss * valid.astype(loss.dtype)}
+            sums |= {**weighted, "valid": valid}
+        return sums, new_rng_state
+
+    def _added(self, sums: Sums, new: Sums) -> Sums:
+        """Return the sums with the terms of one more ghost batch, which has counted in the metrics itself."""
+        pairs = zip(self._and_overwritten(sums["gradients"]), new["gradients"], strict=True)
+        gradients = [jnp.maximum(g, own) if o else g + own for (g, o), own in pairs]
+        others = [name for name in new if name not in ("gradients", "metrics")]
+        added = {name: jax.tree.map(jnp.add, sums[name], new[name]) for name in others}
+        return {"gradients": gradients, **added, "metrics": new["metrics"]}
+
+    def _reduced(self, sums: Sums) -> Sums:
+        """Sum over the devices; see `WeightSharding.reduce`."""
+        others = {name: value for name, value in sums.items() if name != "gradients"}
+        gradients, others = self._weights.reduce(sums["gradients"], others)
+        return {"gradients": gradients, **others}
+
+    def _reduced_specs(self) -> dict[str, Any]:
+        names = ["statistics", "loss", "metrics"] + ["squares"] * self._measure_noise + ["valid"] * self._masked
+        return {"gradients": self._weights.specs, **dict.fromkeys(names, _REPLICATED)}
 
     def _and_overwritten(self, gradients: list[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         return zip(gradients, self._overwritten, strict=True)

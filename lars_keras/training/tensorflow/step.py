@@ -6,6 +6,7 @@ statistics and the loss, and each replica applies the same update to its own cop
 """
 
 import math
+import operator
 from typing import Any, TypeAlias
 
 import keras
@@ -19,9 +20,10 @@ from lars_keras.training.state import inner_optimizer, sum_dtype
 from lars_keras.training.tensorflow.update import apply_update
 
 Tensor = Any
-Sums: TypeAlias = tuple[list[Tensor], list[Tensor]]
-"""The sums over micro-batches of gradients, moving statistics, loss, measures, and valid entries; and the state
-of the random numbers."""
+Sums: TypeAlias = dict[str, Any]
+"""The sums over micro-batches: `gradients` and moving `statistics`, lists in the order of their variables; `loss`;
+`squares` of the gradients of ghost batches, to measure noise; `valid`, their entries, if they are masked. Beside them
+`rng_state`, the newest state of the random numbers."""
 
 
 class TensorFlowStep:
@@ -55,23 +57,31 @@ class TensorFlowStep:
 
     def zero_sums(self) -> Sums:
         """Return the sums before the first micro-batch of an update."""
-        variables = self.forward.trainable + self.forward.averaged
-        shapes = [v.shape for v in variables] + [()]
-        shapes += [(len(self.forward.trainable),)] * self._measure_noise + [()] * self._masked
-        dtypes = [*(sum_dtype(v.dtype) for v in variables), self.forward.loss_dtype]
-        dtypes += ["float32"] * (len(shapes) - len(dtypes))
-        sums = [tf.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        for i, overwritten in enumerate(self.forward.overwritten):
-            if overwritten:
-                sums[i] = tf.fill(shapes[i], tf.constant(-math.inf, dtypes[i]))
-        return sums, [tf.convert_to_tensor(v) for v in self.forward.rng_state]
+        gradients, statistics = (
+            [tf.zeros(v.shape, sum_dtype(v.dtype)) for v in variables]
+            for variables in (self.forward.trainable, self.forward.averaged)
+        )
+        pairs = zip(gradients, self.forward.overwritten, strict=True)
+        sums: Sums = {
+            "gradients": [tf.fill(g.shape, tf.constant(-math.inf, g.dtype)) if o else g for g, o in pairs],
+            "statistics": statistics,
+            "loss": tf.zeros((), self.forward.loss_dtype),
+            "rng_state": [tf.convert_to_tensor(v) for v in self.forward.rng_state],
+        }
+        if self._measure_noise:
+            sums["squares"] = tf.zeros(len(gradients))
+        if self._masked:
+            sums["valid"] = tf.zeros(())
+        return sums
 
     def accumulate(self, sums: Sums, data: Any, i: Tensor) -> Sums:
         """Add this replica's ghost batch of micro-batch `i` to its sums."""
-        values, rng_state = self.ghost_sums(data, i)
-        overwritten = self.forward.overwritten + [False] * (len(values) - len(self.forward.overwritten))
-        triples = zip(sums[0], values, overwritten, strict=True)
-        return [tf.maximum(total, value) if o else total + value for total, value, o in triples], rng_state
+        new = self.ghost_sums(data, i)
+        triples = zip(sums["gradients"], new["gradients"], self.forward.overwritten, strict=True)
+        gradients = [tf.maximum(total, value) if o else total + value for total, value, o in triples]
+        others = [name for name in new if name not in ("gradients", "rng_state")]
+        added = {name: tf.nest.map_structure(operator.add, sums[name], new[name]) for name in others}
+        return {"gradients": gradients, **added, "rng_state": new["rng_state"]}
 
     def ghost_sums(self, data: Any, i: Tensor) -> Sums:
         """Return the terms that this replica's ghost batch of micro-batch `i` adds to the sums."""
@@ -90,11 +100,14 @@ class TensorFlowStep:
         for variable, value in zip(self.forward.metrics, metrics, strict=True):
             variable.assign(value)
         self.model.compute_metrics(x, y, y_pred, sample_weight)
-        squares = [self._gradient_squares(gradients)] * self._measure_noise
         loss = tf.cast(loss, self.forward.loss_dtype)
+        sums: Sums = {"gradients": gradients, "statistics": batch_stats, "loss": loss, "rng_state": rng_state}
+        if self._measure_noise:
+            sums["squares"] = self._gradient_squares(gradients)
         if self._masked:  # by their weight only here: the scaled loss may be in float16
-            gradients, loss = self._weighted(gradients, valid), loss * tf.cast(valid, loss.dtype)
-        return [*gradients, *batch_stats, loss, *squares, *[valid] * self._masked], rng_state
+            weighted = {"gradients": self._weighted(gradients, valid), "loss": loss * tf.cast(valid, loss.dtype)}
+            sums |= {**weighted, "valid": valid}
+        return sums
 
     def state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the values of trainable variables, batch statistics and random numbers, as `gradient` takes them."""
@@ -139,44 +152,44 @@ class TensorFlowStep:
             `(measures, variables)`.
         """
         # Out of a loop the sums come without a device, which the reduction asks for.
-        values, rng_state = [tf.identity(s) for s in sums[0]], sums[1]
-        values = self._all_reduced(values)
+        sums = tf.nest.map_structure(tf.identity, sums)
+        rng_state = sums.pop("rng_state")
+        sums = self._all_reduced(sums)
         trainable, averaged = self.forward.trainable, self.forward.averaged
-        valid = values.pop() if self._masked else None
-        squares = values.pop() if self._measure_noise else None
-        gradients, statistics, loss = values[: len(trainable)], values[len(trainable) : -1], values[-1]
-        if valid is not None:
-            mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), valid)
+        gradients, loss = sums["gradients"], sums["loss"]
+        if self._masked:
+            mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), sums["valid"])
             gradients, loss = self._weighted(gradients, mean), loss * tf.cast(mean, loss.dtype)
         own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
         own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         with tf.control_dependencies([loss]):  # or, where the data have ended, weights would decay all the same
             taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)
-            for variable, value, assigned in zip(averaged, statistics, self.forward.assigned, strict=True):
+            for variable, value, assigned in zip(averaged, sums["statistics"], self.forward.assigned, strict=True):
                 if assigned:
                     variable.assign(tf.cast(value, variable.dtype))
             for variable, value in zip(self.forward.rng_state, rng_state, strict=True):
                 variable.assign(value)
             taken = tf.identity(taken)
-        norms = self._norms(gradients, squares, taken, tf.cast(scale, tf.float32))
+        norms = self._norms(gradients, sums.get("squares"), taken, tf.cast(scale, tf.float32))
         return loss, taken, tf.concat([norms, tf.transpose(tf.stack(ratios))], 0) if ratios else norms
 
-    def _all_reduced(self, values: list[Tensor]) -> list[Tensor]:
-        """Sum values over the replicas; for variables that are overwritten, take the largest.
+    def _all_reduced(self, sums: Sums) -> Sums:
+        """Sum over the replicas; for variables that are overwritten, take the largest.
 
         `tf.distribute` has no maximum, so each replica sends its value in a row of its own, in the same reduction.
         """
         context = tf.distribute.get_replica_context()
-        places = [i for i, overwritten in enumerate(self.forward.overwritten) if overwritten]
-        for i in places:
-            own = tf.equal(tf.range(self.replicas), context.replica_id_in_sync_group)
-            own = tf.reshape(own, [-1] + [1] * len(values[i].shape))
-            values[i] = tf.where(own, values[i][tf.newaxis], tf.zeros_like(values[i]))
-        values = context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-        for i in places:
-            values[i] = tf.reduce_max(values[i], 0)
-        return values
+        own = tf.equal(tf.range(self.replicas), context.replica_id_in_sync_group)
+
+        def in_own_row(g: Tensor) -> Tensor:
+            return tf.where(tf.reshape(own, [-1] + [1] * len(g.shape)), g[tf.newaxis], tf.zeros_like(g))
+
+        pairs = zip(sums["gradients"], self.forward.overwritten, strict=True)
+        rows = sums | {"gradients": [in_own_row(g) if overwritten else g for g, overwritten in pairs]}
+        reduced: Sums = context.all_reduce(tf.distribute.ReduceOp.SUM, rows)
+        pairs = zip(reduced["gradients"], self.forward.overwritten, strict=True)
+        return reduced | {"gradients": [tf.reduce_max(g, 0) if overwritten else g for g, overwritten in pairs]}
 
     def _weighted(self, gradients: list[Tensor], weight: Tensor) -> list[Tensor]:
         pairs = zip(gradients, self.forward.overwritten, strict=True)
