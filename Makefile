@@ -154,5 +154,5 @@ lock:
 	echo "torch==2.13.0" | $(COMPILE) - --constraint requirements/dev.txt --output-file requirements/torch.txt
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

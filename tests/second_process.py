@@ -6,6 +6,14 @@ import pathlib
 import subprocess
 import sys
 
+ROOT = pathlib.Path(__file__).parents[1]
+# Most of the time on JAX is XLA's. It compiles the same programs each time, so they are kept for the next time.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": os.fspath(ROOT / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
 
 def run_on(backend, test, *arguments, **environment):
     """Run pytest with these arguments; `test`, a test case, is skipped where the backend is not installed."""
@@ -24,8 +32,8 @@ def run_on(backend, test, *arguments, **environment):
             "--noconftest",
             *arguments,
         ],
-        env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | environment,
-        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | COMPILED | environment,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -118,7 +118,7 @@ def store(data: ImageFileData, folder: Path, name: str, storage: Storage, source
             sample.touch()
         tfds.folder_dataset.write_metadata(
             data_dir=part,
-            features=_features(data.num_classes, storage),
+            features=_features(data, storage),
             split_infos=infos,
             version=VERSION,
             description=f"{data.fingerprint}, stored as {storage}",
@@ -132,8 +132,8 @@ def store(data: ImageFileData, folder: Path, name: str, storage: Storage, source
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _features(num_classes: int, storage: Storage) -> Any:
-    """Return the features by which tensorflow-datasets reads the result."""
+def _features(data: ImageFileData, storage: Storage) -> Any:
+    """Return the features by which tensorflow-datasets reads the result, with the names of the classes."""
     import tensorflow_datasets as tfds
 
     shape = (storage.size, storage.size, 3)
@@ -141,7 +141,12 @@ def _features(num_classes: int, storage: Storage) -> Any:
         image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
     else:
         image = tfds.features.Image(shape=shape, encoding_format=storage.encoding)
-    return tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=num_classes)})
+    names = data.class_names
+    if names and all(name.isprintable() and name == name.strip() for name in names):  # lines of a text file
+        label = tfds.features.ClassLabel(names=names)
+    else:
+        label = tfds.features.ClassLabel(num_classes=data.num_classes)
+    return tfds.features.FeaturesDict({"image": image, "label": label})
 
 
 def _shards(name: str, split: str, count: int) -> dict[str, range]:

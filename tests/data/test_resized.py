@@ -215,6 +215,20 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         self.assertRegex(self.prepare(root, out)[1], "has other images.*Now: .*5 train and 2 test images")
         self.assertEqual(contents(out), before)
 
+    def test_names_of_classes_are_kept(self):
+        """Also such as take more than a word, or hardly any; all or none, where one is no line of text."""
+        for known, names in ((True, ["a b", "é", "n01"]), (False, [" a", "b"]), (False, ["a\nb", "c"])):
+            root, out = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
+            for name in names:
+                for split in ("train", "val"):
+                    (root / split / name).mkdir(parents=True)
+                    Image.new("RGB", (30, 20)).save(root / split / name / "0.png")
+            self.assertEqual(self.prepare(root, out), (0, ""))
+            data = lars_keras.data.load("folder", data_dir=out, resized="crop24_raw", image_size=24, augment="none")
+            of_folder = lars_keras.data.load("folder", data_dir=root, image_size=24)
+            self.assertEqual(data.class_names, of_folder.class_names if known else ())
+            self.assertEqual(data.num_classes, len(names))
+
     def test_a_second_process_does_not_write_the_same_result(self):
         root, out = self.write_images(10), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         with lock_folder(out / "folder_crop24_raw", "out_dir"):

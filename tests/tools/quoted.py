@@ -117,11 +117,14 @@ def all_fast_runs() -> list[dict]:
     return [run for run in runs if run["model"] == "fast_cifar" and run["finished"] and run["scored_on"] == "test"]
 
 
+SETTINGS = ("learning_rate", "epochs", "weight_decay", "momentum", "bias_lr_scale", "ema_overwrite_every")
+
+
 def fast_runs() -> list[dict]:
-    """Return the runs of `all_fast_runs` at the best rate and length of each cell."""
+    """Return the runs of `all_fast_runs` at the best settings of each cell."""
     cells = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in all_fast_runs():
-        cells[run["batch_size"], run["optimizer"]][run["learning_rate"], run["epochs"]].append(run)
+        cells[run["batch_size"], run["optimizer"]][tuple(run.get(name) for name in SETTINGS)].append(run)
     return [run for settings in cells.values() for run in max(settings.values(), key=_mean_top1)]
 
 
@@ -150,9 +153,10 @@ def fast_seed(optimizer: str, batch_size: int, seed: int) -> str:
 
 
 def fast_at_rate(optimizer: str, batch_size: int, learning_rate: float) -> str:
-    """Return the top-1 of the full fast network at one peak rate."""
-    wanted = optimizer, batch_size, learning_rate
-    runs = [r for r in all_fast_runs() if (r["optimizer"], r["batch_size"], r["learning_rate"]) == wanted]
+    """Return the top-1 of the full fast network at one peak rate, without Lookahead."""
+    wanted = optimizer, batch_size, learning_rate, None
+    keys = "optimizer", "batch_size", "learning_rate", "ema_overwrite_every"
+    runs = [run for run in all_fast_runs() if tuple(run.get(key) for key in keys) == wanted]
     return score({"diverged": 0, "top1": [run["top1"] for run in runs]})
 
 

@@ -142,20 +142,21 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
         "`python train.py --flagfile=flags/recipes/cifar10_fast_1k.flags --data_dir=DIR`, "
         "`cifar10_fast_1k_momentum.flags`, `cifar10_fast_4k.flags`, `cifar10_fast_4k_momentum.flags`, "
         "`cifar10_fast_8k.flags`, `cifar10_fast_16k.flags` and "
-        "`cifar10_fast_16k_momentum.flags`, with the settings of results/cifar10_fast.jsonl. The rows of one peak "
-        "rate are seeds 0, 1 and on. The table has no times, because the machine "
+        "`cifar10_fast_16k_momentum.flags`, with the settings of results/cifar10_fast.jsonl. Rows with the same "
+        "settings are seeds 0, 1 and on. The table has no times, because the machine "
         "did other work.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
             [
-                run["optimizer"],
+                run["optimizer"] + ", Lookahead" * bool(run.get("ema_overwrite_every")),
                 run["model"].removeprefix("fast_cifar").removeprefix("_") or "full",
                 f"{run['batch_size']:,}",
                 f"{run['epochs']:g}",
                 f"{run['updates']:,}",
                 f"{run['learning_rate']:g}",
-                f"{run['excluded_lr_scale']:g}" if run["optimizer"] == "lars" else "–",
+                f"{run['excluded_lr_scale'] if run['optimizer'] == 'lars' else run.get('bias_lr_scale', 1.0):g}",
+                f"{run['momentum']:g}",
                 f"{run['weight_decay']:g}",
                 *(f"{100 * run[key]:.2f} %" if key in run else "–" for key in ("top1", "top5", "top1_views")),
             ]
@@ -163,7 +164,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
             if run["finished"] and run["scored_on"] == split
         ]
         head = ["optimizer", "network", "batch", "epochs", "updates"]
-        head += ["peak rate", "excluded x", "weight decay", "top-1", "top-5"]
+        head += ["peak rate", "excluded x", "momentum", "weight decay", "top-1", "top-5"]
         if any("top1_views" in run for run in runs if run["scored_on"] == split):
             head.append("top-1 of six views")
         if rows:
