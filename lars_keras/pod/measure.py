@@ -5,7 +5,9 @@ import math
 import re
 from typing import Any
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_BYTES |= {"f64": 8, "s64": 8, "u64": 8, "c64": 8, "c128": 16}
+_BYTES |= dict.fromkeys(("f8e4m3fn", "f8e4m3", "f8e5m2", "f8e4m3b11fnuz", "f8e4m3fnuz", "f8e5m2fnuz", "f8e8m0fnu"), 1)
 _COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -31,7 +33,9 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """The least bytes that a chip sends, in a ring."""
+        """The least bytes that a chip sends, in a ring; to its one target in a `"collective-permute"`."""
+        if self.kind == "collective-permute":
+            return float(self.size)
         part = (self.group - 1) / self.group
         return self.size * part * (2 if self.kind == "all-reduce" else 1)
 
@@ -97,6 +101,7 @@ def collectives(hlo: str) -> list[Collective]:
     overlaps other work stands in each of the fusions that it overlaps, with one channel and chain.
     """
     found: dict[Any, Collective] = {}
+    everybody = math.prod(int(n) for n in re.findall(r"(?:replica_count|num_partitions)=(\d+)", hlo.partition("\n")[0]))
     computation = ""
     for number, line in enumerate(hlo.splitlines()):
         if not line.startswith(" "):
@@ -108,14 +113,18 @@ def collectives(hlo: str) -> list[Collective]:
         scattered = "all-reduce-scatter" in computation.partition("(")[0]
         if scattered:
             kind = "reduce-scatter"
-        # The start of an asynchronous operation gives its operands and its results.
-        tensors = [(d, _size(d, dims)) for d, dims in re.findall(r"(\w+)\[([\d,]*)\]", match["result"]) if d in _BYTES]
-        group = _group(line)
-        size = sum(n for _, n in tensors)
-        if "-start(" in line and kind != "all-reduce":
-            size = max(n for _, n in tensors)
-        if kind == "reduce-scatter" and not scattered:
-            size *= group
+        found_tensors = re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
+        tensors = [(dtype, _size(dtype, dims)) for dtype, dims in found_tensors if dtype in _BYTES]
+        group = _group(line, everybody)
+        if "-start(" in line and kind != "all-reduce":  # it gives its operands, its results, and maybe two counters
+            if kind == "collective-permute" and [dims for _, dims in found_tensors[-2:]] == ["", ""]:
+                tensors = tensors[:-2]
+            half = len(tensors) // 2
+            size = max(sum(n for _, n in part) for part in (tensors[:half], tensors[half:]))
+        else:
+            size = sum(n for _, n in tensors)
+            if kind == "reduce-scatter" and not scattered:
+                size *= group
         channel, chain = re.search(r"channel_id=(\d+)", line), re.search(r'chain_id="(\d+)"', line)
         key = (channel and channel[1], chain[1]) if chain else number
         found.setdefault(key, Collective(kind, size, group, sorted({d for d, _ in tensors})))
@@ -162,10 +171,12 @@ def _size(dtype: str, dims: str) -> int:
     return _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _group(line: str) -> int:
-    """Return the number of devices in a group of a collective."""
+def _group(line: str, everybody: int) -> int:
+    """Return the number of devices in a group of a collective; an empty list of groups is one of `everybody`."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if short := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
         return int(short[2])
+    if "replica_groups={}" in line:
+        return everybody
     return 2 if "source_target_pairs" in line else 1

@@ -41,7 +41,32 @@ class MeasureTest(tf.test.TestCase):
             ],
         )
 
+    def test_forms_of_the_text(self):
+        """Several tensors in one operation, counters beside them, groups of all chips, and dtypes of one byte."""
+        hlo = f"""HloModule jit_update, is_scheduled=true, replica_count=1, num_partitions=8
+ENTRY %main (param: f32[96]) -> f32[96] {{
+  %all-gather-start.1 = ((f32[2,8], bf16[3]), (f32[8,8], bf16[12])) all-gather-start(%a, %b), {GROUPS}
+  %reduce-scatter-start.1 = ((f32[8], f32[16]), (f32[2], f32[4])) reduce-scatter-start(%c, %d), {GROUPS}
+  %permute.1 = (f32[7], f32[7], u32[], u32[]) collective-permute-start(%e), source_target_pairs={{{{0,1}}}}
+  %permute.2 = f32[9] collective-permute(%e), source_target_pairs={{{{0,1}}}}
+  %all-reduce.1 = f32[5] all-reduce(%f), replica_groups={{}}, to_apply=%add
+  %all-gather.1 = f8e4m3fn[64] all-gather(%g), {GROUPS}
+}}
+"""
+        self.assertEqual(
+            collectives(hlo),
+            [
+                Collective("all-gather", 8 * 8 * 4 + 12 * 2, 4, ["bf16", "f32"]),
+                Collective("reduce-scatter", (8 + 16) * 4, 4, ["f32"]),
+                Collective("collective-permute", 7 * 4, 2, ["f32"]),
+                Collective("collective-permute", 9 * 4, 2, ["f32"]),
+                Collective("all-reduce", 5 * 4, 8, ["f32"]),
+                Collective("all-gather", 64, 4, ["f8e4m3fn"]),
+            ],
+        )
+
     def test_bytes_on_the_links(self):
+        self.assertEqual(Collective("collective-permute", 800, 2, ["f32"]).sent, 800)
         self.assertEqual(Collective("all-reduce", 800, 4, ["f32"]).sent, 1200)
         self.assertEqual(Collective("all-gather", 800, 4, ["f32"]).sent, 600)
         self.assertEqual(Collective("reduce-scatter", 800, 8, ["f32"]).sent, 700)
