@@ -195,24 +195,41 @@ def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms
     elif not model.built:
         try:
             with keras.StatelessScope():  # so that nothing is drawn or counted
-                model(x)
+                _without_computing(model, x)
         except Exception:  # a layer makes variables that a scope does not allow
             model(x)
-    values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
-    with keras.StatelessScope(values, collect_losses=True):
+    found: dict[str, Any] = {}
+
+    def score(x: Any, y: Any, weight: Any) -> None:
         y_pred = model(x)
         with recorded_masks() as masks:
             compute_loss(model, x, y, y_pred, weight, training=False)  # makes the trackers of several losses
-        layers = len(layer_losses(model))
+        found["masks"] = tuple(mask is not None for mask in masks)
+        found["layers"] = len(layer_losses(model))
         returned = model.compute_metrics(x, y, y_pred, weight)
-        lost = [name for name in returned if name not in {"loss", *model.get_metrics_result()}]
-    if lost:
+        found["lost"] = [name for name in returned if name not in {"loss", *model.get_metrics_result()}]
+        found["specs"] = spec_of((x, y, y_pred)), spec_of(weight)
+
+    values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
+    with keras.StatelessScope(values, collect_losses=True):  # which makes the variables of metrics where it ends
+        _without_computing(score, x, y, weight)
+    if lost := found["lost"]:
         logging.warning(
             "`compute_metrics` of the model returns values that no metric of the model has: %s. `Trainer` reports "
             "`model.get_metrics_result()`, so it leaves them out. Make a `keras.metrics.Metric` of each.",
             ", ".join(map(repr, lost)),
         )
-    return LossTerms(tuple(mask is not None for mask in masks), layers, spec_of((x, y, y_pred)), spec_of(weight))
+    return LossTerms(found["masks"], found["layers"], *found["specs"])
+
+
+def _without_computing(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function for what it finds and makes. On JAX only trace it: there each operation would be compiled."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.eval_shape(function, *arguments)
+    else:
+        function(*arguments)
 
 
 def _zeros(spec: TensorSpec | None, examples: int) -> Tensor | None:
