@@ -23,8 +23,6 @@ from lars_keras.layerwise import MEASURES
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
-from lars_keras.training.forward import build_model
-from lars_keras.training.inputs import spec_of
 from tests import step_cases as cases
 
 BACKEND = keras.backend.backend()
@@ -359,32 +357,6 @@ class EngineTest(parameterized.TestCase):
         kernels = sum(v.value.size for v in trainer.model.trainable_variables)
         self.assertBetween(reduced, kernels, kernels + 64)
         self.assertEqual("reduce-scatter" in text, shard_optimizer_state)
-
-    def test_no_layer_is_compiled_before_the_first_update(self):
-        """Else each operation of a network is a program of its own: for ResNet-50, seconds on a CPU."""
-        import jax
-
-        compiled = []
-
-        def listener(event, duration, **_):
-            if "backend_compile" in event:
-                compiled.append(event)
-
-        model = cases.batch_norm()()
-        model.compile("sgd", "mse", metrics=["mae"])
-        spec = spec_of((np.zeros((4, cases.FEATURES), "float32"), np.zeros((4, cases.CLASSES), "float32")))
-        jax.monitoring.register_event_duration_secs_listener(listener)
-        try:
-            build_model(model, spec, 4)
-            self.assertLessEqual(len(compiled), len(model.metrics_variables))  # their zeros; no operation of a layer
-            compiled.clear()
-            jax.jit(lambda x: x - 12.0)(np.zeros(3))
-            self.assertLen(compiled, 1)  # the listener hears of it
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listener)
-        self.assertLen(model.metrics, 2)
-        for variable in model.metrics_variables:
-            np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), np.zeros(variable.shape))
 
     def test_what_is_refused(self):
         def compiled(model, optimizer):

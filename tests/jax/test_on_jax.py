@@ -20,6 +20,7 @@ FILES = (
     "tests/jax/test_engine.py",
     "tests/jax/test_plain_fit.py",
     "tests/jax/test_prefetch.py",
+    "tests/jax/test_setup.py",
     "tests/training/test_callbacks.py",
     "tests/training/test_evaluate.py",
     "tests/training/test_meaning.py",
