@@ -147,14 +147,14 @@ class RunConfig:
     )
     excluded_lr_scale: float = _real(0.05, "Multiply the rate of lars by this for variables that are not adapted.")
     bias_lr_scale: float = _real(
-        1.0, "Multiply the rate of sgd and momentum by this for variables that they do not decay; see --exclude."
+        1.0, "Multiply the rate of sgd and momentum by this for the variables of --exclude, such as biases."
     )
     global_clipnorm: float | None = _real(None, "Clip the global norm of the whole batch's gradients to this value.")
     ema_momentum: float | None = _real(
         None, "Keep an EMA of the weights with this momentum, and evaluate and save the EMA.", high=1.0
     )
     ema_overwrite_every: int | None = _whole(
-        None, "Put the EMA back into the weights every N updates, as Lookahead does."
+        None, "Put the EMA back into the weights every N updates, much as Lookahead does."
     )
     test_views: int = _flag(
         1,

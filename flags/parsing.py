@@ -106,12 +106,18 @@ def _refuse_meaningless(typed: flags.FlagValues, given: flags.FlagValues, values
     optimizer = values["optimizer"].value
     meant = typed if typed["optimizer"].present or typed["weight_decay"].present else given
     same_rate = optimizer == "adam" or values["bias_lr_scale"].value == 1.0
-    if meant["exclude"].present and optimizer not in ("lars", "lamb") and same_rate:
-        if values["weight_decay"].value == 0.0:
-            raise flags.IllegalFlagValueError(
-                f"--exclude needs --weight_decay above 0 with --optimizer={optimizer}, which adapts no layer. "
-                "Received: --weight_decay=0"
-            )
+    without_effect = same_rate and optimizer not in ("lars", "lamb") and values["weight_decay"].value == 0.0
+    if meant["exclude"].present and without_effect:
+        other = "" if optimizer == "adam" else " or --bias_lr_scale other than 1"
+        raise flags.IllegalFlagValueError(
+            f"--exclude needs --weight_decay above 0{other} with --optimizer={optimizer}, which adapts no layer. "
+            "Received: --weight_decay=0"
+        )
+    if not same_rate and optimizer in ("sgd", "momentum") and values["exclude"].value == []:
+        raise flags.IllegalFlagValueError(
+            "--bias_lr_scale other than 1 needs variables in --exclude. Received: --exclude= "
+            f"--bias_lr_scale={values['bias_lr_scale'].value:g}"
+        )
 
 
 def read(values: flags.FlagValues) -> RunConfig:

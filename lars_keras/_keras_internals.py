@@ -35,6 +35,17 @@ def training_mode(model: keras.Model) -> dict[str, bool]:
     return {"training": True} if model._call_has_training_arg else {}
 
 
+class SelectiveDecaySGD(keras.optimizers.SGD):
+    """SGD that leaves variables out of the decay beside those that `exclude_from_weight_decay` names."""
+
+    def decays(self, variable: Any) -> bool:
+        """Return whether the decay may act on a variable of Keras or of the backend."""
+        return True
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        return self.decays(variable) and super()._use_weight_decay(variable)
+
+
 class WholeUpdateOptimizer(keras.optimizers.Optimizer):
     """Base class of optimizers that update all variables at once and decay the weights within their own rule."""
 

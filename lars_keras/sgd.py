@@ -5,18 +5,18 @@ from typing import Any
 
 import keras
 
-from lars_keras._keras_internals import variable_index
+from lars_keras._keras_internals import SelectiveDecaySGD, variable_index
 from lars_keras.checks import check_number
 from lars_keras.exclude import DEFAULT_EXCLUDE, Matches, check_patterns, match_patterns, plain
 from lars_keras.trust_ratio import Tensor
 
 
 @keras.saving.register_keras_serializable(package="lars_keras")
-class SGD(keras.optimizers.SGD):
-    """Decays all but the excluded variables, and gives these another learning rate: `keras.optimizers.SGD` otherwise.
+class SGD(SelectiveDecaySGD):
+    """Apply `keras.optimizers.SGD`, but do not decay the excluded variables, and give them another learning rate.
 
-    Recipes for SGD often give the shifts of batch normalization a higher rate: 64 times that of the kernels in airbench
-    (Jordan 2024, arXiv 2404.00498). With `excluded_lr_scale=1` and without weight decay this is `keras.optimizers.SGD`
+    Some recipes give the shifts of batch normalization a higher rate: 64 times that of the kernels in airbench (Jordan
+    2024, arXiv 2404.00498). With `excluded_lr_scale=1` and without weight decay this is `keras.optimizers.SGD`
     to the bit.
 
     Args:
@@ -45,28 +45,32 @@ class SGD(keras.optimizers.SGD):
         self.exclude = check_patterns("exclude", exclude)
         self.excluded_lr_scale = check_number("excluded_lr_scale", excluded_lr_scale)
         self._matches = matches
+        self._excluded: frozenset[int] = frozenset()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Create the slots, and resolve the exclusions. Do nothing without variables.
+        """Create the slots, and resolve the exclusions.
 
         Raises:
             ValueError: if a pattern that the user gave matches no variable.
         """
-        if self.built or not variables:
+        if self.built:
             return
-        found = match_patterns(variables, self.exclude, saved=self._matches)
-        excluded = {i for indices in found["patterns"].values() for i in indices}
-        self._lr_scales = [self.excluded_lr_scale if i in excluded else 1.0 for i in range(len(variables))]
-        if excluded and self.weight_decay:
-            self.exclude_from_weight_decay(var_list=[variables[i] for i in sorted(excluded)])
-        given = {p: indices for p, indices in found["patterns"].items() if p not in DEFAULT_EXCLUDE}
-        self._matches = found | {"patterns": given} if given else None
+        if variables:
+            found = match_patterns(variables, self.exclude, saved=self._matches)
+            self._excluded = frozenset(i for indices in found["patterns"].values() for i in indices)
+            given = {p: indices for p, indices in found["patterns"].items() if p not in DEFAULT_EXCLUDE}
+            self._matches = found | {"patterns": given} if given else None
         super().build(variables)
+
+    def decays(self, variable: Any) -> bool:
+        """Return whether weight decay acts on a variable."""
+        return variable_index(self, variable) not in self._excluded
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
         """Apply SGD to one variable, at its own learning rate."""
-        scale = self._lr_scales[variable_index(self, variable)]
-        super().update_step(gradient, variable, learning_rate if scale == 1.0 else learning_rate * scale)
+        if variable_index(self, variable) in self._excluded and self.excluded_lr_scale != 1.0:
+            learning_rate = learning_rate * self.excluded_lr_scale
+        super().update_step(gradient, variable, learning_rate)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config() | {"exclude": list(self.exclude), "excluded_lr_scale": self.excluded_lr_scale}

@@ -11,8 +11,9 @@ import numpy as np
 from flags.config import RunConfig
 from lars_keras._keras_internals import learning_rate_of
 from lars_keras.data import ImageData
+from lars_keras.exclude import VariableRole
 from lars_keras.lars import LARS
-from lars_keras.layerwise import LayerwiseOptimizer, raw_rate_warning
+from lars_keras.layerwise import MAX_RAW_RATE, LayerwiseOptimizer, raw_rate_warning
 from lars_keras.training.averages import long_averages
 from lars_keras.training.trainer import Trainer
 from running.errors import in_flags
@@ -76,6 +77,14 @@ def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.n
     if isinstance(optimizer, LayerwiseOptimizer):
         raw = raw_rate_warning(optimizer.layer_plan(), rate.max(), optimizer.excluded_lr_scale)
         found += [in_flags(raw)] if raw else []
+    if config.optimizer in ("sgd", "momentum") and config.bias_lr_scale != 1.0:
+        of_biases = rate.max() * config.bias_lr_scale
+        roles = [VariableRole(v.path, tuple(v.shape), v.dtype, False, False) for v in model.trainable_variables]
+        if of_biases > MAX_RAW_RATE and not any(role.normalizes for role in roles):
+            found.append(
+                f"--bias_lr_scale={config.bias_lr_scale:g} gives biases a learning rate of up to {of_biases:g}. "
+                f"The network has no normalization, so they may diverge above {MAX_RAW_RATE:g}."
+            )
     if config.optimizer != "lars" and config.learning_rate > 10:  # with momentum 9.6 trains: results/cifar10_fast.jsonl
         found.append(f"--learning_rate={config.learning_rate:g} is a rate for lars, not for {config.optimizer}.")
     if config.batch_size > data.num_train:

@@ -32,7 +32,7 @@ def run_on(backend, test, *arguments, **environment):
             "--noconftest",
             *arguments,
         ],
-        env=os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | COMPILED | environment,
+        env=COMPILED | os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"} | environment,
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -33,7 +33,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """The least bytes that a chip sends, in a ring; to its one target in a `"collective-permute"`."""
+        """The least bytes that a chip sends: in a ring, or for a `"collective-permute"` to its one target."""
         if self.kind == "collective-permute":
             return float(self.size)
         part = (self.group - 1) / self.group
@@ -116,9 +116,9 @@ def collectives(hlo: str) -> list[Collective]:
         found_tensors = re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
         tensors = [(dtype, _size(dtype, dims)) for dtype, dims in found_tensors if dtype in _BYTES]
         group = _group(line, everybody)
-        if "-start(" in line and kind != "all-reduce":  # it gives its operands, its results, and maybe two counters
-            if kind == "collective-permute" and [dims for _, dims in found_tensors[-2:]] == ["", ""]:
-                tensors = tensors[:-2]
+        if "-start(" in line and match["kind"] != "all-reduce":  # gives its operands, its results, and maybe counters
+            while len(tensors) > 2 and found_tensors[-1] in (("u32", ""), ("s32", "")):
+                del found_tensors[-1], tensors[-1]
             half = len(tensors) // 2
             size = max(sum(n for _, n in part) for part in (tensors[:half], tensors[half:]))
         else:

@@ -195,7 +195,7 @@ def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms
     elif not model.built:
         try:
             with keras.StatelessScope():  # so that nothing is drawn or counted
-                _without_computing(model, x)
+                model(x)  # computed: a layer may keep what it makes as it is built
         except Exception:  # a layer makes variables that a scope does not allow
             model(x)
     found: dict[str, Any] = {}
@@ -211,7 +211,7 @@ def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms
         found["specs"] = spec_of((x, y, y_pred)), spec_of(weight)
 
     values = [(v, ops.convert_to_tensor(v)) for v in model.variables]  # regularizers ask the scope for them
-    with keras.StatelessScope(values, collect_losses=True):  # which makes the variables of metrics where it ends
+    with keras.StatelessScope(values, collect_losses=True):  # its end creates the variables of metrics
         _without_computing(score, x, y, weight)
     if lost := found["lost"]:
         logging.warning(
@@ -222,8 +222,11 @@ def _built_on(model: keras.Model, element_spec: Any, examples: int) -> LossTerms
     return LossTerms(found["masks"], found["layers"], *found["specs"])
 
 
-def _without_computing(function: Callable[..., Any], *arguments: Any) -> None:
-    """Call a function for what it finds and makes. On JAX only trace it: there each operation would be compiled."""
+def _without_computing(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function for what it finds. On JAX only trace it, because JAX would compile each of its operations.
+
+    So, as in `model.fit` on JAX, a loss or metric must not keep a tensor of its first call.
+    """
     if keras.backend.backend() == "jax":
         import jax
 

@@ -111,7 +111,13 @@ class MeaningTest(parameterized.TestCase, tf.test.TestCase):
         for optimizer in ("sgd", "momentum", "adam"):
             code, _, _, err = parse_only(f"--optimizer={optimizer}", "--weight_decay=0", "--exclude=bias")
             self.assertEqual(code, 2)
-            self.assertIn("--exclude needs --weight_decay above 0", err)
+            other = "" if optimizer == "adam" else " or --bias_lr_scale other than 1"
+            self.assertIn(f"--exclude needs --weight_decay above 0{other} with", err)
+        code, _, _, err = parse_only("--optimizer=momentum", "--bias_lr_scale=64", "--exclude=")
+        self.assertEqual(code, 2)
+        self.assertIn("needs variables in --exclude. Received: --exclude= --bias_lr_scale=64", err)
+        config = config_of("--optimizer=momentum", "--bias_lr_scale=64", "--weight_decay=0", "--exclude=bias")
+        self.assertEqual(config.exclude, ("bias",))
         self.assertEqual(config_of("--weight_decay=0", "--exclude=bias").exclude, ("bias",))
 
     def test_another_optimizer_drops_flags_of_a_flagfile(self):

@@ -135,6 +135,15 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertRegex(err, "train.py: The .* is not finite in update [1-5]")
         self.assertRegex((self.dir / "r/metrics.jsonl").read_text(), '"text": "The .* is not finite in update [1-5]')
 
+    def test_a_high_rate_of_biases_is_in_the_plan(self):
+        """Only without normalization: with it, the fast network trains at a rate of 96."""
+        flags = "--optimizer=momentum", "--learning_rate=0.5", "--bias_lr_scale=64"
+        for model, warned in (("lenet1989", True), ("alexnet_small", False)):
+            code, out, err = run(f"--model={model}", *flags, "--dry_run", "--batch_size=64", "--microbatch_size=32")
+            self.assertEqual(code, 0, err)
+            warning = "WARNING: --bias_lr_scale=64 gives biases a learning rate of up to 32. The network has no"
+            self.assertEqual(warning in out, warned, out)
+
     @pytest.mark.slow  # tests/data/test_unreadable.py has the parts
     def test_bad_images(self):
         data = few_digits()

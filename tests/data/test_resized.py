@@ -216,7 +216,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(contents(out), before)
 
     def test_names_of_classes_are_kept(self):
-        """Also such as take more than a word, or hardly any; all or none, where one is no line of text."""
+        """Names with spaces and other letters are kept. If one name cannot be a line of text, none is kept."""
         for known, names in ((True, ["a b", "é", "n01"]), (False, [" a", "b"]), (False, ["a\nb", "c"])):
             root, out = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
             for name in names:

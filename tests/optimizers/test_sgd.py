@@ -2,6 +2,7 @@
 
 import pathlib
 import tempfile
+import warnings
 
 import keras
 import numpy as np
@@ -84,8 +85,9 @@ class SGDTest(parameterized.TestCase, tf.test.TestCase):
             self.assertAllClose(keras.ops.convert_to_numpy(v), expected, rtol=1e-6, atol=1e-6, msg=v.path)
 
     def test_a_saved_model_keeps_its_exclusions(self):
-        net = model()
-        optimizer = SGD(0.1, momentum=0.9, exclude=("^norm/",), excluded_lr_scale=8.0, weight_decay=0.5)
+        """Keras drops the name of a `Sequential`, which the pattern names, when it loads the model."""
+        net = keras.Sequential([keras.Input((6,)), layers.Dense(5), layers.Dense(2)], name="outer")
+        optimizer = SGD(0.1, momentum=0.9, exclude=("^outer/.*kernel",), excluded_lr_scale=8.0, weight_decay=0.5)
         net.compile(optimizer, "mse")
         x, y = np.random.default_rng(0).normal(size=(2, 16, 6)).astype("float32")
         y = y[:, :2]
@@ -98,6 +100,25 @@ class SGDTest(parameterized.TestCase, tf.test.TestCase):
             each.fit(x, y, epochs=2, shuffle=False, verbose=0)
         for a, b in zip(net.variables, loaded.variables, strict=True):
             self.assertAllClose(*map(keras.ops.convert_to_numpy, (a, b)), rtol=1e-6, atol=1e-7)
+
+    def test_variables_that_keras_excludes_from_decay_stay_so(self):
+        """Also a decay that is set after the optimizer is built leaves the excluded variables alone."""
+        kernel, bias = keras.Variable(np.ones((2, 2), "float32"), name="kernel"), keras.Variable([1.0], name="bias")
+        optimizer = SGD(0.1, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_names=["kernel"])
+        optimizer.build([kernel, bias])
+        optimizer.weight_decay = 0.25
+        optimizer.apply([keras.ops.zeros((2, 2)), keras.ops.zeros(1)])
+        for variable in (kernel, bias):
+            self.assertAllEqual(keras.ops.convert_to_numpy(variable), np.ones(variable.shape))
+
+    def test_a_model_without_trained_variables(self):
+        net = keras.Sequential([keras.Input((6,)), layers.Rescaling(2.0)])
+        net.compile(SGD(0.1), "mse")
+        x = np.ones((4, 6), "float32")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The model does not have any trainable weights")
+            self.assertAllClose(net.fit(x, x, verbose=0).history["loss"], [1.0])
 
     @parameterized.parameters(
         ({"excluded_lr_scale": -1.0}, "`excluded_lr_scale` must be a number of at least 0"),

@@ -51,6 +51,8 @@ ENTRY %main (param: f32[96]) -> f32[96] {{
   %permute.2 = f32[9] collective-permute(%e), source_target_pairs={{{{0,1}}}}
   %all-reduce.1 = f32[5] all-reduce(%f), replica_groups={{}}, to_apply=%add
   %all-gather.1 = f8e4m3fn[64] all-gather(%g), {GROUPS}
+  %permute.3 = (s32[], s32[]) collective-permute-start(%e), source_target_pairs={{{{0,1}}}}
+  %gather.2 = ((bf16[8]), bf16[32], u32[]) all-gather-start(%g), {GROUPS}
 }}
 """
         self.assertEqual(
@@ -62,6 +64,8 @@ ENTRY %main (param: f32[96]) -> f32[96] {{
                 Collective("collective-permute", 9 * 4, 2, ["f32"]),
                 Collective("all-reduce", 5 * 4, 8, ["f32"]),
                 Collective("all-gather", 64, 4, ["f8e4m3fn"]),
+                Collective("collective-permute", 4, 2, ["s32"]),
+                Collective("all-gather", 64, 4, ["bf16"]),
             ],
         )
 

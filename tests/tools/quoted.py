@@ -300,11 +300,12 @@ def phrases() -> dict[str, list[str]]:
             f"on seed 0 it reached {fast_seed('lars', 1024, 0)}, 14 reached {fast_at_rate('lars', 1024, 14.0)} "
             f"and 26 reached {fast_at_rate('lars', 1024, 26.0)}",
             f"changed {fast_run('f1k-b', 'top1_views')} of six views to {fast_run('g1k-s0', 'top1_views')} "
-            f"on seed 0. GELU with twice the weight decay reached {fast_run('g1k-wd1e3-s0', 'top1_views')}, and",
-            f"--ema_overwrite_every=5`) {fast_run('f1k-look', 'top1_views')}. At 16,384, 40 epochs "
+            f"on seed 0. GELU with twice the weight decay reached {fast_run('g1k-wd1e3-s0', 'top1_views')}. With",
+            f"--ema_overwrite_every=5`) changed {fast_run('f1k-r26-s0', 'top1_views')} to "
+            f"{fast_run('f1k-look', 'top1_views')}. At 16,384, 40 epochs "
             f"reach {fast_run('f16k-e40')}",
             f"At 1,024 it is {fast_gap(1024)} points behind, with {fast_top1('momentum', 1024)} at half",
-            f"kernels, it reached {fast_run('m1k-b64-r15')}",
+            f"Lookahead and GELU, it reached {fast_run('m1k-b64-r15')}",
             f"momentum is {fast_gap(16384)} points behind, with {fast_top1('momentum', 16384)} after",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
