@@ -307,6 +307,7 @@ def phrases() -> dict[str, list[str]]:
             f"At 1,024 it is {fast_gap(1024)} points behind, with {fast_top1('momentum', 1024)} at half",
             f"Lookahead and GELU, it reached {fast_run('m1k-b64-r15')}",
             f"momentum is {fast_gap(16384)} points behind, with {fast_top1('momentum', 16384)} after",
+            f"Twice that rate gave {fast_at_rate('momentum', 16384, 9.6)}",
             f"polynomial decay {demo}, geometric decay {geometric}",
             f"ghost batches of 512 {true_batch}",
             f"they have {tuned}, {tuned_geometric} and {tuned_true_batch} %",
