@@ -36,7 +36,7 @@ def training_mode(model: keras.Model) -> dict[str, bool]:
 
 
 class SelectiveDecaySGD(keras.optimizers.SGD):
-    """SGD that leaves variables out of the decay beside those that `exclude_from_weight_decay` names."""
+    """Base class of an SGD that leaves more variables out of the decay than `exclude_from_weight_decay` names."""
 
     def decays(self, variable: Any) -> bool:
         """Return whether the decay may act on a variable of Keras or of the backend."""

@@ -1,4 +1,4 @@
-"""What happens before the first update; `test_on_jax.py` runs this file on JAX."""
+"""The setup before the first update; `test_on_jax.py` runs this file on JAX."""
 
 import unittest
 
@@ -14,7 +14,7 @@ from tests import step_cases as cases
 @unittest.skipUnless(keras.backend.backend() == "jax", "TensorFlow runs operations without compiling them")
 class SetupTest(unittest.TestCase):
     def test_no_layer_is_compiled(self):
-        """Else each operation of a network is a program of its own: for ResNet-50, seconds on a CPU."""
+        """Otherwise each operation is a program of its own: for ResNet-50, seconds on a CPU."""
         import jax
 
         compiled = []

@@ -153,7 +153,7 @@ def fast_seed(optimizer: str, batch_size: int, seed: int) -> str:
 
 
 def fast_at_rate(optimizer: str, batch_size: int, learning_rate: float) -> str:
-    """Return the top-1 of the full fast network at one peak rate, without Lookahead."""
+    """Return the top-1 of the full fast network at one peak rate, without an EMA that is put back."""
     wanted = optimizer, batch_size, learning_rate, None
     keys = "optimizer", "batch_size", "learning_rate", "ema_overwrite_every"
     runs = [run for run in all_fast_runs() if tuple(run.get(key) for key in keys) == wanted]
