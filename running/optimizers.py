@@ -96,7 +96,7 @@ def make_optimizer(
         name: one of `OPTIMIZERS`.
         learning_rate: a number or a schedule.
         variables: the model's trainable variables.
-        exclude: patterns of variables that are neither adapted nor decayed.
+        exclude: patterns of variables that are neither adapted nor decayed; sgd and momentum multiply their rate.
         weight_decay: inside the rule of LARS and LAMB. Keras's optimizers apply it decoupled:
             `w -= learning_rate * weight_decay * w`.
         **arguments: further arguments of the optimizer's class.
@@ -107,16 +107,14 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"`optimizer` must be one of {OPTIMIZERS}. Received: optimizer={name!r}")
     make = _OPTIMIZERS[name]
-    if name in ("lars", "lamb"):
-        optimizer = make(learning_rate, weight_decay=weight_decay, exclude=exclude, **arguments)
-    else:  # Keras would multiply every weight by 1 for a decay of 0
-        decays = {"weight_decay": weight_decay or None}
-        if name == "adam":
-            optimizer = make(learning_rate, **decays, **arguments)
-            if weight_decay:
-                _exclude_from_weight_decay(optimizer, variables, exclude)
-        else:
-            optimizer = make(learning_rate, exclude=exclude, **decays, **arguments)
+    # Keras would multiply every weight by 1 for a decay of 0.
+    decay = weight_decay if name in ("lars", "lamb") else weight_decay or None
+    if name == "adam":
+        optimizer = make(learning_rate, weight_decay=decay, **arguments)
+        if decay:
+            _exclude_from_weight_decay(optimizer, variables, exclude)
+    else:
+        optimizer = make(learning_rate, weight_decay=decay, exclude=exclude, **arguments)
     with warnings.catch_warnings():  # `running.plan` has this one, in terms of flags
         warnings.filterwarnings("ignore", "Variables that are not adapted")
         optimizer.build(variables)
