@@ -4,7 +4,6 @@ Here batches are NumPy arrays, and nothing needs TensorFlow. `lars_keras.trainin
 a `tf.data.Dataset`.
 """
 
-import collections
 import dataclasses
 import itertools
 import sys
@@ -25,6 +24,9 @@ Data: TypeAlias = Any
 - A function of `InputContext` that returns such batches of one host's own examples. For training it also takes the
   number of an update, and returns endless batches that begin with the examples of that update.
 """
+
+
+_ALIGNMENT = 64  # bytes; XLA and TensorFlow copy other memory
 
 
 class DataEnded(ValueError):
@@ -302,18 +304,16 @@ def scoring_batches(data: Data, context: InputContext, batch_size: int) -> Itera
 def rebatch(batches: Iterable[Batch], size: int, *, drop_remainder: bool) -> Iterator[Batch]:
     """Yield the same examples in batches of `size`. Only without `drop_remainder`, the last batch may be smaller.
 
-    The arrays are copies, because a generator may use the same memory for all of its batches.
+    A batch holds until the next one is asked for: it may be memory of `batches`, and a generator may use the same
+    memory for all of its batches.
     """
-    parts: collections.deque[Batch] = collections.deque()
+    parts: list[Batch] = []
     missing = size
     for batch in map(arrays_of, batches):
         start, stop = 0, count_in(batch)
         while stop - start >= missing:
-            parts.append(copied(sliced(batch, start, start + missing)))
-            start += missing
-            yield joined(parts)
-            parts.clear()
-            missing = size
+            yield joined([*parts, sliced(batch, start, start + missing)])
+            start, parts, missing = start + missing, [], size
         if start < stop:
             parts.append(copied(sliced(batch, start, stop)))
             missing -= stop - start
@@ -341,8 +341,18 @@ def sliced(batch: Batch, start: int, stop: int | None) -> Batch:
 
 
 def copied(batch: Batch) -> Batch:
-    """Return the arrays of a batch in memory of their own."""
-    return keras.tree.map_structure(lambda a: None if a is None else np.array(a), batch)
+    """Return the arrays of a batch in memory of their own, aligned so that a CPU can compute on it directly."""
+    return keras.tree.map_structure(_copied, batch)
+
+
+def _copied(a: Any) -> Any:
+    if a is None or a.dtype.hasobject or not a.nbytes:
+        return None if a is None else np.array(a)
+    memory = np.empty(a.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = memory[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+    copy[...] = a
+    return copy
 
 
 def joined(parts: Iterable[Batch]) -> Batch:

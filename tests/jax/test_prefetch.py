@@ -82,6 +82,28 @@ class ThreadTest(unittest.TestCase):
             ["batch 0", "batch 1"] + [text for i in range(3) for text in (f"program {i} is done", f"batch {i + 2}")],
         )
 
+    def test_a_batch_may_use_the_memory_of_the_one_before(self):
+        """It is made when the devices have that one, and no update waits for that."""
+        log, has_arrived = [], threading.Event()
+
+        class OnItsWay:
+            """Stands for a batch that the devices do not have yet."""
+
+            def block_until_ready(self):
+                has_arrived.wait(30)
+                log.append("arrived")
+
+        def made():
+            log.append("made")
+
+        prefetcher = Prefetcher(made, lambda made: OnItsWay(), 2)
+        first = prefetcher(())  # asks for the next one
+        self.assertIsInstance(first, OnItsWay)
+        self.assertEqual(log, ["made"])
+        has_arrived.set()
+        prefetcher(())
+        self.assertEqual(log[:3], ["made", "arrived", "made"])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -3,7 +3,10 @@
 Prints `equal` if training, evaluation, snapshot and restore do from NumPy batches what they must.
 """
 
+import json
+import pathlib
 import sys
+import tempfile
 
 
 class NoTensorFlow:
@@ -26,7 +29,7 @@ import lars_keras.runtime.recovery  # noqa: E402, F401
 from lars_keras import LARS  # noqa: E402
 from lars_keras.training import Trainer  # noqa: E402
 from lars_keras.training.cluster import make_cluster  # noqa: E402
-from tools.benchmarks import optimizer_step, training_step  # noqa: E402
+from tools.benchmarks import cifar10_arrays, optimizer_step, training_step  # noqa: E402
 
 BATCH, FEATURES, CLASSES, UPDATES = 16, 6, 3, 5
 RNG = np.random.default_rng(0)
@@ -139,8 +142,26 @@ def main():
     rows = training_step.measure("lenet1989", size=16, batch=4, steps=1, rounds=1, dtypes=["bfloat16"])
     assert [row["name"] for row in rows[:2]] == ["Trainer", "Keras fit"], rows
     assert all(row["images_per_second"] > 0 for row in rows), rows
+    recipes_of_cifar10()
     assert not [name for name in sys.modules if name.partition(".")[0] == "tensorflow"]
     print("equal")
+
+
+def recipes_of_cifar10():
+    """Train two runs of bright and dark images at once, and look at their rows."""
+    labels = RNG.integers(0, 2, 160).astype("uint8")
+    images = RNG.integers(0, 100, (160, 16, 16, 3), "uint8") + 150 * labels[:, None, None, None]
+    with tempfile.TemporaryDirectory() as folder:
+        path, runs, out = (pathlib.Path(folder) / name for name in ("images.npz", "runs.txt", "rows.jsonl"))
+        splits = (images[:120], labels[:120], images[120:], labels[120:])
+        np.savez(path, **dict(zip(cifar10_arrays.ARRAYS, splits, strict=True)))
+        flags = "--model=lenet1989 --dataset=cifar10 --augment=alternating_flip --batch_size=24 --microbatch_size=12"
+        flags += ' --epochs=6 --warmup="2 updates" --optimizer=momentum --learning_rate=0.02 --test_views=2'
+        runs.write_text(f"{flags} --seed=1\n\n{flags} --validation_split=0.2\n")
+        assert cifar10_arrays.several(runs, 2, path, out)
+        rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda row: row["seed"])
+        assert [(row["updates"], row["validation_split"]) for row in rows] == [(24, 0.2), (30, 0.0)], rows
+        assert all(row["top1"] == row["top1_views"] == 1 and "trust_coefficient" not in row for row in rows), rows
 
 
 if __name__ == "__main__":

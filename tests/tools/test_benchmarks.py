@@ -12,7 +12,11 @@ import pytest
 from absl.testing import absltest
 
 import models
-from tools.benchmarks import growth, host_time, noise_scale, noise_scale_cost, optimizer_step
+from flags.config import RunConfig
+from lars_keras import data as datasets
+from lars_keras.data.arrays import ArrayData
+from lars_keras.data.augment import pad_crop_flip
+from tools.benchmarks import cifar10_arrays, growth, host_time, noise_scale, noise_scale_cost, optimizer_step
 
 
 class OptimizerStepTest(absltest.TestCase):
@@ -137,6 +141,27 @@ class GrowthTest(absltest.TestCase):
         for result in results.values():
             self.assertTrue(all(row["ms"] > 0 for row in result["rows"]))
             self.assertIn(result["axis"].split()[0], path.read_text())
+
+
+class Cifar10ArraysTest(absltest.TestCase):
+    def test_same_batches_from_packed_images(self):
+        rng = np.random.default_rng(0)
+        splits = [(rng.integers(0, 256, (n, 8, 8, 3), "uint8"), rng.integers(0, 10, n)) for n in (30, 20)]
+        data = ArrayData("cifar10", *splits, 10, crop_flip=pad_crop_flip, augment="crop_flip")
+        path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / "images.npz"
+        with mock.patch.object(datasets, "load", return_value=data) as load:
+            cifar10_arrays.pack("FOLDER", path)
+        load.assert_called_once_with("cifar10", data_dir="FOLDER")
+        packed = cifar10_arrays.load(path, RunConfig(dataset="cifar10", augment="crop_flip"))
+        for mine, theirs in (
+            (packed.train_numpy(12, count=4, seed=3), data.train_numpy(12, count=4, seed=3)),
+            (packed.test_numpy(12), data.test_numpy(12)),
+        ):
+            for batch, expected in zip(mine, theirs, strict=True):
+                for part, value in zip(batch, expected, strict=True):
+                    np.testing.assert_array_equal(part, value)
+        held_out = cifar10_arrays.load(path, RunConfig(dataset="cifar10", validation_split=0.2))
+        self.assertEqual((held_out.num_train, held_out.num_test), (24, 6))
 
 
 class TrainingStepTest(absltest.TestCase):

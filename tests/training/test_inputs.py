@@ -135,7 +135,7 @@ class HostsTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual([len(x) for x, _ in batches(data, InputContext(1, 0, 2), 2)], [4, 1])
 
 
-class MemoryTest(tf.test.TestCase):
+class MemoryTest(parameterized.TestCase, tf.test.TestCase):
     def test_arrays_of_a_user_are_left_alone(self):
         """TensorFlow computes in the memory of arrays that a generator gives it: it gets copies."""
         y = np.ones((16, 4), "float32")
@@ -146,8 +146,32 @@ class MemoryTest(tf.test.TestCase):
             (array,) = next(given.call_args.args[0]())
             self.assertAllEqual(array, y)
             self.assertFalse(np.shares_memory(array, y))
-        for array in (batch[0] for size in (16, 4, 5) for batch in inputs.rebatch([(y,)], size, drop_remainder=False)):
-            self.assertFalse(np.shares_memory(array, y))
+
+    def test_what_is_copied(self):
+        """Of batches in the same memory, only examples that wait for those of the next batch, and once."""
+        memory = np.zeros(6, np.float32)
+
+        def batches():
+            for i in range(4):
+                memory[:] = np.arange(6 * i, 6 * i + 6)
+                yield (memory,)
+
+        found = []
+        for (x,) in inputs.rebatch(batches(), 4, drop_remainder=True):
+            found.append((x.tolist(), np.shares_memory(x, memory)))
+        values = np.arange(24).reshape(-1, 4).tolist()
+        self.assertEqual(found, list(zip(values, [True, False, True, True, False, True], strict=True)))
+
+    @parameterized.parameters("uint8", "float32", "int64", "S3")
+    def test_copies_are_aligned(self, dtype):
+        """XLA would copy other memory once more."""
+        memory = np.arange(99).astype(dtype)
+        for start in range(3):
+            x, nothing, empty = inputs.copied((memory[start::3], None, memory[:0]))
+            np.testing.assert_array_equal(x, memory[start::3])
+            self.assertEqual((x.ctypes.data % 64, x.dtype, nothing), (0, memory.dtype, None))
+            self.assertFalse(np.shares_memory(x, memory))
+            self.assertEqual(empty.shape, (0,))
 
 
 class ByIndexTest(parameterized.TestCase, tf.test.TestCase):

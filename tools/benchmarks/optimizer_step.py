@@ -4,12 +4,14 @@
     XLA_FLAGS=--xla_cpu_max_isa=AVX2 python -m tools.benchmarks.optimizer_step --dtypes=float32 --modes=xla,graph,jit \
         --out=results/optimizer_step_avx2.json
     python -m tools.benchmarks.optimizer_step --step_batch=64 --out=results/optimizer_training_step.json
-    KERAS_BACKEND=jax python -m tools.benchmarks.optimizer_step --out=results/optimizer_step_jax.json  # on a GPU, too
+    KERAS_BACKEND=jax python -m tools.benchmarks.optimizer_step --updates=20 --out=results/optimizer_step_gpu.json
 
-Candidates take turns, one update each, in an order that changes from round to round, so all see the same noise. Figures
-are medians over the rounds. The bandwidth is that of `x += y` through the same compiler. The bandwidth bound is the
-time for the bytes that the rule must move. Extra memory is the growth of the process's peak during one update; on JAX
-it is the size of the compiled program's temporary buffers. `--draw_only` draws the plot from the file of `--out`.
+The last command suits a GPU and needs no TensorFlow. Candidates take turns, `--updates` updates each, in an order that
+changes from round to round, so all see the same noise. Figures are medians over the rounds. On JAX the updates of a
+turn are a loop of one program, because in training nobody starts an update from Python. The bandwidth is that of `x +=
+y` through the same compiler. The bandwidth bound is the time for the bytes that the rule must move. Extra memory is the
+growth of the process's peak during one turn; on JAX it is the size of the compiled program's temporary buffers.
+`--draw_only` draws the plot from the file of `--out`.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import gc
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -43,6 +44,7 @@ from lars_keras import LAMB, LARS
 from lars_keras._keras_internals import variable_index
 from lars_keras.report.charts import svg_style
 from lars_keras.versions import versions
+from tools.benchmarks.machines import machine
 from tools.committed import save_svg, write_json
 
 BACKEND = keras.backend.backend()
@@ -56,7 +58,7 @@ TRAFFIC = {"sgd": 20, "lars": 28, "lamb": 40}
 
 @dataclasses.dataclass
 class Candidate:
-    """Hold one way to update. `step` takes one update and returns when the device is done."""
+    """Hold one way to update. `step` takes the updates of a turn and returns when the device is done."""
 
     name: str
     mode: str
@@ -98,19 +100,21 @@ def keras_optimizers(names: Sequence[str] | None = None) -> dict[str, tuple[str,
     return {name: value for name, value in found.items() if names is None or name in names}
 
 
-def candidates(shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[str] = MODES) -> list[Candidate]:
+def candidates(
+    shapes: Sequence[tuple[int, ...]], dtype: str, modes: Sequence[str] = MODES, updates: int = 1
+) -> list[Candidate]:
     """Return all candidates that can run here, in the modes asked for, on the same gradients."""
     rng = np.random.default_rng(0)
     weights = [0.02 * rng.standard_normal(s, "float32") for s in shapes]
     gradients = [0.01 * rng.standard_normal(s, "float32") for s in shapes]
-    found = tensorflow_candidates(weights, gradients, dtype) if BACKEND == "tensorflow" else []
-    found += jax_candidates(weights, gradients, dtype)
-    found += torch_candidates(weights, gradients, dtype)
+    found = tensorflow_candidates(weights, gradients, dtype, updates=updates) if BACKEND == "tensorflow" else []
+    found += jax_candidates(weights, gradients, dtype, updates=updates)
+    found += torch_candidates(weights, gradients, dtype, updates)
     return [c for c in found if c.mode in modes]
 
 
 def tensorflow_candidates(
-    weights: list, gradients: list, dtype: str, names: Sequence[str] | None = None
+    weights: list, gradients: list, dtype: str, names: Sequence[str] | None = None, updates: int = 1
 ) -> list[Candidate]:
     """Return Keras optimizers, ours among them, or those of `names`, compiled by XLA, in a graph and eager."""
     import tensorflow as tf
@@ -128,14 +132,17 @@ def tensorflow_candidates(
             program = update if mode == "eager" else tf.function(update, jit_compile=mode == "xla", autograph=False)
 
             def step(program: Callable[[], Any] = program) -> None:
-                program()
+                for _ in range(updates):
+                    program()
                 variables[-1].numpy()  # waits for the device
 
             found.append(Candidate(name, mode, rule, step))
     return found
 
 
-def jax_candidates(weights: list, gradients: list, dtype: str, names: Sequence[str] | None = None) -> list[Candidate]:
+def jax_candidates(
+    weights: list, gradients: list, dtype: str, names: Sequence[str] | None = None, updates: int = 1
+) -> list[Candidate]:
     """Return optax's optimizers, and on the JAX backend those of Keras, or those of `names`, under `jax.jit`."""
     try:
         import jax
@@ -145,7 +152,10 @@ def jax_candidates(weights: list, gradients: list, dtype: str, names: Sequence[s
     found = []
 
     def add(name: str, rule: str, update: Callable, state: Any) -> None:
-        program = jax.jit(update, donate_argnums=(0, 1))
+        def several(w: Any, state: Any, g: Any) -> Any:
+            return jax.lax.fori_loop(0, updates, lambda _, held: update(*held, g), (w, state))
+
+        program = jax.jit(several if updates > 1 else update, donate_argnums=(0, 1))
         box = [[jax.numpy.asarray(x, dtype) for x in weights], state]
 
         def step() -> None:
@@ -186,7 +196,7 @@ def jax_candidates(weights: list, gradients: list, dtype: str, names: Sequence[s
     return found
 
 
-def torch_candidates(weights: list, gradients: list, dtype: str) -> list[Candidate]:
+def torch_candidates(weights: list, gradients: list, dtype: str, updates: int = 1) -> list[Candidate]:
     """Return torch's SGD, and timm's LARS, where they are installed."""
     try:
         import torch
@@ -203,7 +213,8 @@ def torch_candidates(weights: list, gradients: list, dtype: str) -> list[Candida
         found["timm Lars"] = "lars", Lars(parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def step(optimizer: Any) -> float:
-        optimizer.step()
+        for _ in range(updates):
+            optimizer.step()
         return float(parameters[-1].detach().sum())  # waits for the device
 
     return [
@@ -211,7 +222,7 @@ def torch_candidates(weights: list, gradients: list, dtype: str) -> list[Candida
     ]
 
 
-def bandwidth_probe(numbers: int) -> Candidate:
+def bandwidth_probe(numbers: int, updates: int = 1) -> Candidate:
     """Return `x += y` on `numbers` float32 through the backend's own compiler: 12 bytes each."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -222,11 +233,11 @@ def bandwidth_probe(numbers: int) -> Candidate:
         def program():
             x.assign(x + y)
 
-        return Candidate("memory", "xla", "", lambda: (program(), x[:1].numpy()))
+        return Candidate("memory", "xla", "", lambda: ([program() for _ in range(updates)], x[:1].numpy()))
     import jax
 
     box, one = [jax.numpy.zeros([numbers], "float32")], jax.numpy.ones([numbers], "float32")
-    compiled = jax.jit(lambda x, y: x + y, donate_argnums=0)
+    compiled = jax.jit(lambda x, y: jax.lax.fori_loop(0, updates, lambda _, x: x + y, x), donate_argnums=0)
 
     def step() -> None:
         box[0] = jax.block_until_ready(compiled(box[0], one))
@@ -234,8 +245,8 @@ def bandwidth_probe(numbers: int) -> Candidate:
     return Candidate("memory", "jit", "", step)
 
 
-def take_turns(runners: Sequence[Candidate], rounds: int) -> list[list[float]]:
-    """Return the seconds of each runner in each round, after two rounds that are not counted."""
+def take_turns(runners: Sequence[Candidate], rounds: int, updates: int = 1) -> list[list[float]]:
+    """Return the seconds an update of each runner in each round, after two rounds that are not counted."""
     times: list[list[float]] = [[] for _ in runners]
     order = list(range(len(runners)))
     shuffle = random.Random(0).shuffle
@@ -245,7 +256,7 @@ def take_turns(runners: Sequence[Candidate], rounds: int) -> list[list[float]]:
             start = time.perf_counter()
             runners[i].step()
             if r >= 2:
-                times[i].append(time.perf_counter() - start)
+                times[i].append((time.perf_counter() - start) / updates)
     return times
 
 
@@ -269,11 +280,13 @@ def _status_bytes(key: str) -> int:
         return next(1024 * int(line.split()[1]) for line in f if line.startswith(key + ":"))
 
 
-def measure(shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int, modes: Sequence[str] = MODES) -> dict[str, Any]:
+def measure(
+    shapes: Sequence[tuple[int, ...]], dtype: str, rounds: int, modes: Sequence[str] = MODES, updates: int = 1
+) -> dict[str, Any]:
     """Time every candidate on variables of `shapes`."""
     parameters = sum(map(math.prod, shapes))
-    runners = [bandwidth_probe(parameters), *candidates(shapes, dtype, modes)]
-    (memory, *rest) = take_turns(runners, rounds)
+    runners = [bandwidth_probe(parameters, updates), *candidates(shapes, dtype, modes, updates)]
+    (memory, *rest) = take_turns(runners, rounds, updates)
     bandwidth = 12 * parameters / statistics.median(memory)
     size = 2 if dtype in ("bfloat16", "float16") else 4
     rows: list[dict[str, Any]] = []
@@ -348,19 +361,11 @@ def table(network: str, result: dict[str, Any]) -> str:
     for r in sorted(result["rows"], key=lambda r: r["milliseconds"]):
         extra = r["extra_share_of_weights"]
         lines.append(
-            f"{r['name']:<22} {r['mode']:<6} {r['milliseconds']:>8.1f} {r['times_sgd']:>7.2f} "
+            f"{r['name']:<22} {r['mode']:<6} {r['milliseconds']:>8.2f} {r['times_sgd']:>7.2f} "
             f"{r['floor_milliseconds']:>9.1f} {r['milliseconds'] / r['floor_milliseconds']:>8.2f} "
             f"{'-' if extra is None else format(extra, '.1%'):>13}"
         )
     return "\n".join(lines)
-
-
-def instructions() -> str:
-    """Return the widest vector instructions of this machine's CPU, as far as Linux tells."""
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-        return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "other")
-    return "unknown instructions"
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -399,6 +404,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--modes", default=",".join(MODES), help="modes to time, xla or jit among them")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--updates", type=int, default=1, help="of a turn")
     parser.add_argument("--step_batch", type=int, help="time training steps of alexnet_bn at this batch size instead")
     parser.add_argument("--out", help="JSON file for the results")
     parser.add_argument("--plot", help="SVG file of the results")
@@ -409,10 +415,11 @@ def main() -> None:
         return
     about = {
         "backend": BACKEND,
-        "machine": f"{platform.machine()} with {instructions()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "load_before": os.getloadavg()[0],
         "rounds": args.rounds,
+        "updates": args.updates,
         "versions": versions(PACKAGES),
     }
     print(json.dumps(about))
@@ -429,7 +436,7 @@ def main() -> None:
         return
     for network in args.networks.split(","):
         for dtype in args.dtypes.split(","):
-            result = measure(shapes_of(network), dtype, args.rounds, args.modes.split(","))
+            result = measure(shapes_of(network), dtype, args.rounds, args.modes.split(","), args.updates)
             results[f"{network}, {dtype}"] = result
             print(table(network, result), flush=True)
             keep()

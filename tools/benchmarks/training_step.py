@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ import models
 from lars_keras import LARS
 from lars_keras.training import Trainer
 from lars_keras.versions import versions
+from tools.benchmarks.machines import machine
 from tools.committed import write_json
 
 BACKEND = keras.backend.backend()
@@ -154,6 +154,7 @@ def measure(
         row = {"network": network, "size": size, "batch": batch, "backend": BACKEND, "name": candidate.name}
         row |= {"mode": candidate.mode, "dtype": candidate.dtype}
         row |= {"images_per_second": round(statistics.median(seen), 1), "of_keras_fit": round(ratio, 3)}
+        row |= {"steps": steps, "rounds": rounds}
         rows.append(row)
     return rows
 
@@ -167,19 +168,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="height and width of the images; default: that of the network")
     parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file for the results; rows of another backend stay")
+    parser.add_argument("--out", type=Path, help="JSON file for the results; rows of other networks and backends stay")
     args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
-    rows = []
-    for network in args.networks.split(","):
+    rows, networks = [], args.networks.split(",")
+    for network in networks:
         size = args.size or models.default_image_size(network)
         rows += measure(network, size, args.batch, args.steps, args.rounds, args.dtypes.split(","))
         print("\n".join(json.dumps(row) for row in rows if row["network"] == network), flush=True)
     if args.out:
         held = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-        rows = [row for row in held if row["backend"] != BACKEND] + rows
-        about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions(PACKAGES)}
-        about |= {"steps": args.steps, "rounds": args.rounds}
+        rows = [row for row in held if row["backend"] != BACKEND or row["network"] not in networks] + rows
+        about = {"machine": machine(), "versions": versions(PACKAGES), "xla_flags": os.environ.get("XLA_FLAGS", "")}
         write_json(args.out, about | {"rows": rows})
 
 

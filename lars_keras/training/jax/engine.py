@@ -100,7 +100,7 @@ class JaxEngine:
         sizes = self.options.microbatch_size, self.options.accumulation_steps
         data, as_arrays = self._opened(data, first_update)
         if as_arrays:
-            batches = inputs.training_batches(data, self._context, *sizes, first_update)
+            batches = self._held(inputs.training_batches(data, self._context, *sizes, first_update))
         else:
             from lars_keras.training.tensorflow.inputs import numpy_training_batches
 
@@ -140,6 +140,11 @@ class JaxEngine:
         if not callable(data) and not inputs.is_dataset(data):
             inputs.check_readable_again(data)
         return (lambda *_: batches) if callable(data) else data, not inputs.is_dataset(batches)
+
+    def _held(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Return batches that hold while the devices need them: a CPU computes on the memory of the host itself."""
+        is_cpu = all(device.platform == "cpu" for device in self.step.mesh.local_devices)
+        return map(inputs.copied, batches) if is_cpu else batches
 
     def on_devices(self, arrays: Any) -> Any:
         """Return this process's rows of a batch as arrays over all devices."""
@@ -245,7 +250,7 @@ class JaxEngine:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         data, as_arrays = self._opened(data)
         if as_arrays:
-            batches = inputs.scoring_batches(data, self._context, self.options.microbatch_size)
+            batches = self._held(inputs.scoring_batches(data, self._context, self.options.microbatch_size))
         else:
             from lars_keras.training.tensorflow.inputs import numpy_scoring_batches
 
@@ -270,7 +275,9 @@ class JaxEngine:
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
             jax.block_until_ready(scores[-2:-1])  # or all batches would wait on the devices
-            metrics, changed, score = self._score_fn(weights, metrics, self._for_scoring(batch))
+            arrays = self._for_scoring(batch)
+            metrics, changed, score = self._score_fn(weights, metrics, arrays)
+            jax.block_until_ready(arrays)  # before the next batch may take its memory
             for place, value in zip(self._scoring_assigns, changed, strict=True):
                 weights[place] = jax.device_put(value, state[place][1])
             scores.append(score)
