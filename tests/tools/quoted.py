@@ -64,6 +64,18 @@ def updates(words: str, optimizer: str, mode: str) -> str:
     return f"| {words} | {update('alexnet', optimizer, mode)} | {update('resnet50', optimizer, mode)} |"
 
 
+def on_gpu(optimizer: str, key: str = "milliseconds") -> float:
+    """Return the time of one update of AlexNet on a GPU, or another key of its row."""
+    rows = results.read("optimizer_step_gpu")["results"]["alexnet, float32"]["rows"]
+    (found,) = (row[key] for row in rows if row["name"] == optimizer)
+    return found
+
+
+def times_bound(optimizer: str) -> str:
+    """Return the time of one update of AlexNet on a GPU in units of its bandwidth bound."""
+    return f"{on_gpu(optimizer) / on_gpu(optimizer, 'floor_milliseconds'):.2f}"
+
+
 def training_step(key: str) -> str:
     """Return a ratio of `optimizer_training_step.json`."""
     return f"{results.read('optimizer_training_step')['results']['training step of alexnet_bn'][key]:.3f}"
@@ -346,5 +358,8 @@ def phrases() -> dict[str, list[str]]:
             updates("`optax.lars`", "optax.lars", "jit"),
             updates("Keras `Lamb`", "Keras Lamb", "xla"),
             f"batch 64 takes {training_step('lars_over_sgd')} times",
+            f"takes {times_bound('LARS (ours)')} times its bandwidth bound with LARS, "
+            f"and {times_bound('LAMB (ours)')} times with LAMB",
+            f"`optax.lars` takes {on_gpu('optax.lars') / on_gpu('LARS (ours)'):.2f} times as long as LARS",
         ],
     }

@@ -86,10 +86,10 @@ def main() -> None:
         rows.append({"backend": backend, **measure(form, args.size, args.batch, args.updates, args.rounds)})
         print(json.dumps(rows[-1]), flush=True)
     if args.out:
-        held = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-        rows = [row for row in held if row["backend"] != backend] + rows
+        held = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"rows": []}
+        rows = [row for row in held["rows"] if row["backend"] != backend] + rows
         about = {"command": "KERAS_BACKEND=BACKEND python -m tools.benchmarks.feed", "machine": machine()}
-        write_json(args.out, about | {"rounds": args.rounds, "rows": rows})
+        write_json(args.out, held | about | {"rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any
 
 from tools.benchmarks.speed_tables import (
     before_after_part,
+    feed_part,
+    gpu_part,
     growth_part,
     host_time_part,
     input_part,
@@ -40,9 +42,10 @@ COMPARISONS = {
 NOISE_SCALE_ROWS = 8  # of a run
 NOT_RUN = """## Not run
 
-- Anything on a GPU or TPU.
+- `train.py` on a GPU, TensorFlow on a GPU, several GPUs.
+- Anything on a TPU.
 - ImageNet to its end, at any batch size.
-- The speed of the update on JAX, and against timm's.
+- The speed of the update on JAX on a CPU.
 """
 # Test accuracy of ResNet-18 on CIFAR-10 after 200 epochs, in percent, that github.com/noahgolmant/pytorch-lars reports.
 PYTORCH_LARS = {64: 89.39, 256: 85.45, 1024: 81.2, 4096: 73.41, 16384: 64.13}
@@ -51,6 +54,12 @@ PYTORCH_LARS = {64: 89.39, 256: 85.45, 1024: 81.2, 4096: 73.41, 16384: 64.13}
 def read(name: str) -> Any:
     """Return the contents of results/`name`.json."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Return the rows of results/`name`.jsonl."""
+    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def comparison_part(name: str, heading: str) -> str:
@@ -308,7 +317,7 @@ def page() -> str:
         HEAD,
         *(comparison_part(name, heading) for name, heading in COMPARISONS.items()),
         pytorch_lars_part(),
-        fast_part([json.loads(line) for line in (RESULTS / "cifar10_fast.jsonl").read_text().splitlines()]),
+        fast_part(rows_of("cifar10_fast")),
         noise_scale_part(read("noise_scale")) + noise_scale_cost_part(read("noise_scale_cost")),
         "## One update\n",
         "![milliseconds of one update](optimizer_step.svg)\n",
@@ -321,6 +330,10 @@ def page() -> str:
         training_step_part(read("training_step")),
         "## The host's work\n",
         host_time_part(read("host_time")),
+        "## The feed\n",
+        feed_part(read("feed")),
+        "## On a GPU\n",
+        gpu_part(read("optimizer_step_gpu"), read("training_step_gpu"), read("host_time_gpu"), rows_of("cifar10_gpu")),
         "## Before and after\n",
         before_after_part(read("before_after")),
         "## Input\n",

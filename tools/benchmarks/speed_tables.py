@@ -12,14 +12,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def optimizer_part(found: dict[str, Any]) -> str:
     """Return the tables of `tools.benchmarks.optimizer_step`."""
     flags = f"XLA_FLAGS={found['xla_flags']} " if found["xla_flags"] else ""
+    flags += "KERAS_BACKEND=jax " if found["backend"] == "jax" else ""
     command = f"{flags}python -m tools.benchmarks.optimizer_step"
+    command += f" --updates={found['updates']}" if found.get("updates", 1) > 1 else ""
     text = f"`{command}`, {found['machine']}, medians of {found['rounds']} rounds.\n"
     for title, result in found["results"].items():
         rows = [
             [
                 row["name"],
                 row["mode"],
-                f"{row['milliseconds']:.1f}",
+                f"{row['milliseconds']:.1f}" if found["backend"] == "tensorflow" else f"{row['milliseconds']:.2f}",
                 f"{row['times_sgd']:.2f}",
                 f"{row['milliseconds'] / row['floor_milliseconds']:.2f}",
                 f"{100 * row['extra_share_of_weights']:.1f} %",
@@ -50,25 +52,84 @@ def growth_part(found: dict[str, Any]) -> str:
 
 
 def training_step_part(found: dict[str, Any]) -> str:
-    """Return the table of `tools.benchmarks.training_step`."""
-    rows = [
-        [
-            f"`{row['network']}`, {row['size']} pixels, batch {row['batch']}",
-            f"{row['name']}, {row['mode']}",
-            row["dtype"],
-            f"{row['images_per_second']:.0f}",
-            f"{row['of_keras_fit']:.2f}",
-        ]
-        for row in found["rows"]
-    ]
+    """Return the table of `tools.benchmarks.training_step` on a CPU."""
     return (
         "Whole training steps in images per second, and the ratio to Keras `fit` in the same mode, or in graph mode if "
         "it has no such mode. Keras `fit` was up to twice as fast in one run as in another, so these ratios are rough. "
         'Graph mode beats XLA on this CPU for both networks, and `jit_compile="auto"` uses it. '
         "`python -m tools.benchmarks.training_step --networks=NAME --batch=128 "
-        f"--rounds={found['rounds']}`, {found['machine']}.\n\n"
-        + table(["network", "trained by", "dtype", "images/s", "x Keras `fit`"], rows)
+        f"--rounds={found['rows'][0]['rounds']}`, {found['machine']}.\n\n" + _training_steps(found)
     )
+
+
+def _training_steps(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"`{row['network']}`, {row['size']} pixels, batch {row['batch']}",
+            f"{row['name']}, {row['mode']}",
+            row["dtype"],
+            f"{row['images_per_second']:,.0f}",
+            f"{row['of_keras_fit']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return table(["network", "trained by", "dtype", "images/s", "x Keras `fit`"], rows)
+
+
+def gpu_part(update: dict[str, Any], step: dict[str, Any], host: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Return what was measured on a GPU."""
+    (chain,) = host["rows"]
+    shown = ("seed", "microbatch_size", "excluded_lr_scale", "validation_split", "updates")
+    rows = [[*(f"{run[name]:g}" for name in shown), *_scores(run), f"{run['minutes']:.2f}"] for run in runs]
+    head = ["seed", "micro-batch", "`excluded_lr_scale`", "held out", "updates", "top-1", "of six views", "minutes"]
+    return (
+        f"On JAX, on {update['machine']}, with 16 CPU cores. `train.py`, and TensorFlow, were not run there.\n\n"
+        "### An update on a GPU\n\n" + optimizer_part(update) + "\n### A training step on a GPU\n\n"
+        "`Trainer` took as long in float32 as in bfloat16, so arithmetic was not its bound. At that commit, 2f501c0, "
+        "it copied each batch of 39 MB twice on the host. It does not any more ([the feed](#the-feed)), and was not "
+        "timed on a GPU again. PyTorch trains with SGD and momentum, the others with LARS. "
+        f"`XLA_FLAGS={step['xla_flags']} KERAS_BACKEND=jax python -m tools.benchmarks.training_step --networks=NAME`, "
+        "medians of 4 or 5 rounds of 10 or 20 steps.\n\n"
+        + _training_steps(step)
+        + "\nThe host's own work for an update of a chain of 160 Dense layers: "
+        f"{chain['Trainer, ms']:.1f} ms, Keras `fit` {chain['Keras fit, ms']:.1f} ms (`{host['command']}`).\n\n"
+        "### The fast network at 1,024 on a GPU\n\n"
+        "The settings of `cifar10_fast_1k` but for those in the table. The first run had the GPU for itself, and the "
+        "other five shared it. Minutes have compilation in them. `KERAS_BACKEND=jax python -m "
+        "tools.benchmarks.cifar10_arrays --flagfile=flags/recipes/cifar10_fast_1k.flags --images=FILE`.\n\n"
+        + table(head, rows)
+    )
+
+
+def _scores(run: dict[str, Any]) -> list[str]:
+    return [f"{100 * run[name]:.2f} %" for name in ("top1", "top1_views")]
+
+
+def feed_part(found: dict[str, Any]) -> str:
+    """Return the table of `tools.benchmarks.feed`."""
+    before = found["before"]
+    rows = [
+        [when, *cells] for when, held in ((f"at {before['commit']}", before), ("now", found)) for cells in _feeds(held)
+    ]
+    return (
+        "Milliseconds of an update whose model reads one pixel of each image: the time of the way of a batch to the "
+        f"device. A call of `fit` takes 40 updates. `{found['command']}`, {found['machine']}, medians of "
+        f"{found['rounds']} rounds.\n\n"
+        + table(["", "backend", "data", "MB of a batch", "`Trainer`", "Keras `fit`", "median of paired ratios"], rows)
+    )
+
+
+def _feeds(found: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            row["backend"],
+            row["form"],
+            f"{row['megabytes']:.1f}",
+            *(f"{row[name]:.1f}" for name in ("Trainer, ms", "Keras fit, ms")),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
 
 
 def host_time_part(found: dict[str, Any]) -> str:
