@@ -40,6 +40,8 @@ class JaxEngine:
         metric_terms: which metrics may be split.
     """
 
+    takes_any_number = True
+
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer, self.cluster, self.options = model, model.optimizer, cluster, options
         self._context = cluster.input_context()
