@@ -68,5 +68,20 @@ def _check_backend() -> None:
         sys.exit(2)
 
 
+def _check_packages() -> None:
+    """End the program if a package is missing that it needs on every backend."""
+    extras = {"tensorflow": "tensorflow", "absl": "train", "matplotlib": "train"}
+    missing = [name for name in extras if not importlib.util.find_spec(name)]
+    if missing:
+        wanted = ",".join(dict.fromkeys(extras[name] for name in missing))
+        print(
+            f"error: not installed: {', '.join(missing)}. They read the data and draw the report, on JAX, too. Install "
+            f'the project with its extras: pip install -e ".[{wanted}]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
 _check_backend()
+_check_packages()
 import_quietly("keras", "tensorflow")

@@ -348,11 +348,16 @@ def copied(batch: Batch) -> Batch:
 def _copied(a: Any) -> Any:
     if a is None or a.dtype.hasobject or not a.nbytes:
         return None if a is None else np.array(a)
-    memory = np.empty(a.nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+    copy = aligned(a.nbytes).view(a.dtype).reshape(a.shape)
     copy[...] = a
     return copy
+
+
+def aligned(size: int) -> np.ndarray:
+    """Return `size` bytes of memory, uint8, that a CPU can compute on directly."""
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size]
 
 
 def joined(parts: Iterable[Batch]) -> Batch:

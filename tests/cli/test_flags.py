@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import importlib.util
+import io
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
 import keras
 import tensorflow as tf
@@ -13,7 +16,7 @@ from absl.testing import parameterized
 import flags
 import train
 from lars_keras.runtime.errors import UsageError
-from running import renamed
+from running import renamed, start
 from running.errors import in_flags, usage_errors
 from running.optimizers import OPTIMIZER_FLAGS, OPTIMIZERS, SCHEDULE_FLAGS, SCHEDULES, make_optimizer, make_schedule
 from running.resume import config_of_flags
@@ -230,6 +233,24 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaises(UsageError) as raised, usage_errors():
             raise ValueError(message)
         self.assertEqual(str(raised.exception), expected)
+
+
+class StartTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ({"tensorflow"}, "tensorflow"), ({"tensorflow", "absl", "matplotlib"}, "tensorflow,train")
+    )
+    def test_missing_packages_are_named(self, missing, extras):
+        def find(name):
+            return None if name in missing else object()
+
+        err = io.StringIO()
+        with mock.patch.object(importlib.util, "find_spec", find), contextlib.redirect_stderr(err):
+            with self.assertRaises(SystemExit) as ended:
+                start._check_packages()
+        self.assertEqual(ended.exception.code, 2)
+        for name in missing:
+            self.assertIn(name, err.getvalue())
+        self.assertIn(f'pip install -e ".[{extras}]"', err.getvalue())
 
 
 class RecipesTest(parameterized.TestCase, tf.test.TestCase):

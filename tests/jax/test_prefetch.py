@@ -1,19 +1,29 @@
-"""Batches that a thread makes one ahead, and gives to the devices one ahead.
+"""Batches that a thread makes one ahead, and gives to the devices one ahead, from memory that is used again.
 
 `test_on_jax.py` runs this file on JAX.
 """
 
+import contextlib
+import gc
 import itertools
 import multiprocessing
 import threading
+import time
 import unittest
+import weakref
+from unittest import mock
 
 import keras
+import numpy as np
 import pytest
+
+from lars_keras.training import Trainer, inputs
 
 ON_JAX = keras.backend.backend() == "jax"
 if ON_JAX:
+    from lars_keras.training.jax.engine import JaxEngine
     from lars_keras.training.jax.prefetch import Prefetcher
+    from lars_keras.training.jax.staging import Staging
 
 
 @unittest.skipUnless(ON_JAX, "run by test_on_jax.py")
@@ -82,27 +92,100 @@ class ThreadTest(unittest.TestCase):
             ["batch 0", "batch 1"] + [text for i in range(3) for text in (f"program {i} is done", f"batch {i + 2}")],
         )
 
-    def test_a_batch_may_use_the_memory_of_the_one_before(self):
-        """It is made when the devices have that one, and no update waits for that."""
-        log, has_arrived = [], threading.Event()
 
-        class OnItsWay:
-            """Stands for a batch that the devices do not have yet."""
+@unittest.skipUnless(ON_JAX, "run by test_on_jax.py")
+class StagingTest(unittest.TestCase):
+    """A GPU and a TPU read batches from memory of the host that is used again."""
 
-            def block_until_ready(self):
-                has_arrived.wait(30)
-                log.append("arrived")
+    def test_copies(self):
+        """They hold for three batches, whatever comes in between, and are not the user's memory."""
+        rng, staging, log = np.random.default_rng(0), Staging(again=True), []
+        memory = rng.integers(0, 256, 4000, "uint8")
+        held = []
+        for i, (size, dtype) in enumerate(((96, "uint8"), (1000, "float32"), (5, "int64"), (0, "int8"), (900, "bool"))):
+            x = memory[: size * np.dtype(dtype).itemsize].view(dtype)
+            given = ({"x": x, "nothing": None}, x[::2].reshape(-1, 1, order="F"))
+            copy = staging.copied(given)
+            held.append((copy, ({"x": x.copy()}, given[1].copy())))
+            self.assertIsNone(copy[0]["nothing"])
+            for array in (copy[0]["x"], copy[1]):
+                self.assertFalse(np.shares_memory(array, memory))
+                self.assertEqual(array.ctypes.data % 64 if array.size else 0, 0)
+            memory[:] = rng.integers(0, 2, 4000, "uint8")
+            for (parts, y), (expected, target) in held[-3:]:
+                np.testing.assert_array_equal(parts["x"], expected["x"])
+                np.testing.assert_array_equal(y, target)
 
-        def made():
-            log.append("made")
+            class Arrays:
+                """Stands for arrays on the devices."""
 
-        prefetcher = Prefetcher(made, lambda made: OnItsWay(), 2)
-        first = prefetcher(())  # asks for the next one
-        self.assertIsInstance(first, OnItsWay)
-        self.assertEqual(log, ["made"])
-        has_arrived.set()
-        prefetcher(())
-        self.assertEqual(log[:3], ["made", "arrived", "made"])
+                def block_until_ready(self, i=i):
+                    log.append(i)
+
+            self.assertIsInstance(staging.sent(Arrays()), Arrays)
+            staging.sent(Arrays())  # a second part of the same batch
+            self.assertEqual(log, [number for number in range(i - 2) for _ in range(2)])
+
+    def test_memory_is_used_again(self):
+        staging = Staging(again=True)
+        places = [staging.copied((np.zeros(n),))[0].ctypes.data for n in (9, 9, 9, 9, 8, 9, 9)]
+        self.assertEqual(places[3:], places[:4])
+        self.assertEqual(len(set(places)), 3)
+
+    def test_without_it_nothing_is_kept(self):
+        for staging in (Staging(again=False), Staging(again=True)):  # the second has copied nothing
+            arrays = object()
+            found = weakref.ref(staging.sent(Staged()))
+            gc.collect()
+            self.assertIs(staging.sent(arrays), arrays)
+            self.assertIsNone(found())
+        x = np.arange(3)
+        first, second = (Staging(again=False).copied((x,))[0] for _ in range(2))
+        self.assertFalse(np.shares_memory(first, second))
+
+    def test_training_as_without(self):
+        """With devices that copy what they are given, and read it late."""
+        found, put = [], JaxEngine.on_devices
+
+        def on_devices(engine, arrays):
+            time.sleep(0.005)
+            return put(engine, inputs.copied(arrays))
+
+        for again in (False, True):
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
+            model.compile(keras.optimizers.SGD(0.1), "mse", weighted_metrics=["mae"])
+
+            def batches():
+                memory = np.zeros((7, 5), "float32")
+                for i in range(12):
+                    memory[:] = np.sin(np.arange(35.0) + 35 * i).reshape(7, 5)
+                    yield memory[:, :3], memory[:, 3:]
+
+            trainer = Trainer(model, batch_size=8, microbatch_size=4)
+            with contextlib.ExitStack() as patched:
+                if again:
+                    patched.enter_context(mock.patch.object(JaxEngine, "_staging", lambda _: Staging(again=True)))
+                    patched.enter_context(mock.patch.object(JaxEngine, "on_devices", on_devices))
+                data = Again(batches)
+                history = trainer.fit(
+                    data, epochs=2, steps_per_epoch=10, validation_data=Again(batches), verbose=0
+                ).history
+                found.append((history, model.get_weights()[0].tolist(), trainer.evaluate(Again(batches))))
+        self.assertEqual(found[0], found[1])
+
+
+class Again:
+    """Reads the batches of a generator function again and again."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return self.batches()
+
+
+class Staged:
+    """Stands for arrays on the devices."""
 
 
 if __name__ == "__main__":

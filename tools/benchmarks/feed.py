@@ -1,9 +1,10 @@
 """Time the way of large batches to the devices, beside Keras `fit`: the model looks at one pixel of an image.
 
     KERAS_BACKEND=jax python -m tools.benchmarks.feed --out=results/feed.json
+    KERAS_BACKEND=tensorflow python -m tools.benchmarks.feed --out=results/feed.json
 
 `Trainer` and Keras `fit` take the same batches in turn, in rounds of one process. A row is the median time of an
-update. Run it once on each backend: the file keeps the other's rows.
+update. The file keeps the rows of the other backend.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import keras
 
 
 def machine() -> str:
-    """Return the device that updates."""
+    """Return the name of the machine or device that computes."""
     if keras.backend.backend() == "jax":
         import jax
 

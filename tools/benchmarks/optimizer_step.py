@@ -8,9 +8,9 @@
 
 The last command suits a GPU and needs no TensorFlow. Candidates take turns, `--updates` updates each, in an order that
 changes from round to round, so all see the same noise. Figures are medians over the rounds. On JAX the updates of a
-turn are a loop of one program, because in training nobody starts an update from Python. The bandwidth is that of `x +=
-y` through the same compiler. The bandwidth bound is the time for the bytes that the rule must move. Extra memory is the
-growth of the process's peak during one turn; on JAX it is the size of the compiled program's temporary buffers.
+turn are a loop of one program: in a training step, too, the update is no program of its own. The bandwidth is that of
+`x += y` through the same compiler. The bandwidth bound is the time for the bytes that the rule must move. Extra memory
+is the growth of the process's peak during one turn; on JAX it is the size of the compiled program's temporary buffers.
 `--draw_only` draws the plot from the file of `--out`.
 """
 
@@ -36,22 +36,19 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 from keras import ops
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 import models
 from lars_keras import LAMB, LARS
 from lars_keras._keras_internals import variable_index
-from lars_keras.report.charts import svg_style
 from lars_keras.versions import versions
 from tools.benchmarks.machines import machine
-from tools.committed import save_svg, write_json
+from tools.benchmarks.optimizer_plot import plot
+from tools.committed import write_json
 
 BACKEND = keras.backend.backend()
 NETWORKS = {"alexnet": "alexnet_bn", "resnet50": "resnet50"}
 MODES = ("xla", "jit", "graph", "eager")
 PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax", "optax", "torch", "timm", "numpy")
-FIRST_TICK = 10.0  # milliseconds, where the bars of the plot begin
 # Bytes per parameter of float32: reads of two norms, then gradient, weights and slots in, weights and slots out.
 TRAFFIC = {"sgd": 20, "lars": 28, "lamb": 40}
 
@@ -64,7 +61,7 @@ class Candidate:
     mode: str
     rule: str
     step: Callable[[], Any]
-    temporary_bytes: Callable[[], int] | None = None
+    temporary_bytes: Callable[[], int | None] | None = None
 
 
 class StraightforwardLARS(keras.optimizers.SGD):
@@ -153,7 +150,10 @@ def jax_candidates(
 
     def add(name: str, rule: str, update: Callable, state: Any) -> None:
         def several(w: Any, state: Any, g: Any) -> Any:
-            return jax.lax.fori_loop(0, updates, lambda _, held: update(*held, g), (w, state))
+            def body(_: Any, held: Any) -> Any:
+                return update(*jax.lax.optimization_barrier((*held, g)))  # or what depends on g alone is taken out
+
+            return jax.lax.fori_loop(0, updates, body, (w, state))
 
         program = jax.jit(several if updates > 1 else update, donate_argnums=(0, 1))
         box = [[jax.numpy.asarray(x, dtype) for x in weights], state]
@@ -217,8 +217,10 @@ def torch_candidates(weights: list, gradients: list, dtype: str, updates: int = 
             optimizer.step()
         return float(parameters[-1].detach().sum())  # waits for the device
 
+    unknown = (lambda: None) if device == "cuda" else None  # the memory of the process says nothing of the device
     return [
-        Candidate(name, "eager", rule, functools.partial(step, optimizer)) for name, (rule, optimizer) in found.items()
+        Candidate(name, "eager", rule, functools.partial(step, optimizer), unknown)
+        for name, (rule, optimizer) in found.items()
     ]
 
 
@@ -246,7 +248,7 @@ def bandwidth_probe(numbers: int, updates: int = 1) -> Candidate:
 
 
 def take_turns(runners: Sequence[Candidate], rounds: int, updates: int = 1) -> list[list[float]]:
-    """Return the seconds an update of each runner in each round, after two rounds that are not counted."""
+    """Return the seconds per update of each runner in each round, after two rounds that are not counted."""
     times: list[list[float]] = [[] for _ in runners]
     order = list(range(len(runners)))
     shuffle = random.Random(0).shuffle
@@ -366,35 +368,6 @@ def table(network: str, result: dict[str, Any]) -> str:
             f"{'-' if extra is None else format(extra, '.1%'):>13}"
         )
     return "\n".join(lines)
-
-
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the milliseconds of every candidate as bars, a panel for each measurement."""
-    tallest = max(len(r["rows"]) for r in results.values())
-    down = math.ceil(len(results) / 2)
-    with svg_style():
-        figure = Figure(figsize=(11, down * (0.2 * tallest + 1)), layout="constrained")
-        panels = figure.subplots(down, min(len(results), 2), squeeze=False, sharex=True).flat
-        for axes, (title, result) in zip(panels, results.items(), strict=False):
-            rows = sorted(result["rows"], key=lambda r: -r["milliseconds"])
-            places = range(len(rows))
-            colors = ["#d55e00" if "ours" in r["name"] else "#0072b2" for r in rows]
-            times = [r["milliseconds"] for r in rows]
-            axes.barh(places, [time - FIRST_TICK for time in times], left=FIRST_TICK, color=colors, height=0.7)
-            for place, time in zip(places, times, strict=True):
-                axes.annotate(f"{time:,.0f}", (time, place), (3, 0), textcoords="offset points", va="center", size=8)
-            axes.plot([r["floor_milliseconds"] for r in rows], places, "k|", markersize=7, label="bandwidth bound")
-            axes.set_yticks(places, [f"{r['name']}, {r['mode']}" for r in rows])
-            axes.set_xscale("log")
-            axes.set_xlim(FIRST_TICK, None)
-            axes.set_title(title)
-            axes.set_xlabel("milliseconds an update")
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.tick_params(length=0)
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.margins(y=0.02)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False)
-    save_svg(figure, path)
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ def optimizer_part(found: dict[str, Any]) -> str:
     flags = f"XLA_FLAGS={found['xla_flags']} " if found["xla_flags"] else ""
     flags += "KERAS_BACKEND=jax " if found["backend"] == "jax" else ""
     command = f"{flags}python -m tools.benchmarks.optimizer_step"
-    command += f" --updates={found['updates']}" if found.get("updates", 1) > 1 else ""
+    if found.get("updates", 1) > 1:  # on a GPU, where not all was timed
+        networks, dtypes = zip(*(title.split(", ") for title in found["results"]), strict=True)
+        command += f" --networks={','.join(networks)} --dtypes={','.join(dtypes)} --updates={found['updates']}"
     text = f"`{command}`, {found['machine']}, medians of {found['rounds']} rounds.\n"
     for title, result in found["results"].items():
         rows = [
@@ -24,7 +26,7 @@ def optimizer_part(found: dict[str, Any]) -> str:
                 f"{row['milliseconds']:.1f}" if found["backend"] == "tensorflow" else f"{row['milliseconds']:.2f}",
                 f"{row['times_sgd']:.2f}",
                 f"{row['milliseconds'] / row['floor_milliseconds']:.2f}",
-                f"{100 * row['extra_share_of_weights']:.1f} %",
+                "-" if row["extra_share_of_weights"] is None else f"{100 * row['extra_share_of_weights']:.1f} %",
             ]
             for row in sorted(result["rows"], key=lambda row: row["milliseconds"])
         ]
@@ -85,17 +87,18 @@ def gpu_part(update: dict[str, Any], step: dict[str, Any], host: dict[str, Any],
     return (
         f"On JAX, on {update['machine']}, with 16 CPU cores. `train.py`, and TensorFlow, were not run there.\n\n"
         "### An update on a GPU\n\n" + optimizer_part(update) + "\n### A training step on a GPU\n\n"
-        "`Trainer` took as long in float32 as in bfloat16, so arithmetic was not its bound. At that commit, 2f501c0, "
-        "it copied each batch of 39 MB twice on the host. It does not any more ([the feed](#the-feed)), and was not "
-        "timed on a GPU again. PyTorch trains with SGD and momentum, the others with LARS. "
-        f"`XLA_FLAGS={step['xla_flags']} KERAS_BACKEND=jax python -m tools.benchmarks.training_step --networks=NAME`, "
-        "medians of 4 or 5 rounds of 10 or 20 steps.\n\n"
+        "Measured at commit 2f501c0. `Trainer` took as long with AlexNet in float32 as in bfloat16, so arithmetic was "
+        "not its bound. It then copied each batch of 39 MB twice on the host, to fresh memory. That is "
+        "[mended](#the-feed). It was not timed on a GPU again. PyTorch trains with SGD and momentum, the others with "
+        f"LARS. `XLA_FLAGS={step['xla_flags']} KERAS_BACKEND=jax python -m tools.benchmarks.training_step "
+        "--networks=NAME --batch=256`: `--dtypes=bfloat16 --steps=10 --rounds=4` for ResNet-50, "
+        "`--steps=20 --rounds=5` for AlexNet.\n\n"
         + _training_steps(step)
         + "\nThe host's own work for an update of a chain of 160 Dense layers: "
         f"{chain['Trainer, ms']:.1f} ms, Keras `fit` {chain['Keras fit, ms']:.1f} ms (`{host['command']}`).\n\n"
         "### The fast network at 1,024 on a GPU\n\n"
         "The settings of `cifar10_fast_1k` but for those in the table. The first run had the GPU for itself, and the "
-        "other five shared it. Minutes have compilation in them. `KERAS_BACKEND=jax python -m "
+        "other five shared it. Minutes include compilation. `KERAS_BACKEND=jax python -m "
         "tools.benchmarks.cifar10_arrays --flagfile=flags/recipes/cifar10_fast_1k.flags --images=FILE`.\n\n"
         + table(head, rows)
     )
@@ -112,9 +115,9 @@ def feed_part(found: dict[str, Any]) -> str:
         [when, *cells] for when, held in ((f"at {before['commit']}", before), ("now", found)) for cells in _feeds(held)
     ]
     return (
-        "Milliseconds of an update whose model reads one pixel of each image: the time of the way of a batch to the "
+        "Milliseconds of an update whose model reads one pixel of each image: the time that a batch takes to the "
         f"device. A call of `fit` takes 40 updates. `{found['command']}`, {found['machine']}, medians of "
-        f"{found['rounds']} rounds.\n\n"
+        f"{found['rounds']} rounds. The benchmark was copied to commit {before['commit']}.\n\n"
         + table(["", "backend", "data", "MB of a batch", "`Trainer`", "Keras `fit`", "median of paired ratios"], rows)
     )
 

@@ -20,6 +20,7 @@ from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Batch, Data
 from lars_keras.training.jax.cluster import JaxCluster
 from lars_keras.training.jax.prefetch import Prefetcher
+from lars_keras.training.jax.staging import Staging
 from lars_keras.training.jax.step import JaxStep, State
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.metric_terms import MetricTerms
@@ -101,8 +102,10 @@ class JaxEngine:
         self.prepare_training()
         sizes = self.options.microbatch_size, self.options.accumulation_steps
         data, as_arrays = self._opened(data, first_update)
+        staging = self._staging()
+        batches: Iterator[Batch]
         if as_arrays:
-            batches = self._held(inputs.training_batches(data, self._context, *sizes, first_update))
+            batches = map(staging.copied, inputs.training_batches(data, self._context, *sizes, first_update))
         else:
             from lars_keras.training.tensorflow.inputs import numpy_training_batches
 
@@ -113,7 +116,10 @@ class JaxEngine:
                 return arrays
             raise inputs.DataEnded
 
-        return Prefetcher(batch, self.on_devices, updates * self.options.accumulation_steps)
+        def put(arrays: Batch) -> Any:
+            return staging.sent(self.on_devices(arrays))
+
+        return Prefetcher(batch, put, updates * self.options.accumulation_steps)
 
     def train(self, iterator: Prefetcher, updates: int) -> StepResult:
         """Take `updates` updates; the host waits only for the last of them."""
@@ -143,10 +149,9 @@ class JaxEngine:
             inputs.check_readable_again(data)
         return (lambda *_: batches) if callable(data) else data, not inputs.is_dataset(batches)
 
-    def _held(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Return batches that hold while the devices need them: a CPU computes on the memory of the host itself."""
-        is_cpu = all(device.platform == "cpu" for device in self.step.mesh.local_devices)
-        return map(inputs.copied, batches) if is_cpu else batches
+    def _staging(self) -> Staging:
+        """Return memory for batches. A CPU computes on it, so there each batch keeps its own."""
+        return Staging(again=any(device.platform != "cpu" for device in self.step.mesh.local_devices))
 
     def on_devices(self, arrays: Any) -> Any:
         """Return this process's rows of a batch as arrays over all devices."""
@@ -251,12 +256,14 @@ class JaxEngine:
     ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         data, as_arrays = self._opened(data)
+        staging, size = self._staging(), self.options.microbatch_size
+        batches: Iterator[Batch]
         if as_arrays:
-            batches = self._held(inputs.scoring_batches(data, self._context, self.options.microbatch_size))
+            batches = map(staging.copied, inputs.scoring_batches(data, self._context, size))
         else:
             from lars_keras.training.tensorflow.inputs import numpy_scoring_batches
 
-            batches = numpy_scoring_batches(data, self._context, self.options.microbatch_size)
+            batches = numpy_scoring_batches(data, self._context, size)
         self.check_scoring()
         self.model.reset_metrics()
         state = self._model_state()
@@ -277,9 +284,7 @@ class JaxEngine:
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
             jax.block_until_ready(scores[-2:-1])  # or all batches would wait on the devices
-            arrays = self._for_scoring(batch)
-            metrics, changed, score = self._score_fn(weights, metrics, arrays)
-            jax.block_until_ready(arrays)  # before the next batch may take its memory
+            metrics, changed, score = self._score_fn(weights, metrics, staging.sent(self._for_scoring(batch)))
             for place, value in zip(self._scoring_assigns, changed, strict=True):
                 weights[place] = jax.device_put(value, state[place][1])
             scores.append(score)

@@ -2,7 +2,6 @@
 
 import atexit
 import concurrent.futures
-import contextlib
 import dataclasses
 import queue
 import threading
@@ -36,10 +35,7 @@ def _wait_for_threads() -> None:
 
 
 def _make_batches(make: Callable[[], Any], put: Callable[[Any], Any], count: int, requests: _Requests) -> None:
-    """Make `count` batches as they are asked for, or as many as there are before None.
-
-    A batch may use the memory of the one before, so it is made when the devices have that one.
-    """
+    """Make `count` batches as they are asked for, or as many as there are before None."""
     for _ in range(count):
         batch = requests.get()
         if batch is None:
@@ -48,14 +44,11 @@ def _make_batches(make: Callable[[], Any], put: Callable[[Any], Any], count: int
             arrays = make()
             batch.made.set()
             jax.block_until_ready(batch.at_work_on)
-            given = put(arrays)
-            batch.on_devices.set_result(given)
-            with contextlib.suppress(Exception):  # the update that takes the batch raises it
-                jax.block_until_ready(given)
+            batch.on_devices.set_result(put(arrays))
         except BaseException as e:
             batch.on_devices.set_exception(e)
             batch.made.set()
-        batch = arrays = given = None  # while this waits
+        batch = arrays = None  # while this waits
 
 
 class Prefetcher:

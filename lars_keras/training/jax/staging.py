@@ -1,0 +1,66 @@
+"""Memory of the host from which batches go to the devices."""
+
+import collections
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from lars_keras.training.inputs import Batch, aligned, copied
+
+_SLOTS = 3  # one is filled while the devices read another; a third evens out
+
+
+class Staging:
+    """Copies batches to memory that is used again when the devices have read it.
+
+    A user's memory may change when the next batch is asked for, and the devices read a batch later. Fresh memory for
+    each batch would cost more than the copy itself, because the system clears it page by page.
+
+    Call `copied` and `sent` in turn. A batch may be sent in several parts.
+
+    Args:
+        again: use memory again; else each batch gets memory of its own.
+    """
+
+    def __init__(self, again: bool):
+        self._slots = collections.deque(_Slot() for _ in range(_SLOTS * again))
+
+    def copied(self, batch: Batch) -> Batch:
+        """Return a copy of a batch. It holds until the devices have the arrays that `sent` gets."""
+        if not self._slots:
+            return copied(batch)
+        self._slots.rotate()
+        return self._slots[0].filled(batch)
+
+    def sent(self, arrays: Any) -> Any:
+        """Return arrays on the devices that were made of the last copy, if there is one, and note them."""
+        if self._slots and self._slots[0].is_filled:
+            self._slots[0].sent.append(arrays)
+        return arrays
+
+
+class _Slot:
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.is_filled = False
+        self._memory: list[np.ndarray] = []
+
+    def filled(self, batch: Batch) -> Batch:
+        """Return a copy of a batch in this memory, when the devices have read it."""
+        jax.block_until_ready(self.sent)
+        self.sent.clear()
+        self.is_filled = True
+        given = keras.tree.flatten(batch)
+        self._memory += [np.empty(0, np.uint8)] * (len(given) - len(self._memory))
+        return keras.tree.pack_sequence_as(batch, [self._copied(i, a) for i, a in enumerate(given)])
+
+    def _copied(self, i: int, array: Any) -> Any:
+        if array is None:
+            return None
+        if self._memory[i].nbytes < array.nbytes:
+            self._memory[i] = aligned(array.nbytes)
+        copy = self._memory[i][: array.nbytes].view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
