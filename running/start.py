@@ -70,18 +70,18 @@ def _check_backend() -> None:
 
 def _check_packages() -> None:
     """End the program if a package is missing that it needs on every backend."""
-    extras = {"tensorflow": "tensorflow", "absl": "train", "matplotlib": "train"}
+    extras = {"tensorflow": "tensorflow", **dict.fromkeys(("absl", "jinja2", "matplotlib", "psutil"), "train")}
     missing = [name for name in extras if not importlib.util.find_spec(name)]
     if missing:
         wanted = ",".join(dict.fromkeys(extras[name] for name in missing))
         print(
-            f"error: not installed: {', '.join(missing)}. They read the data and draw the report, on JAX, too. Install "
-            f'the project with its extras: pip install -e ".[{wanted}]"',
+            f"error: not installed: {', '.join(missing)}. They are needed on JAX, too. Install the project with its "
+            f'extras: pip install -e ".[{wanted}]"',
             file=sys.stderr,
         )
         sys.exit(2)
 
 
-_check_backend()
 _check_packages()
+_check_backend()
 import_quietly("keras", "tensorflow")

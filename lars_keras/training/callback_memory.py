@@ -8,7 +8,6 @@ from absl import logging
 
 from lars_keras import _keras_internals as keras_internals
 from lars_keras.runtime.divergence import DivergenceGuard
-from lars_keras.training.progress_bar import ProgressBar
 
 # Plain values only. Each of these classes resets them, or begins without them, in a new process.
 _REMEMBERED: dict[type, tuple[str, ...]] = {
@@ -99,15 +98,6 @@ def _with_memory(
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (int, dict)) else float(value)
-
-
-def watches_updates(callback: keras.callbacks.Callback) -> bool:
-    """Return True if a callback may act between updates, or votes. A progress bar only shows how far they are."""
-    base, names = keras.callbacks.Callback, ("batch_begin", "batch_end", "train_batch_begin", "train_batch_end")
-    if type(callback) in (keras.callbacks.ProgbarLogger, ProgressBar):
-        return False
-    hooks = [(getattr(callback, f"on_{name}"), getattr(base, f"on_{name}")) for name in names]
-    return hasattr(callback, "vote") or any(getattr(own, "__func__", None) is not inherited for own, inherited in hooks)
 
 
 def reads_scores(callback: keras.callbacks.Callback) -> bool:

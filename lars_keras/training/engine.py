@@ -76,12 +76,10 @@ class Engine(Protocol):
         element_spec: a `TensorSpec` for each array of a batch of the data.
 
     Attributes:
-        takes_any_number: True if `train` compiles nothing for another number of updates.
         loss_terms: the terms of the loss.
         metric_terms: which metrics may be split.
     """
 
-    takes_any_number: bool
     loss_terms: LossTerms
     metric_terms: MetricTerms
 

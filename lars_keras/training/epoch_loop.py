@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from absl import logging
 from lars_keras.training.callback_memory import swaps_at_epochs
 from lars_keras.training.cluster import Cluster
 from lars_keras.training.inputs import DataEnded
-from lars_keras.training.pace import Pace
 from lars_keras.training.position import Position
 from lars_keras.training.state import kept_random_state
 from lars_keras.training.votes import hold_vote
@@ -28,7 +26,7 @@ class EpochLoop:
         position: the place of the run, which `execute` moves.
         callback_list: the callbacks, after `on_train_begin`.
         ends: the last update of each epoch.
-        pace: the number of updates of a call of `execute`.
+        updates_per_call: the most updates of a call of `execute`.
         may_end: True if the data may end before the last update.
         execute: takes this many updates, and returns the seconds that the devices waited for data.
         check_unchanged: raises an error if a callback has compiled or changed the model.
@@ -42,7 +40,7 @@ class EpochLoop:
     position: Position
     callback_list: keras.callbacks.CallbackList
     ends: Sequence[int]
-    pace: Pace
+    updates_per_call: int
     may_end: bool
     execute: Callable[[int], float]
     check_unchanged: Callable[[], None]
@@ -77,16 +75,13 @@ class EpochLoop:
         stop = False  # as in Keras, a stop from before acts after the next call
         while position.update < end and not stop:
             callbacks.on_train_batch_begin(position.update)
-            most = self.pace.fewest if self.model.stop_training else self.pace.updates
-            updates, since = min(most, end - position.update), time.perf_counter()
             try:
-                data_wait = self.execute(updates)
+                data_wait = self.execute(min(self.updates_per_call, end - position.update))
             except DataEnded as error:
                 if not self.may_end or not position.update:
                     raise
                 logging.warning("%s The training ends with update %d of %d.", error, position.update, self.ends[-1])
                 return True
-            self.pace.took(updates, time.perf_counter() - since)
             # Not part of the position: a resumed run waits otherwise.
             logs = {**position.logs, "data_wait": data_wait}
             stop = hold_vote(self.cluster, callbacks.callbacks, position.update, logs, self.model.stop_training)

@@ -23,7 +23,6 @@ from lars_keras.training.callback_memory import (
     reads_scores,
     restore_memory,
     unpacked,
-    watches_updates,
 )
 from lars_keras.training.cluster import cluster_of
 from lars_keras.training.current_engine import CurrentEngine
@@ -31,7 +30,6 @@ from lars_keras.training.engine import Engine, EngineOptions, Scores, as_log
 from lars_keras.training.epoch_loop import EpochLoop
 from lars_keras.training.given_data import GivenData
 from lars_keras.training.inputs import Data
-from lars_keras.training.pace import Pace
 from lars_keras.training.position import Position
 from lars_keras.training.progress_bar import ProgressBar
 from lars_keras.training.sizes import epoch_ends, epochs_to_validate, split_batch
@@ -71,7 +69,7 @@ class Trainer:
         microbatch_size: examples that one replica takes through the model at once; a divisor of
             `batch_size / replicas`, which is the default and the maximum.
         steps_per_execution: updates that run without returning to Python. Callbacks see the last of them. Default: the
-            value given to `compile`. On JAX on one host, more updates may run if no callback looks at updates.
+            value given to `compile`.
         jit_compile: compile the gradient computation with XLA. `"auto"`: if there is a GPU or TPU, and all layers of
             the model allow it. JAX always compiles.
         variable_norms: measure the norms of each variable and its gradient in every update; see `measures`.
@@ -263,16 +261,13 @@ class Trainer:
         [wanted] = self.cluster.any_across_hosts(any(map(reads_scores, self.callbacks)))
         validate = functools.partial(self._evaluate, engine, validation_data, callback_list, wanted)
         may_end = isinstance(data, GeneratorFeed)
-        may_grow = engine.takes_any_number and self.cluster.hosts == 1 and not any(map(watches_updates, self.callbacks))
-        # With a generator one update a call, to know how many came before its end.
-        pace = Pace(1, False) if may_end else Pace(self.steps_per_execution, may_grow)
         loop = EpochLoop(
             self.model,
             self.cluster,
             position,
             callback_list,
             ends,
-            pace=pace,
+            updates_per_call=1 if may_end else self.steps_per_execution,  # to know how many came before the end
             may_end=may_end,
             execute=lambda updates: self._execute(engine, iterator, updates),
             check_unchanged=lambda: self._current.check_unchanged(engine),
@@ -293,9 +288,7 @@ class Trainer:
     def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
         """Take `updates` updates, move the position, and return the seconds that the devices waited for data."""
         result = engine.train(iterator, updates)
-        last = slice(-self.steps_per_execution, None)
-        self.step_losses = result.losses[last]
-        self.measures = {name: rows[last] for name, rows in result.measures.items()}
+        self.step_losses, self.measures = result.losses, result.measures
         position = self.position
         position.update += updates
         position.batches_consumed += updates

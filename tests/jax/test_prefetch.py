@@ -119,11 +119,14 @@ class StagingTest(unittest.TestCase):
             class Arrays:
                 """Stands for arrays on the devices."""
 
+                def is_ready(self):
+                    return False
+
                 def block_until_ready(self, i=i):
                     log.append(i)
 
-            self.assertIsInstance(staging.sent(Arrays()), Arrays)
-            staging.sent(Arrays())  # a second part of the same batch
+            self.assertIsInstance(staging.send(lambda parts: Arrays(), copy), Arrays)
+            staging.send(lambda parts: Arrays(), copy)  # a second part of the same batch
             self.assertEqual(log, [number for number in range(i - 2) for _ in range(2)])
 
     def test_memory_is_used_again(self):
@@ -132,15 +135,33 @@ class StagingTest(unittest.TestCase):
         self.assertEqual(places[3:], places[:4])
         self.assertEqual(len(set(places)), 3)
 
-    def test_without_it_nothing_is_kept(self):
-        for staging in (Staging(again=False), Staging(again=True)):  # the second has copied nothing
-            arrays = object()
-            found = weakref.ref(staging.sent(Staged()))
+    def test_what_is_kept(self):
+        """Not what the devices have, or they would hold batches that are used; not on a CPU; not without a copy."""
+
+        class Arrays:
+            """Stands for arrays on the devices."""
+
+            ready = False
+
+            def is_ready(self):
+                return self.ready
+
+        for again, copies, ready, kept in (
+            (True, 1, False, 1),
+            (True, 1, True, 0),
+            (True, 0, False, 0),
+            (False, 1, False, 0),
+        ):
+            staging, batch = Staging(again), (np.arange(3),)
+            for _ in range(copies):
+                staging.copied(batch)
+            arrays = staging.send(lambda batch: Arrays(), batch)
+            found, arrays.ready = weakref.ref(arrays), ready
+            staging.send(lambda batch: Arrays(), batch)
+            del arrays
             gc.collect()
-            self.assertIs(staging.sent(arrays), arrays)
-            self.assertIsNone(found())
-        x = np.arange(3)
-        first, second = (Staging(again=False).copied((x,))[0] for _ in range(2))
+            self.assertEqual(found() is not None, bool(kept), (again, copies, ready))
+        first, second = (Staging(again=False).copied(batch)[0] for _ in range(2))
         self.assertFalse(np.shares_memory(first, second))
 
     def test_training_as_without(self):
@@ -182,10 +203,6 @@ class Again:
 
     def __iter__(self):
         return self.batches()
-
-
-class Staged:
-    """Stands for arrays on the devices."""
 
 
 if __name__ == "__main__":

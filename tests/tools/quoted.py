@@ -286,8 +286,7 @@ def phrases() -> dict[str, list[str]]:
     return {
         "README.md": [
             f"{fast_loss(8192)} points at 8,192 and {fast_loss(16384)} points at 16,384",
-            f"momentum loses {lost_at_1k('momentum')} points there, Adam {lost_at_1k('adam')} and "
-            f"LARS {lost_at_1k('lars')}",
+            f"momentum loses {lost_at_1k('momentum')} points from 256 to 1,024, LARS {lost_at_1k('lars')}",
             f"momentum is {fast_gap(4096)} points behind at 4,096, at the best",
             f"it is {fast_gap(1024)} points behind at 1,024, and {fast_gap(16384)} at 16,384",
             fast_table(),

@@ -6,7 +6,6 @@
 import contextlib
 import functools
 import io
-import os
 import re
 import unittest.mock
 
@@ -16,14 +15,12 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras.training import Trainer
-from lars_keras.training.pace import Pace
 from tests.training.test_meaning import replicas
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 4)).astype("float32")
 Y = RNG.normal(size=(64, 1)).astype("float32")
 SCORED = X[:25], Y[:25]  # in batches of 8
-LOOKS = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: None)
 
 
 def make():
@@ -71,7 +68,7 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
             with unittest.mock.patch.object(
                 trainer.engine, "_results_fn", side_effect=trainer.engine._results_fn
             ) as fetched:
-                trainer.fit(X, Y, validation_data=SCORED, callbacks=[callback, LOOKS], verbose=0)
+                trainer.fit(X, Y, validation_data=SCORED, callbacks=callback, verbose=0)
             self.assertEqual(fetched.call_count - 4 * (keras.backend.backend() == "jax"), times)
 
     @parameterized.parameters(0, 1, 2, "auto")
@@ -103,15 +100,6 @@ class Hooks(Scores):
         self.lasts.append(last)
 
 
-class Voter(keras.callbacks.Callback):
-    """Votes, and has no hook."""
-
-    agreed = None
-
-    def vote(self, update, logs):
-        return False
-
-
 class CallbackListTest(tf.test.TestCase):
     def test_its_members_are_called(self):
         pack = keras.callbacks.CallbackList
@@ -127,48 +115,6 @@ class CallbackListTest(tf.test.TestCase):
         callbacks = keras.callbacks.CallbackList([keras.callbacks.BackupAndRestore(self.get_temp_dir())])
         with self.assertRaisesRegex(ValueError, "Received: BackupAndRestore"):
             Trainer(make(), batch_size=32).fit(X, Y, callbacks=callbacks, verbose=0)
-
-
-class PaceTest(tf.test.TestCase):
-    def test_calls_of_a_tenth_of_a_second(self):
-        pace, seen = Pace(2, may_grow=True), []
-        for seconds in (9.0, 0.01, 0.02, 0.1, 0.3, 0.3, 0.3, 0.001):
-            seen.append(pace.updates)
-            pace.took(pace.updates, seconds)
-        self.assertEqual(seen, [2, 2, 4, 8, 8, 4, 2, 2])
-        pace.took(1, 0.0)  # the last call of an epoch
-        self.assertEqual(pace.updates, 4)
-        for _ in range(9):
-            pace.took(pace.updates, 0.0)
-        self.assertEqual(pace.updates, 128)
-
-    def test_a_call_grows_only_if_nobody_looks(self):
-        """TensorFlow would compile another number of updates."""
-        found = {}
-        for name, callbacks, steps in (
-            ("nobody", [keras.callbacks.EarlyStopping("loss"), keras.callbacks.CSVLogger(os.devnull)], 1),
-            ("a bar", [keras.callbacks.ProgbarLogger()], 1),
-            ("a callback", [LOOKS], 1),
-            ("a voter", [Voter()], 1),
-            ("every second", [], 2),
-        ):
-            calls, trainer = [], Trainer(make(), batch_size=1, steps_per_execution=steps, variable_norms=True)
-            engine = trainer._current.for_training(trainer._given.training(X, Y), None)
-            with unittest.mock.patch.object(
-                type(engine), "train", autospec=True, side_effect=type(engine).train
-            ) as train:
-                history = trainer.fit(X, Y, epochs=2, callbacks=callbacks, verbose=0).history
-            calls = [call.args[2] for call in train.call_args_list]
-            self.assertEqual(sum(calls), 128)
-            self.assertEqual((len(trainer.step_losses), len(trainer.measures["weight"])), (steps, steps))
-            found[name] = max(calls), history["loss"]
-        losses = [loss for _, loss in found.values()]
-        self.assertEqual(losses, losses[:1] * len(losses))
-        grows = keras.backend.backend() == "jax"
-        most = {name: most for name, (most, _) in found.items()}
-        self.assertEqual({name: most[name] for name in ("a callback", "a voter")}, {"a callback": 1, "a voter": 1})
-        for name, fewest in (("nobody", 1), ("a bar", 1), ("every second", 2)):
-            (self.assertGreater if grows else self.assertEqual)(most[name], fewest, name)
 
 
 class StopTest(parameterized.TestCase, tf.test.TestCase):

@@ -15,7 +15,7 @@ def optimizer_part(found: dict[str, Any]) -> str:
     flags += "KERAS_BACKEND=jax " if found["backend"] == "jax" else ""
     command = f"{flags}python -m tools.benchmarks.optimizer_step"
     if found.get("updates", 1) > 1:  # on a GPU, where not all was timed
-        networks, dtypes = zip(*(title.split(", ") for title in found["results"]), strict=True)
+        networks, dtypes = map(dict.fromkeys, zip(*(title.split(", ") for title in found["results"]), strict=True))
         command += f" --networks={','.join(networks)} --dtypes={','.join(dtypes)} --updates={found['updates']}"
     text = f"`{command}`, {found['machine']}, medians of {found['rounds']} rounds.\n"
     for title, result in found["results"].items():
@@ -115,8 +115,8 @@ def feed_part(found: dict[str, Any]) -> str:
         [when, *cells] for when, held in ((f"at {before['commit']}", before), ("now", found)) for cells in _feeds(held)
     ]
     return (
-        "Milliseconds of an update whose model reads one pixel of each image: the time that a batch takes to the "
-        f"device. A call of `fit` takes 40 updates. `{found['command']}`, {found['machine']}, medians of "
+        "Milliseconds of an update whose model reads one pixel of each image: the time that a batch takes to "
+        f"reach the device. A call of `fit` takes 40 updates. `{found['command']}`, {found['machine']}, medians of "
         f"{found['rounds']} rounds. The benchmark was copied to commit {before['commit']}.\n\n"
         + table(["", "backend", "data", "MB of a batch", "`Trainer`", "Keras `fit`", "median of paired ratios"], rows)
     )

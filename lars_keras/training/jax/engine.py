@@ -41,8 +41,6 @@ class JaxEngine:
         metric_terms: which metrics may be split.
     """
 
-    takes_any_number = True
-
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer, self.cluster, self.options = model, model.optimizer, cluster, options
         self._context = cluster.input_context()
@@ -117,7 +115,7 @@ class JaxEngine:
             raise inputs.DataEnded
 
         def put(arrays: Batch) -> Any:
-            return staging.sent(self.on_devices(arrays))
+            return staging.send(self.on_devices, arrays)
 
         return Prefetcher(batch, put, updates * self.options.accumulation_steps)
 
@@ -151,7 +149,7 @@ class JaxEngine:
 
     def _staging(self) -> Staging:
         """Return memory for batches. A CPU computes on it, so there each batch keeps its own."""
-        return Staging(again=any(device.platform != "cpu" for device in self.step.mesh.local_devices))
+        return Staging(again=all(device.platform in ("gpu", "tpu") for device in self.step.mesh.local_devices))
 
     def on_devices(self, arrays: Any) -> Any:
         """Return this process's rows of a batch as arrays over all devices."""
@@ -284,7 +282,7 @@ class JaxEngine:
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
             jax.block_until_ready(scores[-2:-1])  # or all batches would wait on the devices
-            metrics, changed, score = self._score_fn(weights, metrics, staging.sent(self._for_scoring(batch)))
+            metrics, changed, score = self._score_fn(weights, metrics, staging.send(self._for_scoring, batch))
             for place, value in zip(self._scoring_assigns, changed, strict=True):
                 weights[place] = jax.device_put(value, state[place][1])
             scores.append(score)

@@ -1,6 +1,7 @@
 """Memory of the host from which batches go to the devices."""
 
 import collections
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ class Staging:
     A user's memory may change when the next batch is asked for, and the devices read a batch later. Fresh memory for
     each batch would cost more than the copy itself, because the system clears it page by page.
 
-    Call `copied` and `sent` in turn. A batch may be sent in several parts.
+    Call `copied` and `send` in turn. A batch may be sent in several parts.
 
     Args:
         again: use memory again; else each batch gets memory of its own.
@@ -28,14 +29,17 @@ class Staging:
         self._slots = collections.deque(_Slot() for _ in range(_SLOTS * again))
 
     def copied(self, batch: Batch) -> Batch:
-        """Return a copy of a batch. It holds until the devices have the arrays that `sent` gets."""
+        """Return a copy of a batch. It holds until the devices have the arrays that `send` makes of it."""
         if not self._slots:
             return copied(batch)
         self._slots.rotate()
         return self._slots[0].filled(batch)
 
-    def sent(self, arrays: Any) -> Any:
-        """Return arrays on the devices that were made of the last copy, if there is one, and note them."""
+    def send(self, put: Callable[[Batch], Any], batch: Batch) -> Any:
+        """Return the arrays that `put` makes on the devices of a batch, of the last copy if there is one."""
+        for slot in self._slots:  # or the devices would hold batches that are used
+            slot.sent = [arrays for arrays in slot.sent if not all(a.is_ready() for a in jax.tree.leaves(arrays))]
+        arrays = put(batch)
         if self._slots and self._slots[0].is_filled:
             self._slots[0].sent.append(arrays)
         return arrays

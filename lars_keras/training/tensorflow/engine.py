@@ -36,8 +36,6 @@ class TensorFlowEngine:
         metric_terms: which metrics may be split.
     """
 
-    takes_any_number = False
-
     def __init__(self, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer = model, model.optimizer
         self.strategy, self.replicas, self.options = cluster.strategy, cluster.replicas, options
