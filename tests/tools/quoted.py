@@ -129,7 +129,7 @@ def all_fast_runs() -> list[dict]:
     return [run for run in runs if run["model"] == "fast_cifar" and run["finished"] and run["scored_on"] == "test"]
 
 
-SETTINGS = ("learning_rate", "epochs", "weight_decay", "momentum", "bias_lr_scale", "ema_overwrite_every")
+SETTINGS = ("learning_rate", "epochs", "weight_decay", "momentum", "bias_lr_scale", "ema_overwrite_every", "precision")
 
 
 def fast_runs() -> list[dict]:
@@ -317,7 +317,8 @@ def phrases() -> dict[str, list[str]]:
             f"on seed 0 it reached {fast_seed('lars', 1024, 0)}, 14 reached {fast_at_rate('lars', 1024, 14.0)} "
             f"and 26 reached {fast_at_rate('lars', 1024, 26.0)}",
             f"changed {fast_run('f1k-b', 'top1_views')} of six views to {fast_run('g1k-s0', 'top1_views')} "
-            f"on seed 0. GELU with twice the weight decay reached {fast_run('g1k-wd1e3-s0', 'top1_views')}. With",
+            f"on seed 0, and float32 in place of bfloat16 changed it to {fast_run('f1k-f32', 'top1_views')}. "
+            f"GELU with twice the weight decay reached {fast_run('g1k-wd1e3-s0', 'top1_views')}. With",
             f"--ema_overwrite_every=5`) changed {fast_run('f1k-r26-s0', 'top1_views')} to "
             f"{fast_run('f1k-look', 'top1_views')}. At 16,384, 40 epochs "
             f"reach {fast_run('f16k-e40')}",

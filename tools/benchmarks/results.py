@@ -158,7 +158,9 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
             [
-                run["optimizer"] + ", EMA put back" * bool(run.get("ema_overwrite_every")),
+                run["optimizer"]
+                + ", EMA put back" * bool(run.get("ema_overwrite_every"))
+                + ", float32" * (run["precision"] == "float32" and run["model"] == "fast_cifar"),
                 run["model"].removeprefix("fast_cifar").removeprefix("_") or "full",
                 f"{run['batch_size']:,}",
                 f"{run['epochs']:g}",
