@@ -165,7 +165,7 @@ class StagingTest(unittest.TestCase):
         self.assertFalse(np.shares_memory(first, second))
 
     def test_training_as_without(self):
-        """With devices that copy what they are given, and read it late."""
+        """Train with devices that copy what they are given, and read it late."""
         found, put = [], JaxEngine.on_devices
 
         def on_devices(engine, arrays):
