@@ -148,7 +148,7 @@ class MemoryTest(parameterized.TestCase, tf.test.TestCase):
             self.assertFalse(np.shares_memory(array, y))
 
     def test_what_is_copied(self):
-        """Of batches in the same memory, only examples that wait for those of the next batch, and once."""
+        """Copy only examples that wait for those of the next batch; all batches are in the same memory."""
         memory = np.zeros(6, np.float32)
 
         def batches():

@@ -85,7 +85,7 @@ def gpu_part(update: dict[str, Any], step: dict[str, Any], host: dict[str, Any],
     rows = [[*(f"{run[name]:g}" for name in shown), *_scores(run), f"{run['minutes']:.2f}"] for run in runs]
     head = ["seed", "micro-batch", "`excluded_lr_scale`", "held out", "updates", "top-1", "of six views", "minutes"]
     return (
-        f"On JAX, on {update['machine']}, with 16 CPU cores. `train.py`, and TensorFlow, were not run there.\n\n"
+        f"On JAX, on {update['machine']}. `train.py`, and TensorFlow, were not run there.\n\n"
         "### An update on a GPU\n\n" + optimizer_part(update) + "\n### A training step on a GPU\n\n"
         "Measured at commit 2f501c0. `Trainer` took as long with AlexNet in float32 as in bfloat16, so arithmetic was "
         "not its bound. It then copied each batch of 39 MB twice on the host, to fresh memory. That is "

@@ -100,7 +100,7 @@ class JaxEngine:
         self.prepare_training()
         sizes = self.options.microbatch_size, self.options.accumulation_steps
         data, as_arrays = self._opened(data, first_update)
-        staging = self._staging()
+        staging = self._staging(as_arrays)
         batches: Iterator[Batch]
         if as_arrays:
             batches = map(staging.copied, inputs.training_batches(data, self._context, *sizes, first_update))
@@ -147,9 +147,10 @@ class JaxEngine:
             inputs.check_readable_again(data)
         return (lambda *_: batches) if callable(data) else data, not inputs.is_dataset(batches)
 
-    def _staging(self) -> Staging:
-        """Return memory for batches. A CPU computes on it, so there each batch keeps its own."""
-        return Staging(again=all(device.platform in ("gpu", "tpu") for device in self.step.mesh.local_devices))
+    def _staging(self, as_arrays: bool) -> Staging:
+        """Return memory for batches. A CPU computes on it, and those of a `tf.data.Dataset` have their own."""
+        copies = all(device.platform in ("gpu", "tpu") for device in self.step.mesh.local_devices)
+        return Staging(again=as_arrays and copies)
 
     def on_devices(self, arrays: Any) -> Any:
         """Return this process's rows of a batch as arrays over all devices."""
@@ -254,7 +255,7 @@ class JaxEngine:
     ) -> dict[str, Any]:
         """Return loss, metrics and the number of examples `n`, each example scored once."""
         data, as_arrays = self._opened(data)
-        staging, size = self._staging(), self.options.microbatch_size
+        staging, size = self._staging(as_arrays), self.options.microbatch_size
         batches: Iterator[Batch]
         if as_arrays:
             batches = map(staging.copied, inputs.scoring_batches(data, self._context, size))

@@ -22,7 +22,7 @@ class Staging:
     Call `copied` and `send` in turn. A batch may be sent in several parts.
 
     Args:
-        again: use memory again; else each batch gets memory of its own.
+        again: use memory again; else each copy gets memory of its own, and batches may be sent without a copy.
     """
 
     def __init__(self, again: bool):
@@ -36,11 +36,11 @@ class Staging:
         return self._slots[0].filled(batch)
 
     def send(self, put: Callable[[Batch], Any], batch: Batch) -> Any:
-        """Return the arrays that `put` makes on the devices of a batch, of the last copy if there is one."""
+        """Return the arrays that `put` makes on the devices of the last copy, or of a part of it."""
         for slot in self._slots:  # or the devices would hold batches that are used
             slot.sent = [arrays for arrays in slot.sent if not all(a.is_ready() for a in jax.tree.leaves(arrays))]
         arrays = put(batch)
-        if self._slots and self._slots[0].is_filled:
+        if self._slots:
             self._slots[0].sent.append(arrays)
         return arrays
 
@@ -48,14 +48,12 @@ class Staging:
 class _Slot:
     def __init__(self) -> None:
         self.sent: list[Any] = []
-        self.is_filled = False
         self._memory: list[np.ndarray] = []
 
     def filled(self, batch: Batch) -> Batch:
         """Return a copy of a batch in this memory, when the devices have read it."""
         jax.block_until_ready(self.sent)
         self.sent.clear()
-        self.is_filled = True
         given = keras.tree.flatten(batch)
         self._memory += [np.empty(0, np.uint8)] * (len(given) - len(self._memory))
         return keras.tree.pack_sequence_as(batch, [self._copied(i, a) for i, a in enumerate(given)])
