@@ -9,6 +9,7 @@ import sys
 import tempfile
 import unittest
 
+import keras
 import numpy as np
 
 from tests.test_blocks import blocks
@@ -22,6 +23,12 @@ JOINED_BY_TRAIN = """
 from lars_keras.training.cluster import make_cluster
 
 make_cluster("multi_worker")
+"""
+FITTED = "model.fit(images[rows], labels[rows], batch_size=256 // hosts, shuffle=False, verbose=0)"
+FITTED_BY_KERAS_3_10 = """
+import tensorflow as tf
+
+model.fit(tf.data.Dataset.from_tensor_slices((images[rows], labels[rows])).batch(256 // hosts), verbose=0)
 """
 EPILOGUE = """
 import sys
@@ -110,6 +117,9 @@ class HostsTest(unittest.TestCase):
         joined = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
         alone = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "KERAS_DISTRIBUTION_NUM_PROCESSES": "1"}
         self.assertIn(JOINED, program)
+        self.assertIn(FITTED, program)
+        if keras.__version__.startswith("3.10."):
+            program = program.replace(FITTED, FITTED_BY_KERAS_3_10)
         programs = program, program.replace(JOINED, JOINED_BY_TRAIN)
         two = [
             self.start(text, f"{i}.npz", 1, **joined, KERAS_DISTRIBUTION_PROCESS_ID=str(i))
