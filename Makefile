@@ -19,7 +19,7 @@ help:
 	@echo "make test-keras-oldest, test-keras-newest, test-torch  run them with other versions (.venv-LANE); TESTS=tests/optimizers"
 	@echo "make test-wheel  build sdist and wheel, install and try it in an empty environment, outside the checkout"
 	@echo "make test-tpu-wheel  run them with the TPU build of TensorFlow, on the CPU (.venv-tpu; Linux on x86-64 only)"
-	@echo "make prove-resume    kill runs 40 times each on one device, on several and on JAX, compare with runs that were not; an hour"
+	@echo "make prove-resume    kill each kind of run 40 times (one device, several, JAX), compare with runs that were not; an hour"
 	@echo "make pod-check   compile a recipe for a TPU slice, without a TPU: memory, time at best; FLAGS='...'"
 	@echo "make pod-scaling compile what is missing of results/pod_scaling.json; about an hour"
 	@echo "make pod-models  compile what is missing of results/pod_models.json; about an hour; needs keras-hub"

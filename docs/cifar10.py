@@ -3,7 +3,7 @@
 #
 # The same small network at batch 256 and at batch 2,048, with momentum and with LARS, for the same number of epochs.
 # It takes a few minutes on two CPU cores, less on a GPU or TPU. This page is also [a notebook](cifar10.ipynb). It
-# needs `lars-keras[jax]`, and downloads CIFAR-10 (170 MB).
+# needs this project with JAX (in a checkout, `pip install ".[jax]"`), and downloads CIFAR-10 (170 MB).
 
 # %%
 import os
@@ -136,5 +136,5 @@ for row in trainer.model.optimizer.layer_plan():
 # ## Next
 #
 # - [Which optimizer, which batch size?](choosing.md), and [the noise scale](noise_scale.md)
-# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 to 8,192 on all of CIFAR-10
+# - [The fast network](results.md#the-fast-network-on-cifar-10): LARS at batch 1,024 to 16,384 on all of CIFAR-10
 # - [First minutes on a TPU](tpu.ipynb)

@@ -1,9 +1,10 @@
 # %% [markdown]
 # # Quickstart
 #
-# Handwritten digits in batches of 449 images, a third of them all, on a CPU in about a minute. This page is also
-# [a notebook](quickstart.ipynb). It needs scikit-learn, and `lars-keras[tensorflow]` or `lars-keras[jax]`.
-# With JAX, set the environment variable `KERAS_BACKEND=jax` before Keras is imported.
+# Handwritten digits in batches of 449 images, a third of the training set, on a CPU in about a minute. This page is
+# also [a notebook](quickstart.ipynb). It needs scikit-learn, and this project with TensorFlow or JAX: in a checkout,
+# `pip install ".[tensorflow]"` or `pip install ".[jax]"`. With JAX, set the environment variable `KERAS_BACKEND=jax`
+# before Keras is imported.
 
 # %%
 import keras

@@ -3,7 +3,8 @@
 #
 # This page uses JAX, as TPUs do today. It is also [a notebook](tpu.ipynb), for a machine with TPU chips, such as the
 # hosted notebooks with one or eight of them. It also runs on GPUs and CPUs. It has not run on a TPU yet. It needs
-# `lars-keras[jax]`, JAX for the machine at hand, and scikit-learn; no TensorFlow.
+# scikit-learn, JAX for the machine at hand, and this project: in a checkout, `pip install ".[jax]"`. It does not need
+# TensorFlow.
 
 # %%
 import os

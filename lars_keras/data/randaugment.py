@@ -10,7 +10,7 @@ try:
     import keras_cv
     from keras_cv.core import ConstantFactorSampler, FactorSampler, NormalFactorSampler, UniformFactorSampler
 except ImportError as e:
-    raise ImportError("`augment` randaugment needs keras-cv: pip install 'lars-keras[augment]'") from e
+    raise ImportError("`augment` randaugment needs keras-cv: install this project with its extra [augment]") from e
 
 _LAYERS = 2  # applied in sequence; N in the source
 _MAGNITUDE = 0.3  # on a scale of 1; M = 9 on a scale of 30 in the source

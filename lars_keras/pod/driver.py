@@ -131,7 +131,7 @@ def check(
             f"shard_optimizer_state={shard_optimizer_state}, reduce_dtype={reduce_dtype!r}"
         )
     if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("jax") is None:
-        raise RuntimeError("The pod check needs the TPU compiler: pip install 'lars-keras[pod]'.")
+        raise RuntimeError("The pod check needs the TPU compiler: install this project with its extra [pod].")
     if isinstance(make_model, str):
         make_model = Reference(make_model, "make_model")
     if not callable(make_model):

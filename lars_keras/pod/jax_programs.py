@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from lars_keras.pod.measure import Program, program
+from lars_keras.training.engine import EngineOptions
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import TensorSpec
 from lars_keras.training.jax.mesh import mesh_of
@@ -37,8 +38,8 @@ def jax_programs(
         microbatch_size: examples that a device takes through the model at once.
         accumulation_steps: micro-batches of a device in an update.
         shard_optimizer_state: as `JaxStep` takes it.
-        reduce_dtype: as `JaxStep` takes it.
-        variable_norms: as `JaxStep` takes it.
+        reduce_dtype: see `EngineOptions`.
+        variable_norms: see `EngineOptions`.
         known_accumulate: the program of a micro-batch, from a slice of another size. It has no traffic between the
             devices (unless batch normalization is synchronized), so it is the same on any number of them.
 
@@ -50,15 +51,10 @@ def jax_programs(
     terms = build_model(model, spec, microbatch_size)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    step = JaxStep(
-        model,
-        mesh_of(devices),
-        accumulation_steps=accumulation_steps,
-        variable_norms=variable_norms,
-        shard_optimizer_state=shard_optimizer_state,
-        reduce_dtype=reduce_dtype,
-        masked=terms.masked,
+    options = EngineOptions(
+        microbatch_size, accumulation_steps, reduce_dtype=reduce_dtype, variable_norms=variable_norms
     )
+    step = JaxStep(model, mesh_of(devices), options, shard_optimizer_state, terms.masked)
     step.find_unreached(spec, microbatch_size)
 
     def shaped(tree: Any, shardings: Any) -> Any:
@@ -75,13 +71,13 @@ def jax_programs(
     if accumulation_steps == 1:
         update = program("update", 1, step.single_update.lower(state, arrays).compile())
         return [dataclasses.replace(update, resident=ahead)]
-    weights, scale, sums = jax.eval_shape(step.begin, state)
-    sums, (weights, scale) = placed(sums, step.sums_sharding), placed((weights, scale), step.replicated)
+    weights, sums = jax.eval_shape(step.begin, state)
+    sums, weights = placed(sums, step.sums_sharding), placed(weights, step.replicated)
     kept = _bytes_of(state["optimizer"]) + (_bytes_of(state["trainable"]) if weights else 0)
     accumulate = known_accumulate
     if accumulate is None:
-        inputs = (state["batch_stats"], state["rng_state"], scale, arrays, jax.ShapeDtypeStruct((), np.int32))
-        lowered = step.accumulate.lower(sums, weights or state["trainable"], *inputs)
+        read = (weights or state["trainable"], state["batch_stats"], state["rng_state"], step.scalars_of(state))
+        lowered = step.accumulate.lower(sums, *read, arrays, jax.ShapeDtypeStruct((), np.int32))
         accumulate = program("accumulate", accumulation_steps, lowered.compile())
     return [
         program("begin", 1, step.begin.lower(state).compile()),

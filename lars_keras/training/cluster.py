@@ -89,7 +89,7 @@ def make_cluster(
         from lars_keras.training.tensorflow.cluster import make_tensorflow_cluster
 
         return make_tensorflow_cluster(strategy, replicas, tpu, shard_optimizer_state)
-    raise _unknown(backend)
+    raise unknown_backend(backend)
 
 
 def cluster_of(model: keras.Model) -> Cluster:
@@ -107,7 +107,7 @@ def cluster_of(model: keras.Model) -> Cluster:
         from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 
         return TensorFlowCluster(model.distribute_strategy)
-    raise _unknown(backend)
+    raise unknown_backend(backend)
 
 
 def is_host_lost(error: Exception) -> bool:
@@ -134,5 +134,6 @@ def has_peers() -> bool:
         return True
 
 
-def _unknown(backend: str) -> ValueError:
+def unknown_backend(backend: str) -> ValueError:
+    """Return the error for a backend on which nothing trains."""
     return ValueError(f"Training runs with KERAS_BACKEND=tensorflow or jax. Received: KERAS_BACKEND={backend}")

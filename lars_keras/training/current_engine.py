@@ -5,13 +5,30 @@ from typing import Any
 
 import keras
 
-from lars_keras.training.backend import engine_class
-from lars_keras.training.cluster import Cluster
+from lars_keras.training.cluster import Cluster, unknown_backend
 from lars_keras.training.compiled_state import CompiledState, check_optimizer
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, element_spec, known_structure
 from lars_keras.training.loss_terms import check_terms
 from lars_keras.training.overrides import check_loss, check_overrides, check_targets
+
+
+def engine_class() -> type[Engine]:
+    """Return the engine class of the current Keras backend; import only that backend.
+
+    Raises:
+        ValueError: if the backend has no engine.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        from lars_keras.training.jax.engine import JaxEngine
+
+        return JaxEngine
+    if backend == "tensorflow":
+        from lars_keras.training.tensorflow.engine import TensorFlowEngine
+
+        return TensorFlowEngine
+    raise unknown_backend(backend)
 
 
 class CurrentEngine:

@@ -16,7 +16,7 @@ So the update is the same whether ghost batches run one after the other on one d
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -87,6 +87,7 @@ class StatelessForward:
         self.assigned = [True] * len(self.averaged)
         self.metrics = [v for metric in model.metrics for v in metric.variables]
         self._is_seed = [is_seed_state(v) for v in self.rng_state]
+        self._unknown: set[int] = set()  # variables that a warning has named
 
     def leave_alone(self, unreached: list[bool]) -> None:
         """Set `unreached`, and name these variables once in a warning: an update leaves them alone.
@@ -114,8 +115,20 @@ class StatelessForward:
         sample_weight: Any,
         index: Tensor,
         metrics: list[Tensor],
+        others: Sequence[tuple[keras.Variable, Tensor]] = (),
     ) -> tuple[Tensor, Any, list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """Compute the loss of ghost batch number `index` of its update, in training mode.
+
+        Args:
+            trainable: values of the variables of that name, as are `batch_stats`, `rng_state` and `metrics`.
+            batch_stats: see `trainable`.
+            rng_state: see `trainable`.
+            x: inputs of the ghost batch.
+            y: its targets.
+            sample_weight: its weights, or None.
+            index: number of the ghost batch.
+            metrics: see `trainable`.
+            others: other variables that the loss may read, with their values.
 
         Returns:
             The loss (mean over the ghost batch, plus the model's own losses), the predictions, the new values of
@@ -129,7 +142,7 @@ class StatelessForward:
             _with_key(value, index, +1) if seed else value for value, seed in zip(rng_state, self._is_seed, strict=True)
         ]
         variables = self.trainable + self.batch_stats + self.rng_state + self.metrics
-        mapping = list(zip(variables, trainable + batch_stats + keyed + metrics, strict=True))
+        mapping = [*zip(variables, trainable + batch_stats + keyed + metrics, strict=True), *others]
         with self._moments(), losses_of_one_replica(), RecordingScope(mapping) as scope:
             y_pred = self.model(x, **training_mode(self.model))
             with recorded_masks() as masks:
@@ -138,6 +151,7 @@ class StatelessForward:
             new_rng_state = [scope.get_current_value(v) for v in self.rng_state]
             metrics = [scope.get_current_value(v) for v in self.metrics]
         self._check_assigned(scope)
+        self._check_read(scope)
         self.assigned = [id(v) in scope.assigned for v in self.averaged]
         new_rng_state = [
             _with_key(value, index, -1) if seed else value
@@ -154,6 +168,17 @@ class StatelessForward:
                 "lose the new values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an "
                 f"attribute, and train the others with `model.fit`. Received: {', '.join(lost)}"
             )
+
+    def _check_read(self, scope: RecordingScope) -> None:
+        """Warn once of variables whose value becomes a constant of the program. TensorFlow's programs read them."""
+        if keras.backend.backend() == "jax" and not self._unknown.issuperset(scope.unknown):
+            logging.warning(
+                "The loss reads variables that are neither the model's nor numbers of the optimizer. On JAX it goes on "
+                "with their values of now, as in `model.fit`. If they change, make them attributes of a layer or of "
+                "the model: %s",
+                ", ".join(v.path for v in scope.unknown.values()),
+            )
+            self._unknown |= set(scope.unknown)
 
 
 def _with_key(seed_state: Tensor, index: Tensor, sign: int) -> Tensor:

@@ -257,9 +257,9 @@ class EngineTest(parameterized.TestCase):
             trainer.evaluate(x[:8], y[:8])
             score, seen = trainer.engine._score_fn, []
 
-            def recorded(weights, metrics, batch):
+            def recorded(weights, metrics, scalars, batch):
                 seen.append(batch[0].sharding.shard_shape(batch[0].shape)[0])
-                return score(weights, metrics, batch)
+                return score(weights, metrics, scalars, batch)
 
             trainer.engine._score_fn = recorded
             scores = trainer.evaluate(x, y)
@@ -342,8 +342,9 @@ class EngineTest(parameterized.TestCase):
         if microbatch_size is None:
             programs = [engine.step.single_update.lower(state, data)]
         else:
-            weights, scale, sums = engine.step.begin(state)
-            inputs = weights or state["trainable"], state["batch_stats"], state["rng_state"], scale, data, np.int32(0)
+            weights, sums = engine.step.begin(state)
+            scalars = engine.step.scalars_of(state)
+            inputs = weights or state["trainable"], state["batch_stats"], state["rng_state"], scalars, data, np.int32(0)
             accumulate = engine.step.accumulate.lower(sums, *inputs).compile().as_text()
             self.assertNotRegex(accumulate, "all-reduce|reduce-scatter|all-gather|all-to-all")
             programs = [engine.step.finish.lower(state, sums, state["rng_state"])]

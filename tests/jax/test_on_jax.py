@@ -26,6 +26,7 @@ FILES = (
     "tests/training/test_meaning.py",
     "tests/training/test_gradients.py",
     "tests/training/test_masks.py",
+    "tests/training/test_reads.py",
     "tests/training/test_metrics.py",
     "tests/training/test_data_forms.py",
     "tests/training/test_batch_data.py",

@@ -139,7 +139,7 @@ class RefusalTest(parameterized.TestCase, tf.test.TestCase):
     def test_without_the_compiler(self):
         with (
             mock.patch.object(importlib.util, "find_spec", lambda name: None),
-            self.assertRaisesRegex(RuntimeError, r"pip install 'lars-keras\[pod\]'"),
+            self.assertRaisesRegex(RuntimeError, r"install this project with its extra \[pod\]"),
         ):
             pod.check(own_model.make_model, BATCH, topology="v5e:2x2", batch_size=64)
 

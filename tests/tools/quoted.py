@@ -35,7 +35,7 @@ UNBOUND = {
         "without batch normalization: 58.2 % against 44.8 % at 8K",
     ),
     "docs/data.md": ("crops a random window of 8 to 100 % of the area",),
-    "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release",),
+    "docs/devices.md": ("`tensorflow-tpu` 2.20.0 is its last release", "H100 with JAX 0.11.2, `Trainer`"),
     "docs/hosts.md": (),
     "docs/migrating.md": (),
     "docs/noise_scale.md": ("at batch 512 each example contributes 60 % as much progress",),  # the form of the sentence
@@ -74,6 +74,13 @@ def on_gpu(optimizer: str, key: str = "milliseconds") -> float:
 def times_bound(optimizer: str) -> str:
     """Return the time of one update of AlexNet on a GPU in units of its bandwidth bound."""
     return f"{on_gpu(optimizer) / on_gpu(optimizer, 'floor_milliseconds'):.2f}"
+
+
+def gpu_step(network: str) -> str:
+    """Return the speed of `Trainer` on a GPU in units of Keras `fit`, lowest and highest, as in `0.36 to 0.55`."""
+    rows = results.read("training_step_gpu")["rows"]
+    found = [row["of_keras_fit"] for row in rows if (row["network"], row["name"]) == (network, "Trainer")]
+    return " to ".join(f"{ratio:.2f}" for ratio in sorted(found))
 
 
 def training_step(key: str) -> str:
@@ -287,8 +294,7 @@ def phrases() -> dict[str, list[str]]:
         "README.md": [
             f"{fast_loss(8192)} points at 8,192 and {fast_loss(16384)} points at 16,384",
             f"momentum loses {lost_at_1k('momentum')} points from 256 to 1,024, LARS {lost_at_1k('lars')}",
-            f"momentum is {fast_gap(4096)} points behind at 4,096, at the best",
-            f"it is {fast_gap(1024)} points behind at 1,024, and {fast_gap(16384)} at 16,384",
+            f"is {fast_gap(1024)} points behind LARS at 1,024, {fast_gap(4096)} at 4,096 and {fast_gap(16384)} at",
             fast_table(),
             equal_epochs_table(),
         ],
@@ -335,13 +341,17 @@ def phrases() -> dict[str, list[str]]:
             f"are read {stored('squash256')} times as fast as from full-size files, and those of raw pixels "
             f"{stored('squash256_raw')} times",
         ],
+        "docs/devices.md": [
+            f"at {gpu_step('resnet50')} times the speed of Keras `fit` on ResNet-50, and at {gpu_step('alexnet_bn')} "
+            "times on",
+        ],
         "docs/noise_scale.md": [
             f"digits: noise scale {halfway('digits')} halfway",
             f"batch 1,024, where an example contributes {efficiency('digits', 1024)}",
             f"8,192, where it contributes {efficiency('digits', 8192)}, LARS falls to {top1('digits', 'lars', 8192)}",
             f"`cifar10_fast_4k` at seed 0 reached {fast_seed('lars', 4096, 0)}",
             f"with these settings reached {fast_top1('lars', 8192)}",
-            f"warm-up of 36 updates. That run reached {fast_top1('lars', 16384)}",
+            f"a warm-up of 11.8 epochs or 37 updates, reached {fast_top1('lars', 16384)}",
             f"small AlexNet: noise scale {halfway('cifar10')} halfway",
             f"4,096: noise scale {halfway('cifar10_fast_4k')} halfway, where an example contributes "
             f"{efficiency('cifar10_fast_4k', 4096)}",

@@ -19,8 +19,8 @@ from absl.testing import parameterized
 import models
 from lars_keras import LARS
 from lars_keras.training import Trainer
-from lars_keras.training.backend import make_engine
 from lars_keras.training.cluster import cluster_of, has_peers, make_cluster
+from lars_keras.training.current_engine import engine_class
 from lars_keras.training.engine import EngineOptions
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 from running import exit_codes
@@ -133,7 +133,7 @@ class XlaTest(parameterized.TestCase, tf.test.TestCase):
         batch = tf.zeros([2, size, size, 3], tf.uint8), tf.zeros([2, 8])
         spec = tf.data.Dataset.from_tensors(batch).element_spec
         options = EngineOptions(microbatch_size=2, accumulation_steps=2, jit_compile=True)
-        step = make_engine(model, cluster_of(model), options, spec).step
+        step = engine_class()(model, cluster_of(model), options, spec).step
         metrics = [tf.convert_to_tensor(v) for v in step.forward.metrics]
         arguments = (*step.state(), *batch, None, tf.constant(0), tf.constant(1.0), metrics)
         hlo = step.gradient.experimental_get_compiler_ir(*arguments)(stage="hlo")

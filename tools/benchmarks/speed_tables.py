@@ -56,8 +56,9 @@ def growth_part(found: dict[str, Any]) -> str:
 def training_step_part(found: dict[str, Any]) -> str:
     """Return the table of `tools.benchmarks.training_step` on a CPU."""
     return (
-        "Whole training steps in images per second, and the ratio to Keras `fit` in the same mode, or in graph mode if "
-        "it has no such mode. Keras `fit` was up to twice as fast in one run as in another, so these ratios are rough. "
+        "Whole training steps in images per second. The last column is the median over the rounds of the ratio to "
+        "Keras `fit` in the same mode, or in graph mode if it has no such mode; the ratio of two medians may differ. "
+        "Keras `fit` was up to twice as fast in one run as in another, so these ratios are rough. "
         'Graph mode beats XLA on this CPU for both networks, and `jit_compile="auto"` uses it. '
         "`python -m tools.benchmarks.training_step --networks=NAME --batch=128 "
         f"--rounds={found['rows'][0]['rounds']}`, {found['machine']}.\n\n" + _training_steps(found)
@@ -88,8 +89,8 @@ def gpu_part(update: dict[str, Any], step: dict[str, Any], host: dict[str, Any],
         f"On JAX, on {update['machine']}. `train.py`, and TensorFlow, were not run there.\n\n"
         "### An update on a GPU\n\n" + optimizer_part(update) + "\n### A training step on a GPU\n\n"
         "Measured at commit 2f501c0. `Trainer` took as long with AlexNet in float32 as in bfloat16, so arithmetic was "
-        "not its bound. It then copied each batch of 39 MB twice on the host, to fresh memory. That is "
-        "[mended](#the-feed). It was not timed on a GPU again. PyTorch trains with SGD and momentum, the others with "
+        "not its bound. It then copied each batch of 39 MB twice on the host, to fresh memory. This is "
+        "[fixed](#the-feed). It was not timed on a GPU again. PyTorch trains with SGD and momentum, the others with "
         f"LARS. `XLA_FLAGS={step['xla_flags']} KERAS_BACKEND=jax python -m tools.benchmarks.training_step "
         "--networks=NAME --batch=256`: `--dtypes=bfloat16 --steps=10 --rounds=4` for ResNet-50, "
         "`--steps=20 --rounds=5` for AlexNet.\n\n"

@@ -42,7 +42,7 @@ def define() -> absl_flags.FlagValues:
     absl_flags.DEFINE_list(
         "recipes",
         None,
-        "Compare optimizers on this flagfile of train.py, or several flagfiles as they are.",
+        "Compare optimizers on this flagfile of train.py; or compare several flagfiles, each with its own optimizer.",
         flag_values=own,
     )
     absl_flags.DEFINE_multi_enum(

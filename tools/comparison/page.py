@@ -58,7 +58,7 @@ def search_rule(settings: Mapping[str, Any]) -> str:
     if not runs:
         return "those of the recipe"
     if not settings.get("search"):  # made by the earlier rule
-        return f"the best of at most {runs}, scored on {split} of the training images, held out"
+        return f"the best of at most {runs} at full length, scored on {split} of the training images, held out"
     return f"chosen by {settings['search']}, {runs} rates a cell, scored on {split} of the training images, held out"
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from lars_keras._keras_internals import backend_value, backend_values, set_backend_value, set_backend_values
 from lars_keras.files import atomic_path
-from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training import inputs
 from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_optimizer
 from lars_keras.training.forward import build_model
@@ -27,7 +26,7 @@ from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.padding_terms import check_padding
 from lars_keras.training.recording import RecordingScope
 from lars_keras.training.scoring import score_batch, summary
-from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
+from lars_keras.training.state import EmaWeights, restore_variables, variables_by_name
 
 Tensor = Any
 
@@ -44,24 +43,12 @@ class JaxEngine:
     def __init__(self, model: keras.Model, cluster: JaxCluster, options: EngineOptions, element_spec: Any):
         self.model, self.optimizer, self.cluster, self.options = model, model.optimizer, cluster, options
         self._context = cluster.input_context()
-        trust_ratios = options.trust_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
-        self._measures = ["gradient", "weight"] * options.variable_norms + ["ghost_gradient"] * options.noise_scale
-        self._measures += [*MEASURES] * trust_ratios
         with cluster.scope():
             self.loss_terms = build_model(model, element_spec, options.microbatch_size)
             if not self.optimizer.built:
                 self.optimizer.build(model.trainable_variables)
-        self.step = JaxStep(
-            model,
-            cluster.mesh,
-            accumulation_steps=options.accumulation_steps,
-            variable_norms=options.variable_norms,
-            noise_scale=options.noise_scale,
-            trust_ratios=trust_ratios,
-            shard_optimizer_state=cluster.shard_optimizer_state,
-            reduce_dtype=options.reduce_dtype,
-            masked=self.loss_terms.masked,
-        )
+        masked = self.loss_terms.masked
+        self.step = JaxStep(model, cluster.mesh, options, cluster.shard_optimizer_state, masked)
         self._element_spec, self._knows_unreached = element_spec, False
         self.metric_terms = MetricTerms(model, self.loss_terms.batch)
         self._written: list[weakref.ref] = []  # the arrays of the last update, which are the variables' own
@@ -129,14 +116,14 @@ class JaxEngine:
                 outcomes.append(outcome)
         finally:
             self._write_state(state)
-        metrics = self._results_fn(state["metrics"])
+        metrics = self._results_fn(state["metrics"], self.step.scalars_of(state))
         outcomes, metrics = jax.device_get((outcomes, metrics))
         norms = np.stack([o["norms"] for o in outcomes], axis=1)
         return StepResult(
             losses=[float(o["loss"]) for o in outcomes],
             learning_rates=[float(o["learning_rate"]) for o in outcomes],
             metrics={name: as_log(value) for name, value in metrics.items()},
-            measures=dict(zip(self._measures, norms, strict=True)),
+            measures=dict(zip(self.step.measures, norms, strict=True)),
             data_wait=iterator.idle - before,
         )
 
@@ -267,7 +254,10 @@ class JaxEngine:
         self.model.reset_metrics()
         state = self._model_state()
         weights = [jax.device_put(v.value, s) for v, s in state]
-        metrics = [jax.device_put(v.value, self.step.replicated) for v in self.step.variables["metrics"]]
+        metrics, scalars = (
+            [jax.device_put(v.value, self.step.replicated) for v in variables]
+            for variables in (self.step.variables["metrics"], self.step.scalars)
+        )
         scores: list[Tensor] = []
         sums = np.zeros(5)
 
@@ -275,7 +265,7 @@ class JaxEngine:
             for score in jax.device_get(scores):
                 np.add(sums, score, out=sums)
             scores.clear()
-            values = self._results_fn(metrics)
+            values = self._results_fn(metrics, scalars)
             return {name: as_log(value) for name, value in values.items()} | summary(*sums.tolist())
 
         for i, batch in enumerate(self._shareable(batches)):
@@ -283,7 +273,7 @@ class JaxEngine:
             self.metric_terms.check(i + 1, replicas=1)
             before_batch(i)
             jax.block_until_ready(scores[-2:-1])  # or all batches would wait on the devices
-            metrics, changed, score = self._score_fn(weights, metrics, staging.send(self._for_scoring, batch))
+            metrics, changed, score = self._score_fn(weights, metrics, scalars, staging.send(self._for_scoring, batch))
             for place, value in zip(self._scoring_assigns, changed, strict=True):
                 weights[place] = jax.device_put(value, state[place][1])
             scores.append(score)
@@ -329,7 +319,7 @@ class JaxEngine:
         return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
 
     def _score(
-        self, weights: list[Tensor], metrics: list[Tensor], batch: Any
+        self, weights: list[Tensor], metrics: list[Tensor], scalars: list[Tensor], batch: Any
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Score a batch over all devices.
 
@@ -339,16 +329,17 @@ class JaxEngine:
         """
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         state = [v for v, _ in self._model_state()]
-        mapping = list(zip([*state, *self.step.variables["metrics"]], [*weights, *metrics], strict=True))
-        with RecordingScope(mapping) as scope:
+        variables = [*state, *self.step.variables["metrics"], *self.step.scalars]
+        with RecordingScope(list(zip(variables, [*weights, *metrics, *scalars], strict=True))) as scope:
             scores = score_batch(self.model, x, y, weight, self._context.num_input_pipelines > 1)
             metrics = [scope.get_current_value(v) for v in self.step.variables["metrics"]]
         self._scoring_assigns = [i for i, v in enumerate(state) if id(v) in scope.assigned]
         changed = [scope.get_current_value(state[i]) for i in self._scoring_assigns]
         return metrics, changed, jnp.stack(scores)
 
-    def _results(self, metrics: list[Tensor]) -> dict[str, Tensor]:
-        with keras.StatelessScope(list(zip(self.step.variables["metrics"], metrics, strict=True))):
+    def _results(self, metrics: list[Tensor], scalars: list[Tensor]) -> dict[str, Tensor]:
+        variables = [*self.step.variables["metrics"], *self.step.scalars]
+        with keras.StatelessScope(list(zip(variables, [*metrics, *scalars], strict=True))):
             return self.model.get_metrics_result()
 
 

@@ -25,7 +25,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lars_keras._jax_internals import used_inputs
-from lars_keras.layerwise import MEASURES, measuring
+from lars_keras.layerwise import MEASURES, LayerwiseOptimizer, measuring
+from lars_keras.training.engine import EngineOptions
 from lars_keras.training.forward import StatelessForward
 from lars_keras.training.inputs import spec_of
 from lars_keras.training.jax.mesh import ghost_numbers
@@ -51,15 +52,14 @@ class JaxStep:
     Args:
         model: compiled and built.
         mesh: mesh of the replicas; see `lars_keras.training.jax.mesh`.
-        accumulation_steps: k, micro-batches of a replica in an update.
-        variable_norms: measure the norms of gradients and weights.
-        trust_ratios: measure the trust ratio and the rate that a `LayerwiseOptimizer` gives each variable.
+        options: how to take a step.
         shard_optimizer_state: keep and update shards of the weights.
-        reduce_dtype: dtype of the gradients on their way between devices.
         masked: weight ghost batches by their valid entries.
 
     Attributes:
         variables: the Keras variables of the state, by group, in its order.
+        scalars: the optimizer's variables of rank 0, such as `iterations`, which a loss, layer or metric may read.
+        measures: names of the rows of `norms` in the outcome of an update.
         state_shardings: sharding of the state, in the same order.
         replicated: sharding of an array that each device has in full.
         batch_sharding: sharding of the arrays of R micro-batches; their first dimension has R * microbatch_size
@@ -73,20 +73,18 @@ class JaxStep:
         self,
         model: keras.Model,
         mesh: Mesh,
-        *,
-        accumulation_steps: int,
-        variable_norms: bool = False,
-        trust_ratios: bool = False,
-        noise_scale: bool = False,
-        shard_optimizer_state: bool = False,
-        reduce_dtype: str = "float32",
-        masked: bool = False,
+        options: EngineOptions,
+        shard_optimizer_state: bool,
+        masked: bool,
     ):
         self.model, self.optimizer, self.mesh = model, model.optimizer, mesh
         self.axes, self.devices = mesh.axis_names, mesh.devices.size
-        self.accumulation_steps = accumulation_steps
-        self._masked = masked and self.devices * accumulation_steps > 1
-        self._measure_norms, self._measure_ratios, self._measure_noise = variable_norms, trust_ratios, noise_scale
+        self.accumulation_steps = options.accumulation_steps
+        self._masked = masked and self.devices * self.accumulation_steps > 1
+        self._measure_norms, self._measure_noise = options.variable_norms, options.noise_scale
+        self._measure_ratios = options.trust_ratios and isinstance(inner_optimizer(self.optimizer), LayerwiseOptimizer)
+        self.measures = ["gradient", "weight"] * self._measure_norms + ["ghost_gradient"] * self._measure_noise
+        self.measures += [*MEASURES] * self._measure_ratios
         self.forward = StatelessForward(model, compiled=True, over_replicas=lambda sums: lax.psum(sums, self.axes))
         self.variables = {
             "trainable": self.forward.trainable,
@@ -95,9 +93,10 @@ class JaxStep:
             "optimizer": list(self.optimizer.variables),
             "metrics": self.forward.metrics,
         }
+        self.scalars = [v for v in self.variables["optimizer"] if not v.shape]
         self._overwritten = self.forward.overwritten
         self._weights = WeightSharding(
-            model, self.forward.trainable, mesh, shard_optimizer_state, reduce_dtype, self._overwritten
+            model, self.forward.trainable, mesh, shard_optimizer_state, options.reduce_dtype, self._overwritten
         )
         self.replicated = everywhere = NamedSharding(mesh, _REPLICATED)
         self.state_shardings = {group: [everywhere] * len(variables) for group, variables in self.variables.items()}
@@ -108,7 +107,7 @@ class JaxStep:
         self.batch_sharding = self.sums_sharding = NamedSharding(mesh, self._batch_spec)
         new = (self.state_shardings, everywhere)
         self.single_update = jax.jit(self._single_update, donate_argnums=0, out_shardings=new)
-        self.begin = jax.jit(self._begin, out_shardings=(everywhere, everywhere, self.sums_sharding))
+        self.begin = jax.jit(self._begin, out_shardings=(everywhere, self.sums_sharding))
         sums = (self.sums_sharding, everywhere, everywhere)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=0, out_shardings=sums)
         self.finish = jax.jit(self._finish, donate_argnums=0, out_shardings=new)
@@ -129,13 +128,15 @@ class JaxStep:
         """
         if self.accumulation_steps == 1:
             return self.single_update(state, next_batch(last))
-        weights, scale, sums = self.begin(state)
+        weights, sums = self.begin(state)
+        read = (weights or state["trainable"], state["batch_stats"], state["rng_state"], self.scalars_of(state))
         for i in range(self.accumulation_steps):
-            batch = next_batch(last)
-            sums, rng_state, last = self.accumulate(
-                sums, weights or state["trainable"], state["batch_stats"], state["rng_state"], scale, batch, np.int32(i)
-            )
+            sums, rng_state, last = self.accumulate(sums, *read, next_batch(last), np.int32(i))
         return self.finish(state, sums, rng_state)
+
+    def scalars_of(self, state: State) -> list[Tensor]:
+        """Return the values of `scalars`."""
+        return [value for v, value in zip(self.variables["optimizer"], state["optimizer"], strict=True) if not v.shape]
 
     def find_unreached(self, element_spec: Any, examples: int) -> None:
         """Find the variables that the loss does not depend on, and leave them alone: JAX gives them a gradient of 0.
@@ -146,12 +147,13 @@ class JaxStep:
         shapes = {group: [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in vs] for group, vs in self.variables.items()}
         data = jax.tree.map(lambda s: jax.ShapeDtypeStruct((examples, *s.shape[1:]), s.dtype), spec_of(element_spec))
 
-        def loss(trainable: list[Tensor], batch_stats: list[Tensor], rng_state: list[Tensor], data: Any) -> Tensor:
+        def loss(trainable: list[Tensor], state: State, data: Any) -> Tensor:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            metrics = _zeros(self.forward.metrics)
-            return self.forward.loss(trainable, batch_stats, rng_state, x, y, sample_weight, jnp.int32(0), metrics)[0]
+            groups, others = (state["batch_stats"], state["rng_state"]), self._read(self.scalars_of(state))
+            batch = (x, y, sample_weight, jnp.int32(0))
+            return self.forward.loss(trainable, *groups, *batch, state["metrics"], others)[0]
 
-        arguments = (shapes["trainable"], shapes["batch_stats"], shapes["rng_state"], data)
+        arguments = (shapes["trainable"], shapes, data)
         used = used_inputs(loss, list(zip(self.axes, self.mesh.devices.shape, strict=True)), *arguments)
         self.forward.leave_alone([not o and not u for o, u in zip(self._overwritten, used, strict=False)])
 
@@ -165,26 +167,26 @@ class JaxStep:
             batch_stats: list[Tensor],
             rng_state: list[Tensor],
             metrics: list[Tensor],
-            scale: Tensor,
+            scalars: list[Tensor],
             data: Any,
         ) -> tuple[Sums, list[Tensor]]:
             weights = self._weights.gather(shards)
             index = self._ghost_number()
-            sums, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, data, index, scale)
+            sums, rng_state = self._ghost_sums(weights, batch_stats, rng_state, metrics, scalars, data, index)
             return self._reduced(sums), rng_state
 
         arguments = (
             *(state[group] for group in ("trainable", "batch_stats", "rng_state")),
             self._first_metrics(state["metrics"]),
-            self._loss_scale(state),
+            self.scalars_of(state),
             data,
         )
         specs = (self._weights.specs, *[_REPLICATED] * 4, self._batch_spec)
         on_devices = self._on_devices(on_device, specs, (self._reduced_specs(), _REPLICATED))
         return self._applied(state, *on_devices(*arguments))
 
-    def _begin(self, state: State) -> tuple[list[Tensor], Tensor, Sums]:
-        """Return the full weights, the scale of the loss, and zero sums, for an update of several micro-batches.
+    def _begin(self, state: State) -> tuple[list[Tensor], Sums]:
+        """Return the full weights, and zero sums, for an update of several micro-batches.
 
         If no weight is sharded, return no weights: the state has them, and a copy would take as much memory again.
         """
@@ -203,7 +205,7 @@ class JaxStep:
             sums["squares"] = jnp.zeros((self.devices, len(gradients)), "float32")
         if self._masked:
             sums["valid"] = jnp.zeros(self.devices, "float32")
-        return weights, self._loss_scale(state), sums
+        return weights, sums
 
     def _accumulate(
         self,
@@ -211,7 +213,7 @@ class JaxStep:
         weights: list[Tensor],
         batch_stats: list[Tensor],
         rng_state: list[Tensor],
-        scale: Tensor,
+        scalars: list[Tensor],
         data: Any,
         i: Tensor,
     ) -> tuple[Sums, list[Tensor], Tensor]:
@@ -223,16 +225,16 @@ class JaxStep:
         """
 
         def on_device(sums: Sums, weights: list[Tensor], *arguments: Any) -> tuple[Sums, list[Tensor]]:
-            batch_stats, rng_state, scale, data, i = arguments
+            batch_stats, rng_state, scalars, data, i = arguments
             weights = [w.astype(v.dtype) for w, v in zip(weights, self.forward.trainable, strict=True)]
             index = i * self.devices + self._ghost_number()
             sums = jax.tree.map(lambda total: total[0], sums)
-            new, rng_state = self._ghost_sums(weights, batch_stats, rng_state, sums["metrics"], data, index, scale)
+            new, rng_state = self._ghost_sums(weights, batch_stats, rng_state, sums["metrics"], scalars, data, index)
             return jax.tree.map(lambda total: total[None], self._added(sums, new)), rng_state
 
         specs = (self._batch_spec, *[_REPLICATED] * 4, self._batch_spec, _REPLICATED)
         on_devices = self._on_devices(on_device, specs, (self._batch_spec, _REPLICATED))
-        return *on_devices(sums, weights, batch_stats, rng_state, scale, data, i), i + 1
+        return *on_devices(sums, weights, batch_stats, rng_state, scalars, data, i), i + 1
 
     def _finish(self, state: State, sums: Sums, rng_state: list[Tensor]) -> tuple[State, dict[str, Tensor]]:
         """Reduce the sums after the last micro-batch, and apply the update."""
@@ -276,7 +278,7 @@ class JaxStep:
             if self.devices == 1
             else [total + own for total, own in zip(state["metrics"], metrics, strict=True)],
         }
-        rows, scale = [], self._loss_scale(state)
+        rows, scale = [], self._loss_scale(self.scalars_of(state))
         if self._measure_norms:
             norms = jnp.sqrt(self._gradient_squares(gradients)) / scale
             rows += [jnp.where(taken, norms, 0.0), jnp.sqrt(_squares(trainable))]
@@ -287,7 +289,7 @@ class JaxStep:
             left = map(operator.or_, self._overwritten, self.forward.unreached)
             rows += [*jnp.stack([_NOTHING if skipped else next(found) for skipped in left], axis=1)]
         norms = jnp.stack(rows) if rows else jnp.zeros([0, len(trainable)])
-        with keras.StatelessScope(self._mapping("optimizer", state)):
+        with keras.StatelessScope(self._read(self.scalars_of(state))):
             rate = jnp.asarray(self.optimizer.learning_rate, jnp.float32)
         return new, {"loss": loss, "learning_rate": rate, "norms": norms}
 
@@ -296,8 +298,11 @@ class JaxStep:
     def _mapping(self, group: str, state: State) -> list[tuple[keras.Variable, Tensor]]:
         return list(zip(self.variables[group], state[group], strict=True))
 
-    def _loss_scale(self, state: State) -> Tensor:
-        with keras.StatelessScope(self._mapping("optimizer", state)):
+    def _read(self, scalars: list[Tensor]) -> list[tuple[keras.Variable, Tensor]]:
+        return list(zip(self.scalars, scalars, strict=True))
+
+    def _loss_scale(self, scalars: list[Tensor]) -> Tensor:
+        with keras.StatelessScope(self._read(scalars)):
             return jnp.asarray(self.optimizer.scale_loss(jnp.float32(1.0)), jnp.float32)
 
     def _ghost_sums(
@@ -306,17 +311,17 @@ class JaxStep:
         batch_stats: list[Tensor],
         rng_state: list[Tensor],
         metrics: list[Tensor],
+        scalars: list[Tensor],
         data: Any,
         index: Tensor,
-        scale: Tensor,
     ) -> tuple[Sums, list[Tensor]]:
         """Return the terms that a ghost batch adds to the sums, with its new `metrics`; and the new `rng_state`."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        ghosts = self.devices * self.accumulation_steps
+        ghosts, scale, others = self.devices * self.accumulation_steps, self._loss_scale(scalars), self._read(scalars)
 
         def loss_of(weights: list[Tensor]) -> tuple[Tensor, Any]:
             loss, y_pred, *state = self.forward.loss(
-                weights, batch_stats, rng_state, x, y, sample_weight, index, metrics
+                weights, batch_stats, rng_state, x, y, sample_weight, index, metrics, others
             )
             loss = loss / ghosts
             return loss * scale.astype(loss.dtype), (loss, y_pred, *state)
@@ -325,7 +330,7 @@ class JaxStep:
         loss, y_pred, new_batch_stats, new_rng_state, new_metrics, valid = aux
         gradients = [g.astype(sum_dtype(g.dtype.name)) for g in gradients]
         new_batch_stats = [a.astype(sum_dtype(a.dtype.name)) / ghosts for a in new_batch_stats]
-        new_metrics = self._with_compiled_metrics(new_metrics, x, y, y_pred, sample_weight)
+        new_metrics = self._with_compiled_metrics(new_metrics, others, x, y, y_pred, sample_weight)
         loss = loss.astype(self.forward.loss_dtype)
         sums: Sums = {"gradients": gradients, "statistics": new_batch_stats, "loss": loss, "metrics": new_metrics}
         if self._measure_noise:
@@ -370,18 +375,12 @@ class JaxStep:
         """Return the number of this device's ghost batch in its micro-batch."""
         return jnp.asarray(ghost_numbers(list(self.mesh.devices.flat)))[lax.axis_index(self.axes)]
 
-    def _with_compiled_metrics(
-        self, metrics: list[Tensor], x: Any, y: Any, y_pred: Any, sample_weight: Any
-    ) -> list[Tensor]:
+    def _with_compiled_metrics(self, metrics: list[Tensor], others: Any, *batch: Any) -> list[Tensor]:
         """Return the metrics' variables after the compiled metrics have seen a batch."""
         variables = self.variables["metrics"]
-        with keras.StatelessScope(list(zip(variables, metrics, strict=True))) as scope:
-            self.model.compute_metrics(x, y, y_pred, sample_weight)
+        with keras.StatelessScope([*zip(variables, metrics, strict=True), *others]) as scope:
+            self.model.compute_metrics(*batch)
             return [scope.get_current_value(v) for v in variables]
-
-
-def _zeros(variables: list[keras.Variable]) -> list[Tensor]:
-    return [jnp.zeros(v.shape, v.dtype) for v in variables]
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
