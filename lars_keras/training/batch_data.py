@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -116,6 +116,34 @@ class _Part:
                 return
 
 
+class EpochHooks:
+    """The hooks of a `PyDataset` around its epochs. Each epoch that begins ends once; other data have none.
+
+    Args:
+        x: the data, or None.
+    """
+
+    def __init__(self, x: keras.utils.PyDataset | None = None):
+        self._data, self._is_open = x, False
+        self._lock = threading.Lock()  # a thread may read ahead while the training ends
+
+    def begin(self) -> None:
+        """Begin an epoch, before it is read."""
+        with self._lock:
+            if self._data is not None:
+                getattr(self._data, "on_epoch_begin", lambda: None)()  # Keras 3.10 may have none
+                self._is_open = True
+
+    def end(self, close: bool = False) -> None:
+        """End the epoch, unless it has ended. After `close`, when the training has ended, none begins."""
+        with self._lock:
+            if self._data is not None and self._is_open:
+                self._is_open = False
+                self._data.on_epoch_end()
+            if close:
+                self._data = None
+
+
 @dataclasses.dataclass(frozen=True)
 class IndexedFeed:
     """Returns a host's batches for training, from any update on, out of batches by index.
@@ -130,8 +158,7 @@ class IndexedFeed:
         microbatch_size: examples that a replica takes through the model at once.
         per_epoch: examples that an epoch uses; None for all.
         workers: threads that read.
-        before_epoch: called before an epoch is read.
-        after_epoch: called after an epoch is read.
+        hooks: called around each epoch.
     """
 
     source: Indexed
@@ -140,8 +167,7 @@ class IndexedFeed:
     microbatch_size: int
     per_epoch: int | None = None
     workers: int = 1
-    before_epoch: Callable[[], Any] = lambda: None
-    after_epoch: Callable[[], Any] = lambda: None
+    hooks: EpochHooks = dataclasses.field(default_factory=EpochHooks)
 
     @property
     def element_spec(self) -> Any:
@@ -178,9 +204,9 @@ class IndexedFeed:
         per_epoch = self.per_epoch or self.examples
         epoch, place = divmod(first, per_epoch)
         while True:
-            self.before_epoch()
+            self.hooks.begin()
             yield from self._epoch(epoch, place, per_epoch, part)
-            self.after_epoch()
+            self.hooks.end()
             epoch, place = epoch + 1, 0
 
     def _epoch(self, epoch: int, place: int, per_epoch: int, part: _Part) -> Iterator[Batch]:
@@ -277,8 +303,7 @@ def feed_of_pydataset(
         batch_size,
         microbatch_size,
         workers=x.workers,
-        before_epoch=getattr(x, "on_epoch_begin", lambda: None),  # Keras 3.10 may have none
-        after_epoch=x.on_epoch_end,
+        hooks=EpochHooks(x),
     )
 
 

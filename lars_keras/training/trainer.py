@@ -15,7 +15,7 @@ from lars_keras._keras_internals import learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
-from lars_keras.training.batch_data import GeneratorFeed
+from lars_keras.training.batch_data import GeneratorFeed, IndexedFeed
 from lars_keras.training.callback_memory import (
     check_callbacks,
     has_swapped,
@@ -276,6 +276,8 @@ class Trainer:
             validated=validated,
         )
         logs = loop.run()
+        if isinstance(data, IndexedFeed):
+            data.hooks.end(close=True)
         if beyond:
             self._restored = restored
         else:

@@ -55,8 +55,21 @@ class PyDatasetTest(tf.test.TestCase):
         trainer.evaluate(data)
         self.assertEqual(data.hooks, ["begin", "end"])
         data.hooks.clear()
-        trainer.fit(data, epochs=2, verbose=0)
-        self.assertEqual(data.hooks[:3], ["begin", "end", "begin"])
+        for epochs in (2, 1):
+            trainer.fit(data, epochs=epochs, verbose=0)
+            self.assertEqual(data.hooks, ["begin", "end"] * epochs)
+            data.hooks.clear()
+
+    def test_hooks_of_a_training_that_stops(self):
+        """Each epoch that began to be read has ended."""
+        data, trainer = Watched(8, workers=2), trainer_of()
+
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                self.model.stop_training = True
+
+        trainer.fit(data, epochs=9, verbose=0, callbacks=[Stop()])
+        self.assertIn(data.hooks, (["begin", "end"], ["begin", "end"] * 2))  # the next may be read ahead
 
     def test_class_weights_need_batches_without_weights(self):
         with self.assertRaisesRegex(ValueError, "needs batches of .*Received: batches of length 3"):
