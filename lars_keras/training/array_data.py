@@ -91,8 +91,13 @@ class ArrayBatches:
     def element_spec(self) -> Any:
         return spec_of(keras.tree.map_structure(_as_floatx, sliced(self.arrays, 0, 1)))
 
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return count_in(self.arrays)
+
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, count_in(self.arrays), self.batch_size):
+        for start in range(0, self.examples, self.batch_size):
             yield keras.tree.map_structure(_as_floatx, sliced(self.arrays, start, start + self.batch_size))
 
 

@@ -115,7 +115,7 @@ class CurrentEngine:
         engine.metric_terms.check(self._ghost_batches, self._cluster.replicas)
         if scored is not None:
             check_targets(self._model, known_structure(scored))
-            engine.check_scoring()
+            engine.check_scoring(getattr(scored, "examples", None))
         return engine
 
     def to_restore(self) -> Engine:

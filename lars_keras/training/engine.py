@@ -106,8 +106,16 @@ class Engine(Protocol):
             DataEnded: if the data end too early. It is then unknown how many of several updates were taken.
         """
 
-    def check_scoring(self) -> None:
-        """Raise ValueError if evaluations have padding and the model would count it."""
+    def check_scoring(self, examples: int | None = None) -> None:
+        """Check that the model can be scored over batches, before any is.
+
+        Args:
+            examples: number of examples to score; None if not known, for the smallest number.
+
+        Raises:
+            ValueError: if the model would count the padding of batches; if a masked loss or a metric cannot be put
+                together from several batches.
+        """
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]

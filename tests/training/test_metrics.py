@@ -146,6 +146,14 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
         expected = model(Moving()).fit(X, TARGETS, batch_size=16, shuffle=False, verbose=0).history
         self.assertAllClose(history["moving"], expected["moving"], rtol=1e-5)
 
+    def test_of_a_validation_are_refused_before_the_first_update(self):
+        trainer = Trainer(model(Moving()), batch_size=16)
+        with self.assertRaisesRegex(ValueError, "from its 4 parts.*Received: moving$"):
+            trainer.fit(X, TARGETS, validation_data=(X, TARGETS), verbose=0)
+        self.assertEqual(trainer.position.update, 0)
+        history = trainer.fit(X, TARGETS, validation_data=(X[:16], TARGETS[:16]), verbose=0).history
+        self.assertLen(history["val_moving"], 1)
+
     def test_that_cannot_be_added_are_refused_on_replicas(self):
         with replicas(2):
             trainer = Trainer(model(Largest(), "mae", FromOne()), batch_size=16)

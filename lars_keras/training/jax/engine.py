@@ -1,6 +1,7 @@
 """The JAX engine: connects a live model's state and its data with `JaxStep`."""
 
 import itertools
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -232,10 +233,15 @@ class JaxEngine:
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def check_scoring(self) -> None:
-        """Raise ValueError if evaluations have padding and the model would count it."""
+    def check_scoring(self, examples: int | None = None) -> None:
+        """Check that the model can be scored over batches; see `lars_keras.training.engine.Engine.check_scoring`."""
         if self._context.num_input_pipelines > 1:
             check_padding(self.model, self.loss_terms)
+        self._check_batches(math.ceil((examples or 1) / (self.options.microbatch_size * self.cluster.replicas)))
+
+    def _check_batches(self, count: int) -> None:
+        check_scored_terms(self.model, self.loss_terms, count)
+        self.metric_terms.check(count, replicas=1)
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]
@@ -269,8 +275,7 @@ class JaxEngine:
             return {name: as_log(value) for name, value in values.items()} | summary(*sums.tolist())
 
         for i, batch in enumerate(self._shareable(batches)):
-            check_scored_terms(self.model, self.loss_terms, i + 1)
-            self.metric_terms.check(i + 1, replicas=1)
+            self._check_batches(i + 1)
             before_batch(i)
             jax.block_until_ready(scores[-2:-1])  # or all batches would wait on the devices
             metrics, changed, score = self._score_fn(weights, metrics, scalars, staging.send(self._for_scoring, batch))
@@ -302,8 +307,7 @@ class JaxEngine:
 
     def _scores_in_parts(self) -> bool:
         try:
-            check_scored_terms(self.model, self.loss_terms, 2)
-            self.metric_terms.check(2, replicas=1)
+            self._check_batches(2)
         except ValueError:
             return False
         return True

@@ -1,5 +1,6 @@
 """The TensorFlow engine: the loop over micro-batches and updates, state and evaluation, under `tf.distribute`."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -191,10 +192,16 @@ class TensorFlowEngine:
 
     # -- evaluation ----------------------------------------------------------------------------
 
-    def check_scoring(self) -> None:
-        """Raise ValueError if evaluations have padding and the model would count it."""
+    def check_scoring(self, examples: int | None = None) -> None:
+        """Check that the model can be scored over batches; see `lars_keras.training.engine.Engine.check_scoring`."""
         if pads(self.strategy):
             check_padding(self.model, self.loss_terms)
+        self._check_batches(math.ceil((examples or 1) / (self.options.microbatch_size * self.replicas)))
+
+    def _check_batches(self, count: int) -> None:
+        parts = count * self.replicas
+        check_scored_terms(self.model, self.loss_terms, parts)
+        self.metric_terms.check(parts, self.replicas)
 
     def evaluate(
         self, data: Data, before_batch: Callable[[int], None], after_batch: Callable[[int, Scores], None]
@@ -205,8 +212,7 @@ class TensorFlowEngine:
         self._scored.assign(np.zeros(5))
         with errors_of_data():
             for i, batch in enumerate(scoring_batches(data, self.strategy, self.options.microbatch_size)):
-                check_scored_terms(self.model, self.loss_terms, (i + 1) * self.replicas)
-                self.metric_terms.check((i + 1) * self.replicas, self.replicas)
+                self._check_batches(i + 1)
                 before_batch(i)
                 self._score_fn(batch)
                 after_batch(i, self._scores)
