@@ -109,7 +109,9 @@ def resolve_roles(
     return roles
 
 
-def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Matches | None = None) -> Matches:
+def match_patterns(
+    variables: Sequence[Any], patterns: Sequence[str], saved: Matches | None = None
+) -> tuple[dict[str, list[int]], Matches | None]:
     """Find the variables that each pattern matches.
 
     Args:
@@ -120,8 +122,8 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
             path if all are known, else by position if all names and shapes are the same.
 
     Returns:
-        Values for JSON: "variables" has the path and shape of each variable, "patterns" the positions that each pattern
-        matches.
+        The positions that each pattern matches. And what to save of it, values for JSON: "variables" has the path and
+        shape of each variable, "patterns" the positions; None if all patterns are defaults.
 
     Raises:
         ValueError: if a pattern that is neither saved nor one of `DEFAULT_EXCLUDE` matches no variable. The layers of a
@@ -149,7 +151,8 @@ def match_patterns(variables: Sequence[Any], patterns: Sequence[str], saved: Mat
             if saved is None or pattern not in saved["patterns"]:
                 raise ValueError(message)
             warnings.warn(f"{message}. It matched some when the optimizer was first built", stacklevel=3)
-    return {"variables": layout, "patterns": matches}
+    given = {pattern: found for pattern, found in matches.items() if pattern not in DEFAULT_EXCLUDE}
+    return matches, {"variables": layout, "patterns": given} if given else None
 
 
 def plain(value: Any) -> Any:

@@ -143,14 +143,12 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             return
         _check_dtypes(variables)
         patterns = [p for of_argument in self._patterns.values() for p in of_argument or ()]
-        found = match_patterns(variables, patterns, saved=self._matches)
-        roles = resolve_roles(variables, found["patterns"], **self._patterns)
+        found, self._matches = match_patterns(variables, patterns, saved=self._matches)
+        roles = resolve_roles(variables, found, **self._patterns)
         self._roles = [
             dataclasses.replace(role, adapt=False, decay=False, lr_scale=0.0) if is_overwritten(v) else role
             for role, v in zip(roles, variables, strict=True)
         ]
-        given = {p: indices for p, indices in found["patterns"].items() if p not in DEFAULT_EXCLUDE}
-        self._matches = found | {"patterns": given} if given else None
         super().build(variables)
         by_name = self.add_optimizer_variables(variables, self.slots)
         self._slots = [list(of_variable) for of_variable in zip(*by_name, strict=True)]
@@ -300,15 +298,6 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
         config = super().get_config() | {name: getattr(self, name) for name in self._constants()}
         config |= {name: None if p is None else list(p) for name, p in self._patterns.items()}
         return config if self._matches is None else config | {"matches": plain(self._matches)}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "LayerwiseOptimizer":
-        """Make an optimizer from the result of `get_config`."""
-        config = dict(config)
-        matches = config.pop("matches", None)
-        optimizer = super().from_config(config, custom_objects)
-        optimizer._matches = matches
-        return optimizer
 
 
 def raw_rate_warning(roles: Sequence[VariableRole], peak_rate: float, excluded_lr_scale: float) -> str | None:

@@ -42,10 +42,15 @@ class SGD(SelectiveDecaySGD):
         **kwargs: Any,
     ):
         super().__init__(learning_rate, **kwargs)
-        self.exclude = check_patterns("exclude", exclude)
-        self.excluded_lr_scale = check_number("excluded_lr_scale", excluded_lr_scale)
+        self._exclude = check_patterns("exclude", exclude)
+        self.excluded_lr_scale = excluded_lr_scale
         self._matches = matches
         self._excluded: frozenset[int] = frozenset()
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Return the patterns of `exclude`."""
+        return tuple(self._exclude)
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Create the slots, and resolve the exclusions.
@@ -56,10 +61,8 @@ class SGD(SelectiveDecaySGD):
         if self.built:
             return
         if variables:
-            found = match_patterns(variables, self.exclude, saved=self._matches)
-            self._excluded = frozenset(i for indices in found["patterns"].values() for i in indices)
-            given = {p: indices for p, indices in found["patterns"].items() if p not in DEFAULT_EXCLUDE}
-            self._matches = found | {"patterns": given} if given else None
+            found, self._matches = match_patterns(variables, self._exclude, saved=self._matches)
+            self._excluded = frozenset(i for indices in found.values() for i in indices)
         super().build(variables)
 
     def decays(self, variable: Any) -> bool:
@@ -71,6 +74,11 @@ class SGD(SelectiveDecaySGD):
         if variable_index(self, variable) in self._excluded and self.excluded_lr_scale != 1.0:
             learning_rate = learning_rate * self.excluded_lr_scale
         super().update_step(gradient, variable, learning_rate)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "exclude":  # without effect once built
+            raise AttributeError(f"Give `exclude` to the constructor. Received: exclude={value!r}")
+        super().__setattr__(name, check_number(name, value) if name == "excluded_lr_scale" else value)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config() | {"exclude": list(self.exclude), "excluded_lr_scale": self.excluded_lr_scale}

@@ -125,7 +125,7 @@ def _exclude_from_weight_decay(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable], exclude: Sequence[str]
 ) -> None:
     """Exclude from Keras's decay the variables that LARS would not decay."""
-    matches = match_patterns(variables, check_patterns("exclude", exclude) or ())["patterns"]
+    matches, _ = match_patterns(variables, check_patterns("exclude", exclude) or ())
     kept = [v for i, v in enumerate(variables) if any(i in indices for indices in matches.values())]
     if kept:
         optimizer.exclude_from_weight_decay(var_list=kept)

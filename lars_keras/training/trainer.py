@@ -385,9 +385,9 @@ class Trainer:
         else:
             engine = self._current.of(self._given.training(*(data if isinstance(data, tuple) else (data,))), 0)
         check_identity(self.model, position.get("identity"))
-        before = self._set_rate()
+        before = self._stored_rate()
         engine.restore(arrays)
-        if before != (rate := self._set_rate()):
+        if before != (rate := self._stored_rate()):
             logging.warning("The learning rate is the saved one, %g. The optimizer was compiled with %g.", rate, before)
         if (sizes := position.get("sizes", self._sizes)) != self._sizes:
             logging.warning("The snapshot was taken with %s. With %s the run goes on inexactly.", sizes, self._sizes)
@@ -397,7 +397,7 @@ class Trainer:
         self.callbacks = ()
         self._restored, self._goes_on = engine, True
 
-    def _set_rate(self) -> float | None:
+    def _stored_rate(self) -> float | None:
         """Return the learning rate if it is stored in a variable; None if a schedule sets it."""
         rate = learning_rate_of(inner_optimizer(self.model.optimizer))
         return float(keras.ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None

@@ -128,6 +128,16 @@ class SGDTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, message):
             SGD(0.1, **arguments)
 
+    def test_set_later(self):
+        """The constructor would refuse what is saved, or the exclusions would be those of before."""
+        optimizer = SGD(0.1)
+        with self.assertRaisesRegex(AttributeError, "`exclude` to the constructor"):
+            optimizer.exclude = ()
+        with self.assertRaisesRegex(ValueError, "`excluded_lr_scale`.*Received: excluded_lr_scale=-1"):
+            optimizer.excluded_lr_scale = -1
+        optimizer.excluded_lr_scale = 2
+        self.assertEqual(SGD.from_config(optimizer.get_config()).excluded_lr_scale, 2.0)
+
     def test_a_pattern_that_matches_nothing(self):
         with self.assertRaisesRegex(ValueError, "matches none of the 6 trainable variables"):
             SGD(0.1, exclude=("nothing",)).build(model().trainable_variables)
