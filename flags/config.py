@@ -191,7 +191,7 @@ class RunConfig:
     seed: int = _whole(0, "Seed weights, order, augmentation and dropout.", low=0)
     telemetry_every: int = _whole(
         0,
-        "Log norms, trust ratio and effective learning rate of every layer every N updates; 0: never.",
+        "Log norms, trust ratio and effective learning rate of every variable every N updates; 0: never.",
         0,
         affects_result=False,
     )

@@ -61,22 +61,24 @@ class NoiseScale:
             return large / small
         return (self.value / small + 1.0) / (self.value / large + 1.0)
 
-    def describe(self, batch_size: int, epoch: float) -> str:
+    def describe(self, batch_size: int, epoch: float, since: float | None = None) -> str:
         """Return a sentence on what the estimate means for a run.
 
         Args:
             batch_size: batch size of the run.
             epoch: epoch of the measurement.
+            since: epoch of its first part, if it has several.
         """
+        when = f"at epoch {epoch:.3g}" if since is None else f"from epoch {since:.3g} to {epoch:.3g}"
         if not math.isfinite(self.low):
-            return f"At epoch {epoch:.3g} the noise scale could not be bounded: no gradient stands out of the noise."
+            return f"The noise scale {when} could not be bounded: no gradient stands out of the noise."
         if not math.isfinite(self.value):
             return (
-                f"Noise scale above {_count(self.low)} at epoch {epoch:.3g}: no gradient stands out of the noise yet. "
+                f"Noise scale above {_count(self.low)} {when}: no gradient stands out of the noise yet. "
                 "Measure more updates."
             )
         high = _count(self.high) if math.isfinite(self.high) else "no bound"
-        text = f"Noise scale {_count(self.value)} ({_count(self.low)} to {high}) at epoch {epoch:.3g}: "
+        text = f"Noise scale {_count(self.value)} ({_count(self.low)} to {high}) {when}: "
         if self.value < 1:
             return f"{text}a batch of any size makes less than twice the progress of one example."
         text += (

@@ -119,7 +119,7 @@ def _text(
             f"{count(trainer.accumulation_steps, 'micro-batch', 'es')} x "
             f"{trainer.microbatch_size} examples ({trainer.cluster.description})",
         ),
-        ("length", f"{total:,} updates = {total / per_epoch:.4g} epochs of {per_epoch:.4g}"),
+        ("length", f"{total:,} updates = {total / per_epoch:.4g} epochs of {per_epoch:.4g} updates"),
         ("optimizer", _optimizer(config)),
         *_step(config, optimizer, rate),
         (

@@ -135,12 +135,13 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
             "progress as in a small batch; 2,048 would keep 59 %.",
         )
         self.assertIn("1,024 would still keep 74 %", self.found.describe(256, 3))
+        self.assertIn("2,900 (2,400 to 3,500) from epoch 2 to 3: at", self.found.describe(256, 3, since=2))
         nothing = NoiseScale(math.inf, 500.0, math.inf, -1.0, 1.0, 10)
         self.assertIn("above 500", nothing.describe(256, 3))
         nothing = NoiseScale(math.inf, math.inf, math.inf, -1.0, 1.0, 10)
         self.assertEqual(
             nothing.describe(256, 3),
-            "At epoch 3 the noise scale could not be bounded: no gradient stands out of the noise.",
+            "The noise scale at epoch 3 could not be bounded: no gradient stands out of the noise.",
         )
         self.assertEqual(
             NoiseScale(0.0, 0.0, 0.0, 1.0, 0.0, 10).describe(256, 3),

@@ -125,8 +125,8 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
     rates = {e["update"]: e["learning_rate"] for e in log if e["event"] == "update" and e["learning_rate"] is not None}
     if not rates:
         raise ValueError(f"The run needs the learning rates of its updates in its metrics.jsonl. Received: {run_dir}")
-    # The noise scale grows, so the last third of the run speaks.
-    found, last, size = combine(events[-max(2, len(events) // 3) :]).total(), events[-1], config["batch_size"]
+    late = events[-max(2, len(events) // 3) :]  # the noise scale grows, so the last third of the run speaks
+    found, last, size = combine(late).total(), late[-1], config["batch_size"]
     peak, warmup = config.get("peak_learning_rate"), config.get("warmup_updates")
     if peak is None or warmup is None:  # of an earlier version: what the logged updates show
         peak = max(rates.values())
@@ -137,7 +137,7 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
     if log_length(log) <= warmup and log_length(log) < updates:
         raise ValueError(f"The run needs an update after its warm-up. Received: {log_length(log)} updates in {run_dir}")
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
-    lines += ["", found.describe(size, last["epoch"]), "", CAVEATS]
+    lines += ["", found.describe(size, last["epoch"], since=late[0]["epoch"]), "", CAVEATS]
     if not batch_sizes:
         middle = round(math.log2(max(found.value, 4.0) if math.isfinite(found.value) else size))
         batch_sizes = [2**n for n in range(middle - 2, middle + 3)]

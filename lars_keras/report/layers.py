@@ -72,7 +72,7 @@ def health(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -
         return []
     paths, adapted = [layer["path"] for layer in layers], np.array([layer["adapt"] for layer in layers])
     weight, gradient, ratio = (as_array(events, name) for name in MEASURES[:3])
-    recent = f"the last {min(len(events), RECENT)} lines"
+    recent = f"the last {min(len(events), RECENT)} records"
     found = []
     if adapted.any():
         typical = np.array([_median(r) for r in ratio[-RECENT:].T])

@@ -131,7 +131,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         self.assertIn('aria-label="Noise scale over optimizer updates.', page)
 
     @parameterized.parameters(
-        (None, None, None, "At epoch 3 the noise scale could not be bounded"),
+        (None, None, None, "The noise scale at epoch 3 could not be bounded"),
         (0.0, 0.0, 0.0, "Noise scale 0 (0 to 0)"),
         (0.0, 0.0, None, "Noise scale 0 (0 to no bound)"),
     )
