@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -19,6 +18,7 @@ from lars_keras.runtime.errors import Diverged, Preempted, TooManyUnreadableImag
 from lars_keras.training.cluster import has_peers, is_host_lost
 from running import exit_codes
 from running.errors import in_flags, usage_errors
+from running.help_text import entry, flag_entry
 from running.resume import flags_of_run
 
 # Groups of the help, each from this flag on, and what most people need first.
@@ -31,7 +31,6 @@ _GROUPS = {
     "eval_every": "Evaluation, seed and telemetry",
     "checkpoint_minutes": "Checkpoints and recovery",
 }
-_KINDS = {"string": "TEXT", "integer": "N", "float": "X", "list": "A,B,..."}
 _FLAGFILE = (
     "Read flags from this recipe; later flags replace its own. If they replace its optimizer or schedule, its flags of "
     "another one are dropped."
@@ -106,7 +105,7 @@ def leave(program: Callable[[], int]) -> NoReturn:
 def _help() -> str:
     """Return the help: the flags that most people need first, then all of them by group."""
     fields = {field.name: field for field in dataclasses.fields(flags.RunConfig)}
-    lines = ["Needed first", *_entry("--flagfile=FILE", _FLAGFILE)]
+    lines = ["Needed first", *entry("--flagfile=FILE", _FLAGFILE)]
     for name in _FIRST:
         lines += _flag_entry(fields[name])
     for name, field in fields.items():
@@ -117,15 +116,5 @@ def _help() -> str:
 
 
 def _flag_entry(field: dataclasses.Field) -> list[str]:
-    meta, default = field.metadata, field.default
-    text = meta["help"] + ("" if default is None or default is False else f" (default: {str(default).lower()})")
-    if meta["kind"] == "bool":
-        return _entry(f"--[no]{field.name}", text)
-    choices = meta["options"].get("enum_values", ())
-    if len(choices) > 5:
-        return _entry(f"--{field.name}=NAME", f"{text} Names: {', '.join(choices)}.")
-    return _entry(f"--{field.name}={'|'.join(choices) or _KINDS[meta['kind']]}", text)
-
-
-def _entry(flag: str, text: str) -> list[str]:
-    return [f"  {flag}", *textwrap.wrap(text, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    meta = field.metadata
+    return flag_entry(field.name, meta["kind"], meta["help"], field.default, meta["options"].get("enum_values"))

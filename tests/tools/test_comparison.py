@@ -331,6 +331,15 @@ class CommandTest(parameterized.TestCase):
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
 
+    def test_help(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(command.run(["compare.py", "--help"], "usage"), 0)
+        text = out.getvalue()
+        for flag in set(command.define()) - {"h"}:
+            self.assertRegex(text, rf"\n  --(\[no\])?{flag}\b")
+        self.assertIn("--optimizer=lars|lamb|sgd|momentum|adam\n        Compare this optimizer; repeat", text)
+        self.assertLessEqual(max(map(len, text.splitlines())), 120)
+
     def test_a_folder_in_use_is_refused(self):
         """Two comparisons in one folder would write over each other's results."""
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), lock_folder(pathlib.Path(folder), "out"):

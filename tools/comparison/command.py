@@ -25,6 +25,7 @@ from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.versions import versions
 from running import exit_codes
 from running.errors import in_flags, usage_errors
+from running.help_text import entry, flag_entry
 from running.optimizers import OPTIMIZERS
 from tools.comparison import page
 from tools.comparison.candidates import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Candidate
@@ -46,12 +47,16 @@ def define() -> absl_flags.FlagValues:
         flag_values=own,
     )
     absl_flags.DEFINE_multi_enum(
-        "optimizer", list(OPTIMIZERS), OPTIMIZERS, "Compare this optimizer; repeat the flag.", flag_values=own
+        "optimizer",
+        list(OPTIMIZERS),
+        OPTIMIZERS,
+        "Compare this optimizer; repeat the flag. Default: all.",
+        flag_values=own,
     )
     absl_flags.DEFINE_list(
         "batch_sizes", None, "Train at these global batches. Default: the recipe's.", flag_values=own
     )
-    absl_flags.DEFINE_list("seeds", ["0", "1", "2"], "Train with each of these seeds.", flag_values=own)
+    absl_flags.DEFINE_list("seeds", ["0", "1", "2"], "Train with each of these seeds. Default: 0,1,2.", flag_values=own)
     absl_flags.DEFINE_float("epochs", None, "Train for this many epochs instead of the recipe's.", **at_least)
     absl_flags.DEFINE_integer(
         "tuning_runs",
@@ -88,6 +93,17 @@ def define() -> absl_flags.FlagValues:
     )
     absl_flags.DEFINE_bool("help", False, "Show all flags.", short_name="h", flag_values=own)
     return own
+
+
+def _help(own: absl_flags.FlagValues) -> str:
+    """Return the help: all flags, in the order of their definition."""
+    lines = entry("--flagfile=FILE", "Read flags from this file; later flags replace its own.")
+    (defined,) = own.flags_by_module_dict().values()
+    for flag in defined:
+        text = re.sub("^<.*?>: |;\n.*", "", flag.help, flags=re.DOTALL)  # absl puts the choices around it
+        choices = getattr(flag.parser, "enum_values", None)
+        lines += flag_entry(flag.name, flag.flag_type(), text, flag.default, choices)
+    return "\n".join(lines)
 
 
 def candidates_of(own: absl_flags.FlagValues) -> list[Candidate]:
@@ -333,7 +349,7 @@ def _run(argv: Sequence[str], usage: str | None, held: contextlib.ExitStack) -> 
         with usage_errors():
             arguments = own(argv)[1:]
             if own.help:
-                say(f"{usage}\n{own.get_help()}")
+                say(f"{usage}\n{_help(own)}")
                 return 0
             if arguments:
                 raise UsageError(f"Every argument must be a flag, --name=value. Received: {' '.join(arguments)}")
