@@ -161,12 +161,13 @@ class StatelessForward:
 
     def _check_assigned(self, scope: RecordingScope) -> None:
         kept = {id(v) for v in (*self.averaged, *self.rng_state, *self.metrics)}
-        lost = [variable.path for key, variable in scope.assigned.items() if key not in kept]
+        lost = dict.fromkeys(variable.path for key, variable in scope.assigned.items() if key not in kept)
         if lost:
             raise ValueError(
                 "Layers assign weights, trained or frozen, or variables that are not the model's, and `Trainer` would "
                 "lose the new values. Give layers that draw random numbers a `keras.random.SeedGenerator` as an "
-                f"attribute, and train the others with `model.fit`. Received: {', '.join(lost)}"
+                "attribute, and train the others, such as a stateful RNN, with `model.fit`. Received: "
+                f"{', '.join(lost)}"
             )
 
     def _check_read(self, scope: RecordingScope) -> None:

@@ -225,6 +225,16 @@ class BehaviorTest(ModelTestCase):
         loaded = keras.saving.load_model(path)
         self.assertAllEqual(loaded(x), model(x))
 
+    def test_an_exported_model_gives_the_same_logits(self):
+        """As docs/running.md exports it; what loads it here knows no Keras."""
+        for name in ("alexnet_small_lrn", "fast_cifar_small"):
+            model = models.get(name, input_shape=(32, 32, 3), num_classes=10, seed=0)
+            x = images((32, 32, 3))
+            with tempfile.TemporaryDirectory() as folder:
+                model.export(folder, verbose=False)
+                loaded = tf.saved_model.load(folder)
+                self.assertAllClose(loaded.serve(x), model(x, training=False), rtol=1e-5, atol=1e-5)
+
     @parameterized.parameters(*SMALL)
     def test_graph_and_xla_give_the_same_gradients(self, name):
         x, y = images((16, 16, 1)), np.arange(8) % 4

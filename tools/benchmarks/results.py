@@ -129,7 +129,8 @@ def pytorch_lars_part() -> str:
         ]
         for batch_size, reported in PYTORCH_LARS.items()
     ]
-    commands = ", ".join(f"`python compare.py --flagfile=flags/comparisons/{name}.flags`" for name in columns.values())
+    compare = "python compare.py --flagfile=flags/comparisons/"
+    commands = ", ".join(f"`{compare}{name}.flags --data_dir=DIR`" for name in columns.values())
     short = read("compare_pytorch_lars_short")
     updates = [
         [f"{row['batch_size']:,}", f"{row['updates']:,}", score(row), score(row, "top5")] for row in short["table"]
