@@ -69,7 +69,8 @@ class NoiseScale:
             epoch: epoch of the measurement.
             since: epoch of its first part, if it has several.
         """
-        when = f"at epoch {epoch:.3g}" if since is None else f"from epoch {since:.3g} to {epoch:.3g}"
+        first, last = (f"{epoch if e is None else e:.3g}" for e in (since, epoch))
+        when = f"at epoch {last}" if first == last else f"from epoch {first} to {last}"
         if not math.isfinite(self.low):
             return f"The noise scale {when} could not be bounded: no gradient stands out of the noise."
         if not math.isfinite(self.value):

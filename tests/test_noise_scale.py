@@ -136,6 +136,7 @@ class MeaningTest(tf.test.TestCase, parameterized.TestCase):
         )
         self.assertIn("1,024 would still keep 74 %", self.found.describe(256, 3))
         self.assertIn("2,900 (2,400 to 3,500) from epoch 2 to 3: at", self.found.describe(256, 3, since=2))
+        self.assertIn("2,900 (2,400 to 3,500) at epoch 3: at", self.found.describe(256, 3, since=3))
         nothing = NoiseScale(math.inf, 500.0, math.inf, -1.0, 1.0, 10)
         self.assertIn("above 500", nothing.describe(256, 3))
         nothing = NoiseScale(math.inf, math.inf, math.inf, -1.0, 1.0, 10)

@@ -117,7 +117,9 @@ class _Part:
 
 
 class EpochHooks:
-    """The hooks of a `PyDataset` around its epochs. Each epoch that begins ends once; other data have none.
+    """The hooks of a `PyDataset` around its epochs; other data have none.
+
+    Each epoch that begins ends once, unless the training fails.
 
     Args:
         x: the data, or None.
@@ -369,6 +371,13 @@ class Reread:
         return (batch for batch in self.batches if batch is not None)  # Grain gives None for what it has filtered out
 
 
+class SizedBatches(Reread):
+    """Batches whose number is known."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 class PyDatasetBatches(Reread):
     """The batches of a `keras.utils.PyDataset` in their order."""
 
@@ -392,9 +401,11 @@ class TorchBatches(Reread):
     def examples(self) -> int | None:
         """Number of examples; None if the loader does not know it."""
         loader = self.batches
-        if not hasattr(loader.dataset, "__len__") or loader.batch_size is None:
+        sampled = (getattr(loader, "sampler", None), loader.dataset)
+        sized: list[Any] = [s for s in sampled if hasattr(s, "__len__")]
+        if not sized or loader.batch_size is None:
             return None
-        count = len(loader.dataset)
+        count = len(sized[0])
         return count // loader.batch_size * loader.batch_size if loader.drop_last else count
 
     def __iter__(self) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from lars_keras.training.array_data import ArrayBatches
 from lars_keras.training.cluster import Cluster, unknown_backend
 from lars_keras.training.compiled_state import CompiledState, check_optimizer
 from lars_keras.training.engine import Engine, EngineOptions
@@ -115,7 +116,7 @@ class CurrentEngine:
         engine.metric_terms.check(self._ghost_batches, self._cluster.replicas)
         if scored is not None:
             check_targets(self._model, known_structure(scored))
-            engine.check_scoring(getattr(scored, "examples", None))
+            engine.check_scoring(scored.examples if isinstance(scored, ArrayBatches) else None)
         return engine
 
     def to_restore(self) -> Engine:

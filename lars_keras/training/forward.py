@@ -173,11 +173,12 @@ class StatelessForward:
     def _check_read(self, scope: RecordingScope) -> None:
         """Warn once of variables whose value becomes a constant of the program. TensorFlow's programs read them."""
         if keras.backend.backend() == "jax" and not self._unknown.issuperset(scope.unknown):
+            paths = [v.path for v in scope.unknown.values()]
             logging.warning(
                 "The loss reads variables that are neither the model's nor numbers of the optimizer. On JAX it goes on "
                 "with their values of now, as in `model.fit`. If they change, make them attributes of a layer or of "
                 "the model: %s",
-                ", ".join(v.path for v in scope.unknown.values()),
+                ", ".join(paths[:5]) + ", ..." * (len(paths) > 5),
             )
             self._unknown |= set(scope.unknown)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lars_keras.training.batch_data import GeneratorFeed
+from lars_keras.training.batch_data import GeneratorFeed, SizedBatches
 from lars_keras.training.function_data import FunctionData
 from lars_keras.training.inputs import Data, count_examples, take_updates
 from lars_keras.training.sources import scoring_data, training_data, validation_data_of
@@ -62,8 +62,9 @@ class GivenData:
         Raises:
             ValueError: if the size of the data is not known, or the data have too few examples for an update.
         """
-        if self._counted[0] is not data or isinstance(data, list):  # a list may have grown
-            self._counted = data, count_examples(data)
+        given = data.batches if isinstance(data, SizedBatches) else data
+        if self._counted[0] is not given or isinstance(given, list):  # a list may have grown
+            self._counted = given, count_examples(data)
         examples = self._counted[1]
         updates = examples // self._batch_size
         if updates == 0:

@@ -19,6 +19,7 @@ from lars_keras.training.batch_data import (
     IndexedFeed,
     PyDatasetBatches,
     Reread,
+    SizedBatches,
     TorchBatches,
     feed_of_pydataset,
     warn_of_processes,
@@ -129,7 +130,9 @@ def scoring_data(
     if callable(x):
         check_called(x, "Call it: `evaluate({})`" if once else "Give a list of its batches: `list({})`", None)
         return _of_function(x)
-    return x
+    if isinstance(x, list | tuple):
+        return x
+    return SizedBatches(x) if hasattr(x, "__len__") else Reread(x)
 
 
 def validation_data_of(data: Any, *, batch_size: int, hosts: int = 1) -> Data:

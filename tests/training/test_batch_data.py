@@ -230,12 +230,37 @@ class SizesTest(tf.test.TestCase):
         data, updates = given.whole_updates(batches(10)[:3])
         self.assertEqual((sum(len(x) for x, _ in data), updates), (24, 3))
 
+    def test_an_iterable_with_names_of_ours(self):
+        """Its attributes mean what they mean to its own class."""
+
+        class Own:
+            examples, order, first, look, element_spec, without_hooks = batches(), {}, 1, 2, None, None
+
+            def __init__(self):
+                self.read = 0
+
+            def __len__(self):
+                return 4
+
+            def __iter__(self):
+                self.read += 1
+                return iter(batches())
+
+        own, expected = Own(), trainer_of().fit(batches(), validation_data=batches(), verbose=0).history
+        trainer = trainer_of()
+        self.assertAllClose(trainer.fit(own, validation_data=own, verbose=0).history, expected)
+        read = own.read
+        trainer.fit(own, validation_data=own, verbose=0)
+        self.assertLess(own.read, 2 * read)  # its examples are counted once
+
     def test_a_torch_loader(self):
         loader = DataLoader()
         loader.dataset = range(45)
         self.assertEqual(batch_data.TorchBatches(loader).examples, 45)
         loader.drop_last = True
         self.assertEqual(batch_data.TorchBatches(loader).examples, 40)
+        loader.sampler = range(25)
+        self.assertEqual(batch_data.TorchBatches(loader).examples, 20)
         loader.batch_size = None  # its batches are those of the data set
         self.assertIsNone(batch_data.TorchBatches(loader).examples)
 
