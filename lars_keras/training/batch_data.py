@@ -117,7 +117,7 @@ class _Part:
 
 
 class EpochHooks:
-    """The hooks of a `PyDataset` around its epochs; other data have none.
+    """Calls the hooks of a `PyDataset` around its epochs; other data have none.
 
     Each epoch that begins ends once, unless the training fails.
 
@@ -372,7 +372,7 @@ class Reread:
 
 
 class SizedBatches(Reread):
-    """Batches whose number is known."""
+    """Wraps batches whose number is known."""
 
     def __len__(self) -> int:
         return len(self.batches)

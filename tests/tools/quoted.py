@@ -136,7 +136,16 @@ def all_fast_runs() -> list[dict]:
     return [run for run in runs if run["model"] == "fast_cifar" and run["finished"] and run["scored_on"] == "test"]
 
 
-SETTINGS = ("learning_rate", "epochs", "weight_decay", "momentum", "bias_lr_scale", "ema_overwrite_every", "precision")
+SETTINGS = (
+    "learning_rate",
+    "epochs",
+    "weight_decay",
+    "momentum",
+    "bias_lr_scale",
+    "excluded_lr_scale",
+    "ema_overwrite_every",
+    "precision",
+)
 
 
 def fast_runs() -> list[dict]:
@@ -189,6 +198,7 @@ TRIES = {
     "rate 14": "f1k-r14-s0",
     "rate 26": "f1k-r26-s0",
     "rate 26, an EMA put back every 5 updates (`--ema_momentum=0.6 --ema_overwrite_every=5`)": "f1k-look",
+    "biases at the raw rate, not 4 times it (`--excluded_lr_scale=1`)": "f1k-ex1",
     "GELU for the rectifiers, as in the source": "g1k-s0",
     "GELU, and twice the weight decay": "g1k-wd1e3-s0",
     "float32 for bfloat16": "f1k-f32",

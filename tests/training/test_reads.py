@@ -1,4 +1,4 @@
-"""What a loss or metric reads beside the model: numbers of the optimizer, and variables of nobody.
+"""A loss or metric reads more than the model: numbers of the optimizer, and variables of nobody.
 
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
@@ -14,7 +14,7 @@ from tests.training.test_meaning import BACKEND, Subclassed, X, Y, replicas
 
 
 class Annealed(Subclassed):
-    """A model whose loss grows with the updates, as the weight of a term that is annealed does."""
+    """Grows its loss with the updates, as the weight of a term that is annealed does."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         return keras.ops.mean(keras.ops.square(y_pred - y)) * keras.ops.cast(self.optimizer.iterations, "float32")
@@ -35,7 +35,7 @@ class Read(keras.metrics.Metric):
 
 
 class OptimizerIsReadTest(parameterized.TestCase, tf.test.TestCase):
-    """What a loss or metric reads from the optimizer is as new as the update; Keras's `fit` fails here on JAX."""
+    """A loss or metric reads the optimizer as it is at the update. Keras's `fit` fails here on JAX."""
 
     @parameterized.product(microbatch_size=(None, 16), devices=(1, 2))
     def test_as_by_hand(self, microbatch_size, devices):
