@@ -226,7 +226,7 @@ class BehaviorTest(ModelTestCase):
         self.assertAllEqual(loaded(x), model(x))
 
     def test_an_exported_model_gives_the_same_logits(self):
-        """As docs/running.md exports it; what loads it here knows no Keras."""
+        """Export as docs/running.md does, and load without Keras."""
         for name in ("alexnet_small_lrn", "fast_cifar_small"):
             model = models.get(name, input_shape=(32, 32, 3), num_classes=10, seed=0)
             x = images((32, 32, 3))

@@ -61,7 +61,7 @@ class PyDatasetTest(tf.test.TestCase):
             data.hooks.clear()
 
     def test_hooks_of_a_training_that_stops(self):
-        """Each epoch that began to be read has ended."""
+        """End each epoch that began to be read."""
         data, trainer = Watched(8, workers=2), trainer_of()
 
         class Stop(keras.callbacks.Callback):

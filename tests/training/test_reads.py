@@ -65,7 +65,7 @@ class OptimizerIsReadTest(parameterized.TestCase, tf.test.TestCase):
 
 class FreeVariableTest(tf.test.TestCase):
     def test_a_value_that_is_kept_is_named(self):
-        """On JAX, as in `fit`, a program keeps the value of a variable that is not the model's. TensorFlow reads it."""
+        """Keep the value of a variable that is not the model's on JAX, as in `fit`. TensorFlow reads it."""
         factor = keras.Variable(1.0, name="factor")
         model = Subclassed()
         model.compile("sgd", lambda y, y_pred: factor * keras.ops.mean(keras.ops.abs(y - y_pred), -1))
