@@ -10,7 +10,8 @@ import numpy as np
 
 from lars_keras.data.augment import MIXES, alternating, mix_pairs
 from lars_keras.data.keyed import Array, keys, uniforms
-from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.data.limits import cores
+from lars_keras.data.parallel_map import map_rows
 from lars_keras.data.shuffle import example_ids
 from lars_keras.data.unreadable import UnreadableImages
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 from tqdm import tqdm
 
-from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.data.limits import cores, free_memory
+from lars_keras.data.parallel_map import map_rows
 from lars_keras.data.unreadable import reason_of
 from lars_keras.files import printable, size_text
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from lars_keras.data.image_files import Examples
 
 _BLOCK = 2**23  # bytes that are copied at once
+_ABANDONED = 600  # seconds without a write, after which an unfinished copy belongs to a killed process
 
 
 class InMemory:
@@ -38,7 +41,7 @@ class InMemory:
     def __init__(self, examples: Examples):
         import tensorflow as tf
 
-        free = psutil.virtual_memory().available
+        free = free_memory()
         if examples.nbytes > 0.8 * free:
             raise ValueError(
                 f"A split needs {size_text(examples.nbytes)} of memory, and {size_text(free)} are free. "
@@ -115,6 +118,7 @@ def copy_to_local(paths: Sequence[str], root: str, folder: Path) -> list[str]:
     needed = sum(found.length for _, _, found in missing)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned({target.parent for _, target, _ in missing})
         room = shutil.disk_usage(folder).free
         if needed > room:
             raise ValueError(
@@ -127,6 +131,15 @@ def copy_to_local(paths: Sequence[str], root: str, folder: Path) -> list[str]:
     except OSError as e:
         raise ValueError(f"`cache_dir` cannot be written: {e}. Received: cache_dir={folder}") from e
     return [str(target) for _, target in pairs]
+
+
+def _remove_abandoned(folders: Collection[Path]) -> None:
+    """Remove the unfinished copies that killed processes left."""
+    for folder in folders:
+        for part in folder.glob("*.[0-9]*.part"):
+            with contextlib.suppress(FileNotFoundError):  # another process may be faster
+                if time.time() - part.stat().st_mtime > _ABANDONED:
+                    part.unlink()
 
 
 def _is_copy(path: Path, size: int, mtime: int) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 
 from lars_keras.data.base import ImageData
 from lars_keras.data.decode import NUM_DRAWS, central_crop, central_fraction, random_crop
-from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.data.limits import cores
+from lars_keras.data.parallel_map import map_rows
 from lars_keras.data.resized import Storage, central_window, mirrored_window
 from lars_keras.data.unreadable import UnreadableImages
 

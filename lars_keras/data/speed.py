@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from lars_keras.data.base import AUGMENTS, ImageData, check_arguments
 from lars_keras.data.image_files import ImageFileData
+from lars_keras.data.limits import cores, free_memory
 from lars_keras.data.loading import CACHES, NAMES, load
-from lars_keras.data.parallel_map import cores
 from lars_keras.data.resized import Storage
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) 
     if wanted:
         wait = max(0.0, 1 - whole.images_per_second / wanted)
         lines.append(f"A model that takes {wanted:,.0f} images/s would wait {100 * wait:.0f} % of its time.")
-    advice = suggestions(data, parts, wanted, free=psutil.virtual_memory().available)
+    advice = suggestions(data, parts, wanted, free=free_memory())
     nothing = "Nothing here would help: the images come fast enough, or in their fastest form."
     return "\n".join([*lines, *(advice or [nothing])])
 

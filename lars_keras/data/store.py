@@ -14,7 +14,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from lars_keras.data.parallel_map import cores, map_rows
+from lars_keras.data.limits import cores
+from lars_keras.data.parallel_map import map_rows
 from lars_keras.data.resized import Storage, resized
 from lars_keras.files import atomic_write_text, size_text
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RECENT = 10  # lines of the log that a median is taken over
 CHANGE = 100.0  # factor of a weight norm since the first line that counts as collapse or explosion
+SMALL = 0.1  # root mean square of a variable that growth is counted from: a variable may start at zero
 
 
 class LayerTelemetry(keras.callbacks.Callback):
@@ -65,7 +66,7 @@ def health(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -
         layers: rows of the layer plan.
 
     Returns:
-        One sentence for the layer that limits the learning rate, and one for each layer that has collapsed, has
+        One sentence for the layer with the smallest trust ratio, and one for each layer that has collapsed, has
         exploded or gets no gradient. The list is empty without events or layers.
     """
     if not events or not layers:
@@ -80,24 +81,28 @@ def health(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) -
         if np.isfinite(typical).any():
             i = int(np.nanargmin(typical))
             found.append(
-                f"{paths[i]} limits the learning rate: its trust ratio, {typical[i]:.2g}, is the smallest, against "
-                f"{_median(typical):.2g} for the median layer (over {recent})."
+                f"{paths[i]} has the smallest trust ratio, {typical[i]:.2g}, against {_median(typical):.2g} for the "
+                f"median layer (over {recent}). Without layer-wise scaling it would limit the learning rate."
             )
     wrong = []
     for i, path in enumerate(paths):
         first, last = weight[0, i], weight[-1, i]
+        grown_from = max(first, SMALL * math.sqrt(math.prod(layers[i]["shape"])))
         if not (math.isfinite(last) and np.isfinite(gradient[-1, i])):
             wrong.append(f"{path} has exploded: its norm, or that of its gradient, is not finite.")
-        elif first > 0 and last > CHANGE * first:
-            wrong.append(f"{path} has exploded: its norm is {last / first:.3g} times that at the start.")
+        elif last > CHANGE * grown_from:
+            wrong.append(f"{path} has exploded: its norm was {first:.3g} at the start, and is {last:.3g}.")
         elif first > 0 and last < first / CHANGE:
             wrong.append(f"{path} has collapsed: its norm is {last / first:.2g} of that at the start.")
         elif (gradient[-RECENT:, i] == 0).all():
             wrong.append(f"{path} gets no gradient (over {recent}).")
     if not wrong:
-        grown = weight[-1, weight[0] > 0] / weight[0, weight[0] > 0]
+        started = adapted & (weight[0] > 0)
+        grown = weight[-1, started] / weight[0, started]
         span = (
-            f": their norms are {grown.min():.2g} to {grown.max():.2g} times those at the start" if grown.size else ""
+            f": adapted norms are {grown.min():.2g} to {grown.max():.2g} times those at the start"
+            if any(started)
+            else ""
         )
         wrong = [f"No layer has collapsed or exploded{span}."]
     return found + wrong

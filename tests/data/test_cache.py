@@ -7,10 +7,10 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 import unittest.mock
 
 import numpy as np
-import psutil
 import tensorflow as tf
 from etils import epath
 
@@ -61,12 +61,23 @@ class CacheTest(tf.test.TestCase):
         self.load("disk")
         self.assertEqual(copy.read_bytes(), whole)
 
+    def test_what_killed_copies_left_is_removed(self):
+        source, copies = pathlib.Path(self.root, "a"), pathlib.Path(self.copies)
+        source.write_bytes(b"content")
+        copies.mkdir()
+        left, written = copies / "b.123.part", copies / "c.45.part"
+        for part, age in ((left, 3600), (written, 5)):
+            part.write_bytes(b"con")
+            os.utime(part, (time.time() - age,) * 2)
+        copy_to_local([str(source)], self.root, copies)
+        self.assertCountEqual(copies.iterdir(), [copies / "a", written])
+
     def test_a_file_that_changed_is_copied_again(self):
         source = pathlib.Path(self.root, "a")
         source.write_bytes(b"old")
-        for content, time in ((b"old", 1e9), (b"new", 1e9 + 60), (b"was", 1e9 - 60)):
+        for content, changed in ((b"old", 1e9), (b"new", 1e9 + 60), (b"was", 1e9 - 60)):
             source.write_bytes(content)
-            os.utime(source, (time, time))
+            os.utime(source, (changed, changed))
             (copy,) = copy_to_local([str(source)], self.root, pathlib.Path(self.copies))
             self.assertEqual(pathlib.Path(copy).read_bytes(), content)
 
@@ -140,7 +151,7 @@ class CacheTest(tf.test.TestCase):
         )
 
     def test_where_there_is_no_room(self):
-        with unittest.mock.patch.object(psutil, "virtual_memory", lambda: unittest.mock.Mock(available=1000)):
+        with unittest.mock.patch.object(lars_keras.data.cache, "free_memory", lambda: 1000):
             with self.assertRaisesRegex(
                 ValueError, r"needs 0.\d MB of memory, and 0.0 MB are free.*Received: cache=memory"
             ):

@@ -18,7 +18,7 @@ from lars_keras.report.page import write_report
 from lars_keras.training import Trainer
 
 norm = np.linalg.norm
-LAYERS = [{"path": path, "adapt": path != "bias"} for path in ("conv", "bias", "dense")]
+LAYERS = [{"path": path, "shape": [4], "adapt": path != "bias"} for path in ("conv", "bias", "dense")]
 
 
 def event(update, weight=(1.0, 1.0, 1.0), gradient=(1.0, 1.0, 1.0), ratio=(0.1, 1.0, 0.01)):
@@ -104,10 +104,14 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
 
         self.assertEqual(health([], LAYERS), [])
         fine = said(event(1), event(2, weight=(2.0, 1.0, 0.5)))
-        self.assertIn("dense limits the learning rate: its trust ratio, 0.01, is the smallest", fine)
-        self.assertIn("No layer has collapsed or exploded: their norms are 0.5 to 2 times", fine)
-        self.assertIn("conv has exploded: its norm is 200 times", said(event(1), event(2, weight=(200.0, 1.0, 1.0))))
+        self.assertIn("dense has the smallest trust ratio, 0.01, against 0.055 for the median layer", fine)
+        self.assertIn("No layer has collapsed or exploded: adapted norms are 0.5 to 2 times", fine)
+        self.assertIn("conv has exploded: its norm was 1 at", said(event(1), event(2, weight=(200.0, 1.0, 1.0))))
         self.assertIn("dense has collapsed", said(event(1), event(2, weight=(1.0, 1.0, 0.001))))
+        for start in (0.0, 1e-4):  # a bias that starts at zero, first seen before and after its first updates
+            grown = [event(1, weight=(1.0, start, 1.0)), event(2, weight=(1.0, 1.0, 1.0))]
+            self.assertIn("No layer has collapsed or exploded", said(*grown))
+            self.assertIn("bias has exploded", said(*grown, event(3, weight=(1.0, 30.0, 1.0))))
         self.assertIn("bias has exploded", said(event(1), event(2, gradient=(1.0, None, 1.0))))
         self.assertIn("conv gets no gradient", said(event(1, gradient=(0.0, 1.0, 1.0))))
 
@@ -120,7 +124,7 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
             values = event(update)
             log.layers(update, [layer["path"] for layer in layers], {name: np.array(values[name]) for name in MEASURES})
         page = write_report(self.dir).read_text()
-        self.assertIn("dense$x_{b$ limits the learning rate", page)
+        self.assertIn("dense$x_{b$ has the smallest trust ratio", page)
         for title in ("Trust ratio", "Effective rate", "Gradient norm over weight norm"):
             self.assertIn(f"<figcaption>{title}</figcaption>", page)
         self.assertIn("a heat map from 0.01 to 0.1", page)

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from lars_keras.data.parallel_map import cores
+from lars_keras.data.limits import cores
 
 PACKAGES = {"Pillow": "PIL", "Grain": "grain", "torchvision": "torchvision"}
 

@@ -38,8 +38,8 @@ import tensorflow_datasets as tfds
 from lars_keras.data import ImageFileData, load
 from lars_keras.data.cache import InMemory
 from lars_keras.data.decode import NUM_DRAWS, central_window, random_window
+from lars_keras.data.limits import cores
 from lars_keras.data.loading import prepared_dir
-from lars_keras.data.parallel_map import cores
 from lars_keras.data.prepare import prepare_resized
 from lars_keras.data.resized import Storage
 from lars_keras.training.tensorflow.inputs import training_iterator

@@ -17,7 +17,7 @@ from absl import logging
 
 import flags
 from lars_keras import data as datasets
-from lars_keras.data.parallel_map import cores
+from lars_keras.data.limits import cores
 from lars_keras.files import local_path
 from lars_keras.report.progress import say
 from lars_keras.runtime.errors import UsageError

@@ -92,7 +92,7 @@ def prepare_process(workers: int) -> None:
     import tensorflow as tf
     from absl import logging
 
-    from lars_keras.data.parallel_map import cores
+    from lars_keras.data.limits import cores
 
     logging.set_verbosity(logging.ERROR)
     tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced anew, as each run does
