@@ -128,7 +128,7 @@ def _train(
     scores = final_scores(history) | score_views(config, data, trainer, test_feed)
     if not chief:
         return
-    report = write_results(run_dir, scores, total_updates, callbacks, resumed.record["rollbacks"])
+    report = write_results(run_dir, scores, total_updates, callbacks, trainer.position.rollbacks)
     say(scores_line(scores, data.num_test))
     say(f"report: {report}")
 

@@ -36,6 +36,7 @@ def checkpoint_metadata(info: Mapping[str, Any]) -> dict[str, Any]:
     flags |= {name: new for (name, old), new in VALUES.items() if flags.get(name) == old}
     position = _renamed(info["position"], POSITION)
     position["logs"] = _renamed(position["logs"], METRICS)
+    position.setdefault("rollbacks", info.get("rollbacks", []))
     return {**info, "flags": flags, "position": position}
 
 

@@ -102,8 +102,7 @@ class Resumed:
     """The start of a run: anew, or from a checkpoint.
 
     Attributes:
-        record: values to save with each checkpoint: flags, replicas, backend, fingerprint of the data, and the
-            rollbacks so far.
+        record: values to save with each checkpoint: flags, replicas, backend and fingerprint of the data.
         notes: sentences for the plan, the log and the report; none for a new run.
         changed: True if the run goes on with other flags or data than the checkpoint's.
     """
@@ -132,7 +131,6 @@ def resume(
         "replicas": trainer.replicas,
         "backend": keras.backend.backend(),
         "data": data.fingerprint,
-        "rollbacks": [],
     }
     checkpoint = None if config.dry_run else checkpoints.latest()
     require_same_checkpoint(trainer.cluster, checkpoint)
@@ -143,7 +141,7 @@ def resume(
     if checkpoint is None:
         if damaged := checkpoints.damaged:
             raise UsageError(
-                f"--run_dir={config.run_dir} holds a run all of whose checkpoints are damaged, the newest is "
+                f"--run_dir={config.run_dir} holds a run whose checkpoints are all damaged; the newest is "
                 f"{damaged[0].name}. Put them back, or remove them to start anew."
             )
         return Resumed(record, [])
@@ -167,7 +165,7 @@ def resume(
         notes.append(f"went on inexactly: {'; '.join(changes)}")
     as_saved = json.loads(json.dumps(record["flags"]))
     changed = bool(changes) or as_saved != checkpoint.metadata["flags"]
-    return Resumed({**record, "rollbacks": checkpoint.metadata["rollbacks"]}, notes, changed)
+    return Resumed(record, notes, changed)
 
 
 def _finished_updates(run_dir: Path) -> int | None:

@@ -159,7 +159,6 @@ def fit_with_recovery(
     """
     trainer, manager = checkpoints.trainer, checkpoints.manager
     cluster = trainer.cluster
-    rollbacks: list[dict[str, Any]] = checkpoints.metadata.setdefault("rollbacks", [])
     while True:
         try:
             history = trainer.fit(data, callbacks=[*callbacks, checkpoints], **options)
@@ -171,7 +170,7 @@ def fit_with_recovery(
             cluster.any_across_hosts(True)  # no host leaves before the chief has written
             raise
         except Diverged as e:
-            position = trainer.position
+            position, rollbacks = trainer.position, trainer.position.rollbacks
             next_batch = position.batches_consumed - (position.update - e.update)
             with contextlib.suppress(OSError):  # logged when it happened
                 manager.wait()
@@ -181,10 +180,11 @@ def fit_with_recovery(
             if len(rollbacks) >= max_rollbacks or checkpoint is None:
                 raise
             trainer.restore(checkpoint.arrays, checkpoint.metadata["position"], data)
-            rollbacks.append({"update": checkpoint.update, "failed": e.update, "reason": str(e)})
+            rollback = {"update": checkpoint.update, "failed": e.update, "reason": str(e)}
+            trainer.position.rollbacks = [*rollbacks, rollback]
             trainer.position.batches_consumed = next_batch
             checkpoints.save()  # a kill from here on must not forget what to skip
-            on_rollback(rollbacks[-1])
+            on_rollback(rollback)
         except Exception:
             with contextlib.suppress(OSError):
                 manager.wait()  # the checkpoint being written may be the newest that survives

@@ -36,8 +36,9 @@ def checked_arrays(
     for name, part in (("x", x), ("y", y), ("sample_weight", sample_weight)):
         if part is not None and not is_arrays(part) and not all(map(_is_array_or_none, keras.tree.flatten(part))):
             raise ValueError(
-                f"Beside `y`, `x` and the others must be arrays or structures of arrays; `numpy.array` makes one of "
-                f"numbers. Data of other forms hold their targets. Received: {name} of type {type(part).__name__}"
+                "If `y` or `sample_weight` is given, they and `x` must be arrays or structures of arrays; convert "
+                "lists of numbers by `numpy.array`. Data of any other form must hold their own targets. Received: "
+                f"{name} of type {type(part).__name__}"
             )
     if sample_weight is not None and class_weight is not None:
         raise ValueError("Give one of `sample_weight` and `class_weight`.")

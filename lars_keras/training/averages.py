@@ -22,7 +22,7 @@ def long_averages(model: keras.Model, updates: int) -> list[str]:
         found.append(
             f"The EMA of the weights covers {_covered(optimizer.ema_momentum):.0f} updates "
             f"(ema_momentum={optimizer.ema_momentum:g}), and the run has {updates}. "
-            f"{optimizer.ema_momentum**updates:.0%} of the average are the first weights."
+            f"{optimizer.ema_momentum**updates:.0%} of the average is still the initial weights."
         )
     if optimizer.use_ema and (optimizer.ema_overwrite_frequency or 0) > updates:
         found.append(
@@ -39,7 +39,7 @@ def long_averages(model: keras.Model, updates: int) -> list[str]:
         found.append(
             f"The moving statistics of {len(layers)} BatchNormalization layer{'s' if len(layers) > 1 else ''} cover "
             f"{_covered(momentum):.0f} updates (momentum={momentum:g}), and the run has {updates}. "
-            f"{momentum**updates:.0%} of them are their first value in evaluation. Lower the momentum."
+            f"In evaluation, {momentum**updates:.0%} of each statistic is still its initial value. Lower the momentum."
         )
     return found
 

@@ -334,11 +334,17 @@ class GeneratorFeed:
         self._consumed = 0
         self._lock = threading.Lock()  # a thread of an earlier `fit` may still read ahead
         self._next: list[Batch] = []
-        for batch in itertools.islice(generator, 1):
-            self._next.append(copied(arrays_of(batch)))
-        if not self._next:
+        first = self.ahead(1)
+        if not first:
             raise ValueError("The data must have at least one batch. Received: a generator without any")
-        self.element_spec = spec_of(self._next[0])
+        self.element_spec = spec_of(first[0])
+
+    def ahead(self, count: int) -> list[Batch]:
+        """Return the next batches, fewer at the end, which are still to be read."""
+        with self._lock:
+            for batch in itertools.islice(self.generator, max(count - len(self._next), 0)):
+                self._next.append(copied(arrays_of(batch)))
+            return self._next[:count]
 
     def __call__(self, context: Any, first_update: int) -> Iterator[Batch]:
         first = first_update * self._batch_size
@@ -349,7 +355,7 @@ class GeneratorFeed:
     def _read(self) -> Iterator[Batch]:
         while True:
             with self._lock:
-                batch = self._next.pop() if self._next else next(self.generator, None)
+                batch = self._next.pop(0) if self._next else next(self.generator, None)
                 if batch is None:
                     return
                 batch = arrays_of(batch)

@@ -40,7 +40,7 @@ class CompiledState:
         layers = layers_of(model)
         if not _same(self._layers, layers):
             changed = [layer for layer in layers if not any(layer is own for own in self._layers)]
-            what = f"has another layer, {changed[0].name}" if changed else "has lost or moved a layer"
+            what = f"has a new layer, {changed[0].name}" if changed else "has lost or moved a layer"
         elif not training:
             return
         else:

@@ -1,5 +1,6 @@
 """Define the contract between `Trainer` and the engines of the two backends."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -139,6 +140,9 @@ class Engine(Protocol):
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
 
+    def kept_metrics(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that sets the metrics back at its end. Collective: call it on every host."""
+
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
         """Write a `.keras` file if `write` is true. Collective: call it on every host."""
 
@@ -155,8 +159,8 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     multi = getattr(keras.optimizers, "MultiOptimizer", None)  # not in Keras 3.10
     if multi is not None and isinstance(inner_optimizer(optimizer), multi):
         raise ValueError(
-            "`Trainer` needs an optimizer with one learning rate. Give rates of their own to variables that are not "
-            "adapted by `excluded_lr_scale`, or train with `model.fit`. Received: an optimizer of type MultiOptimizer"
+            "`Trainer` needs an optimizer with one learning rate. Use `excluded_lr_scale` to give variables that are "
+            "not adapted their own rate, or train with `model.fit`. Received: an optimizer of type MultiOptimizer"
         )
     steps = inner_optimizer(optimizer).gradient_accumulation_steps
     if steps:

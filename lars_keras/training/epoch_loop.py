@@ -32,7 +32,7 @@ class EpochLoop:
         check_unchanged: raises an error if a callback has compiled or changed the model.
         averaged: returns a context in which the model has the EMA of its weights.
         validate: returns the scores of the validation data; None without such data.
-        validated: returns True for the epochs, from 1, that are evaluated. The end of the run always is.
+        validated: returns True for the epochs, from 1, that are evaluated. The epoch of the last update always is.
     """
 
     model: keras.Model
@@ -56,8 +56,8 @@ class EpochLoop:
             if end < self.position.update or (epoch > 0 and end == self.ends[epoch - 1]):
                 continue
             self._begin_epoch(epoch)
-            self._end_updates(self._train_until(end))
-            logs = self._end_epoch(epoch)
+            last = self._end_updates(self._train_until(end))
+            logs = self._end_epoch(epoch, last)
             if self._stops():
                 break
         return logs
@@ -90,19 +90,21 @@ class EpochLoop:
                 stop = self.model.stop_training
         return stop
 
-    def _end_updates(self, stop: bool) -> None:
+    def _end_updates(self, stop: bool) -> bool:
+        """Call the callbacks, and return True if no update follows."""
         last = self._stops(stop) or self.position.update == self.ends[-1]
         for callback in self.callback_list.callbacks:
             if hasattr(callback, "on_updates_end"):
                 callback.on_updates_end(last)
         self.check_unchanged()
+        return last
 
-    def _end_epoch(self, epoch: int) -> dict[str, Any]:
-        """Evaluate if the epoch is to be, call the callbacks, and return their logs."""
+    def _end_epoch(self, epoch: int, last: bool) -> dict[str, Any]:
+        """Evaluate if the epoch is to be or no update follows, call the callbacks, and return their logs."""
         logs = self.position.logs if self.position.counted else {}  # the data may have ended with the epoch before
         with contextlib.ExitStack() as averaged:
             averaged.enter_context(self.averaged())
-            if self.validate and (self.validated(epoch + 1) or self.position.update == self.ends[-1]):
+            if self.validate and (last or self.validated(epoch + 1)):
                 with kept_random_state(self.model):
                     scores = self.validate()
                 logs = logs | {f"val_{name}": value for name, value in scores.items()}

@@ -67,4 +67,4 @@ def check_called(x: Any, remedy: str, *arguments: Any) -> None:
         inspect.signature(x).bind(*arguments)
     except TypeError:
         advice = remedy.format(f"{x.__name__}()")
-        raise ValueError(f"A generator function is no data. {advice}. Received: {x.__name__}") from None
+        raise ValueError(f"A generator function is not data. {advice}. Received: {x.__name__}") from None

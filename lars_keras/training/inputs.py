@@ -132,7 +132,8 @@ def _spec(a: Any) -> TensorSpec | None:
         return None
     if not hasattr(a, "shape") or not hasattr(a, "dtype") or kind.startswith(("Ragged", "Sparse")):
         raise ValueError(
-            f"Batches must hold dense arrays. Make dense ones of others, by `to_tensor()` or `tf.sparse.to_dense`. "
+            "Batches must hold dense arrays. Convert ragged tensors by `to_tensor()`, sparse ones by "
+            "`tf.sparse.to_dense`. "
             f"Received: {kind}"
         )
     rank = a.shape.rank if hasattr(a.shape, "rank") else len(a.shape)

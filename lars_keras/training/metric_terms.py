@@ -48,11 +48,10 @@ class MetricTerms:
             self._found = _probed(self._model, self._batch)
         names = self._found["parts"] + (self._found["sums"] if replicas > 1 else [])
         if names:
-            why = "of each part of a batch" if self._found["parts"] else "of each replica, which are added up"
+            why = f"its {parts} parts" if self._found["parts"] else f"the added states of {replicas} replicas"
             raise ValueError(
-                f"Metrics with another value for a batch than from its {parts} parts, or from the states of "
-                f"{replicas} replicas, would be wrong: they are computed {why}. Leave them out of `compile`, and use "
-                f"`model.evaluate`. Received: {', '.join(names)}"
+                f"These metrics would be wrong: from {why} they have another value than from the whole batch. Leave "
+                f"them out of `compile`, and use `model.evaluate`. Received: {', '.join(names)}"
             )
 
 

@@ -21,6 +21,7 @@ class Position:
         logs: the last logs that callbacks got.
         callbacks: the memory of callbacks (see `callback_memory`); None if not known.
         order: the values on which the order of arrays, or of batches by index, depends; None for other data.
+        rollbacks: the rollbacks of the run; see `lars_keras.runtime.recovery.fit_with_recovery`.
     """
 
     update: int = 0
@@ -31,6 +32,7 @@ class Position:
     logs: dict[str, Any] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, Any] | None = None
     order: list[Any] | None = None
+    rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.counted < 0:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from absl import logging
 
 from lars_keras import _keras_internals as keras_internals
 
@@ -33,10 +34,17 @@ def identity_of(model: keras.Model) -> dict[str, Any]:
     """Return the identity of a compiled, built model and its optimizer, which tells apart models of the same shapes.
 
     Returns:
-        "optimizer": the class; "model": the path of each variable. Keras numbers the layers of a process. A number at
-        the end of a name is therefore replaced by its rank among the layers of that name.
+        "optimizer": the class; "model" and "metrics": the path of each variable. Keras numbers the layers of a process.
+        A number at the end of a name is therefore replaced by its rank among the layers of that name.
     """
-    paths = [v.path.removeprefix(f"{model.name}/").split("/") for v in model.variables]
+    kind = type(inner_optimizer(model.optimizer)).__name__
+    paths = [v.path.removeprefix(f"{model.name}/") for v in model.variables]
+    metrics = [v.path for metric in model.metrics for v in metric.variables]
+    return {"optimizer": kind, "model": _ranked(paths), "metrics": _ranked(metrics)}
+
+
+def _ranked(names: list[str]) -> list[str]:
+    paths = [name.split("/") for name in names]
     numbers: dict[str, set[int]] = {}
     for name in (name for path in paths for name in path):
         base, number = _numbered(name)
@@ -47,8 +55,7 @@ def identity_of(model: keras.Model) -> dict[str, Any]:
         rank = sorted(numbers[base]).index(number)
         return f"{base}_{rank}" if rank else base
 
-    kind = type(inner_optimizer(model.optimizer)).__name__
-    return {"optimizer": kind, "model": ["/".join(map(ranked, path)) for path in paths]}
+    return ["/".join(map(ranked, path)) for path in paths]
 
 
 def _numbered(name: str) -> tuple[str, int]:
@@ -82,11 +89,26 @@ def check_identity(model: keras.Model, saved: Mapping[str, Any] | None) -> None:
             )
 
 
+def without_other_metrics(
+    model: keras.Model, state: Mapping[str, np.ndarray], saved: Mapping[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """Return a snapshot without its metrics, if those of the model are others.
+
+    Args:
+        model: compiled and built.
+        state: the snapshot.
+        saved: from `identity_of`; None if an earlier version wrote the state.
+    """
+    own = identity_of(model)["metrics"]
+    same = (saved or {}).get("metrics", own) == own
+    return {name: value for name, value in state.items() if same or not name.startswith("metric/")}
+
+
 def restore_variables(
     model: keras.Model,
     state: Mapping[str, np.ndarray],
     assign: Callable[[keras.Variable, np.ndarray], Any] = lambda variable, value: variable.assign(value),
-) -> list[np.ndarray]:
+) -> list[np.ndarray] | None:
     """Restore the values of `variables_by_name`.
 
     Args:
@@ -95,7 +117,8 @@ def restore_variables(
         assign: sets a variable to a value of its dtype.
 
     Returns:
-        The variables of the metrics in the snapshot, each with a first dimension for the replica.
+        The values of the model's metrics in the snapshot, each with a first dimension for the replica. None, with a
+        warning, if the model has other metrics: then they are reset.
 
     Raises:
         ValueError: if the model or optimizer has other variables; nothing is changed then.
@@ -121,7 +144,12 @@ def restore_variables(
         if value.dtype.kind == "V":  # NumPy's files know no bfloat16; the bytes are there
             value = value.view(variable.dtype)
         assign(variable, value.astype(variable.dtype))
-    return [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
+    metrics = [state[f"metric/{i}"] for i in range(len(state) - len(saved))]
+    if [v.shape[1:] for v in metrics] != [tuple(v.shape) for metric in model.metrics for v in metric.variables]:
+        logging.warning("The saved run had other metrics. Those of the model begin anew within the epoch.")
+        model.reset_metrics()
+        return None
+    return metrics
 
 
 @contextlib.contextmanager
@@ -182,7 +210,7 @@ class EmaWeights:
 
     def __enter__(self) -> "EmaWeights":
         optimizer = self._optimizer
-        if optimizer.use_ema and not optimizer.ema_overwrite_frequency and _has_updated(optimizer):
+        if optimizer.use_ema and _has_updated(optimizer):
             variables = keras_internals.optimized_variables(optimizer)
             for variable, average in zip(variables, keras_internals.ema_variables(optimizer), strict=True):
                 if average is None:

@@ -39,6 +39,8 @@ from lars_keras.training.state import (
     finalize,
     identity_of,
     inner_optimizer,
+    kept_random_state,
+    without_other_metrics,
 )
 from lars_keras.training.votes import hold_vote
 
@@ -191,8 +193,8 @@ class Trainer:
                 cross the border of epochs: epoch `e` (from 1) ends with update `ceil(e * steps_per_epoch)`. It may be
                 left out if the size of the data is known; each epoch then leaves out its last partial global batch.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or `x` as for `evaluate`; scored at the end of epochs.
-            validation_freq: number of epochs between evaluations, or a list of the epochs, from 1, to evaluate. The end
-                of the run is always evaluated.
+            validation_freq: number of epochs between evaluations, or a list of the epochs, from 1, to evaluate. The
+                epoch of the last update is always evaluated.
             callbacks: Keras callbacks, or one. `on_train_batch_end(batch, logs)` gets the index of the last update of
                 the whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices waited for data since the last call.
@@ -228,7 +230,7 @@ class Trainer:
         engine = self._current.for_training(data, validation_data)
         for warning in long_averages(self.model, total):
             logging.warning("%s", warning)
-        restored, self._restored = self._restored, None
+        restored = self._restored
         if restored not in (None, engine):
             raise ValueError("The model was compiled again after `restore`. Compile it before you restore.")
         self.resumed = restored is not None
@@ -238,7 +240,7 @@ class Trainer:
         beyond = position.is_beyond(total)
         order = getattr(data, "order", None)
         if position.order not in (None, order):
-            logging.warning("The saved run had its examples in another order; the resumed one does not go on exactly.")
+            logging.warning("The order of examples differs from the saved run's, so the run will not continue exactly.")
         position.order = order
         callback_list = keras.callbacks.CallbackList(
             [*callbacks, *([ProgressBar(ends)] if verbose else [])],
@@ -255,7 +257,7 @@ class Trainer:
         iterator = engine.training_iterator(data, position.batches_consumed, max(total - position.update, 0))
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
-        self.callbacks = callback_list.callbacks
+        self.callbacks, self._restored = callback_list.callbacks, None
         if self.resumed and position.update:
             restore_memory(self.callbacks, position.callbacks)
         [wanted] = self.cluster.any_across_hosts(any(map(reads_scores, self.callbacks)))
@@ -306,6 +308,8 @@ class Trainer:
     def evaluate(self, x: Any, y: Any = None, *, sample_weight: Any = None, verbose: int | str = 0) -> dict[str, Any]:
         """Score every example exactly once, at any batch size and number of replicas.
 
+        A callback of `fit` may call this: metrics and random numbers of the training then stay as they are.
+
         Args:
             x: finite data as for `fit`; or a function of `lars_keras.training.inputs.InputContext` that returns
                 batches of one host's own examples, equally many on each host.
@@ -326,7 +330,12 @@ class Trainer:
         bars = [keras.callbacks.ProgbarLogger()] if verbose else []
         callback_list = keras.callbacks.CallbackList(bars, verbose=verbose, epochs=1, steps=None)
         [wanted] = self.cluster.any_across_hosts(verbose in (1, "auto"))
-        return self._evaluate(self._current.of(data), data, callback_list, wanted)
+        engine = self._current.of(data)
+        with contextlib.ExitStack() as kept:
+            if self._goes_on:
+                kept.enter_context(kept_random_state(self.model))
+                kept.enter_context(engine.kept_metrics())
+            return self._evaluate(engine, data, callback_list, wanted)
 
     def _evaluate(
         self, engine: Engine, data: Data, callback_list: keras.callbacks.CallbackList, wanted: bool
@@ -371,6 +380,8 @@ class Trainer:
     def restore(self, arrays: Mapping[str, np.ndarray], position: Mapping[str, Any], data: Any) -> None:
         """Restore a snapshot; the next `fit` goes on from there.
 
+        If the model has other metrics, they begin anew, with a warning.
+
         Args:
             arrays: from `snapshot`.
             position: from `snapshot`.
@@ -384,13 +395,14 @@ class Trainer:
             engine = self._current.to_restore()
         else:
             engine = self._current.of(self._given.training(*(data if isinstance(data, tuple) else (data,))), 0)
-        check_identity(self.model, position.get("identity"))
+        identity = position.get("identity")
+        check_identity(self.model, identity)
         before = self._stored_rate()
-        engine.restore(arrays)
+        engine.restore(without_other_metrics(self.model, arrays, identity))
         if before != (rate := self._stored_rate()):
             logging.warning("The learning rate is the saved one, %g. The optimizer was compiled with %g.", rate, before)
         if (sizes := position.get("sizes", self._sizes)) != self._sizes:
-            logging.warning("The snapshot was taken with %s. With %s the run goes on inexactly.", sizes, self._sizes)
+            logging.warning("Saved with %s. With %s the run will not continue exactly.", sizes, self._sizes)
         fields = {field.name for field in dataclasses.fields(Position)}
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.position.logs = {name: as_log(value) for name, value in self.position.logs.items()}

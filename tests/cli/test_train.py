@@ -326,6 +326,14 @@ command_line.leave({failing})
         self.assertEqual(numbers[0], numbers[1])
         self.assertBetween(numbers[0], 1, 2**31 - 1)
 
+    def test_hosts_without_a_folder_are_refused(self):
+        """Each would make one of its own, and find no checkpoint of the others."""
+        hosts = unittest.mock.PropertyMock(return_value=2)
+        with unittest.mock.patch("lars_keras.training.tensorflow.cluster.TensorFlowCluster.hosts", hosts, create=True):
+            code, out, err = run(*SMALL)
+        self.assertEqual(code, 2, out + err)
+        self.assertIn("The 2 hosts need --run_dir, a folder that they share", err)
+
     def test_missing_data_is_named_in_a_real_process(self):
         process = subprocess.run(
             [sys.executable, "train.py", "--dataset=imagenet2012", f"--data_dir={self.dir}"],

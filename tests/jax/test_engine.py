@@ -367,8 +367,9 @@ class EngineTest(parameterized.TestCase):
         data = tf.data.Dataset.from_tensor_slices(cases.examples(1)).batch(64)
         with self.assertRaisesRegex(ValueError, "microbatch_size"):
             Trainer(compiled(cases.linear(), LARS(gradient_accumulation_steps=2)), batch_size=64).fit(data)
-        with self.assertRaisesRegex(ValueError, "jit_compile=False"):
-            Trainer(compiled(cases.linear(), LARS()), batch_size=64, jit_compile=False).fit(data)
+        for option, received in (({"jit_compile": False}, "jit_compile=False"), ({"reduce_dtype": "int8"}, "=int8")):
+            with self.assertRaisesRegex(ValueError, received):
+                Trainer(compiled(cases.linear(), LARS()), batch_size=64, **option).fit(data)
         scaled = keras.optimizers.LossScaleOptimizer(LARS())
         with self.assertRaisesRegex(ValueError, "trust_ratios.*mixed_float16"):
             Trainer(compiled(cases.linear(), scaled), batch_size=64, trust_ratios=True).fit(data)

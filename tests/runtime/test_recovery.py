@@ -281,7 +281,7 @@ class RollbackTest(tf.test.TestCase):
         position = run.trainer.position
         self.assertEqual((position.update, position.batches_consumed), (UPDATES, UPDATES + 2))
         self.assertTrue(all(np.isfinite(v).all() for v in run.state().values()))
-        self.assertEqual(run.manager.latest().metadata["rollbacks"], told)
+        self.assertEqual(run.manager.latest().metadata["position"]["rollbacks"], told)
 
     def test_skipping_is_not_forgotten_by_a_kill(self):
         run = Whole().trainer(self.dir, updates=100)
@@ -303,6 +303,9 @@ class RollbackTest(tf.test.TestCase):
         checkpoint = run.manager.latest()
         self.assertEqual(checkpoint.update, 4)
         self.assertTrue(all(np.isfinite(v).all() for v in checkpoint.arrays.values()))
+        again = run.restored()
+        with self.assertRaisesRegex(Diverged, "gradient of .*poison/scale"):  # these rollbacks count in a restart too
+            again.go(callbacks=[DivergenceGuard(again.trainer), self.poisoned(again, {6})], max_rollbacks=2)
         run.restored().go()  # usable
         self.assertEqual(run.trainer.position.update, UPDATES)
 

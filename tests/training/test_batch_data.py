@@ -14,7 +14,7 @@ from absl.testing import parameterized
 from lars_keras.training import Trainer, batch_data, inputs
 from lars_keras.training.given_data import GivenData
 from lars_keras.training.inputs import InputContext
-from tests.training.test_data_forms import DataLoader, Files, W, X, Y, batches, feed_of, generator, trainer_of
+from tests.training.test_data_forms import DataLoader, Files, W, X, Y, batches, feed_of, generator, trainer_of, weights
 from tests.training.test_meaning import replicas
 
 
@@ -161,6 +161,18 @@ class GeneratorTest(parameterized.TestCase, tf.test.TestCase):
         if steps_per_epoch != 2:
             for name in expected:
                 self.assertAllClose(history[name], expected[name], rtol=1e-5)
+
+    def test_each_fit_takes_the_next_batch(self):
+        def batches_of_an_update():
+            for i in range(4):
+                yield X[8 * i :][:8], Y[8 * i :][:8]
+
+        whole, cut, stream = trainer_of(), trainer_of(), batches_of_an_update()
+        whole.fit(batches_of_an_update(), steps_per_epoch=4, verbose=0)
+        for _ in range(4):
+            cut.fit(stream, steps_per_epoch=1, verbose=0)
+        for actual, expected in zip(weights(cut.model), weights(whole.model), strict=True):
+            self.assertAllEqual(actual, expected)
 
     def test_it_goes_on_where_it_is(self):
         feed = feed_of(generator())

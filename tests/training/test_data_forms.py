@@ -342,7 +342,7 @@ class OrderTest(parameterized.TestCase, tf.test.TestCase):
         resumed.restore(arrays, position | {"order": [0, 40, 40]}, (X, Y))
         with self.assertLogs(level="WARNING") as logs:
             resumed.fit(X, Y, seed=1, verbose=0)
-        self.assertIn("in another order", str(logs.output))
+        self.assertIn("order of examples differs", str(logs.output))
 
     def test_nothing_is_read_after_the_last_update(self):
         """A stream may wait for examples that nobody trains on, and the next `fit` goes on with them."""
@@ -379,7 +379,7 @@ class RefusedTest(parameterized.TestCase, tf.test.TestCase):
         (lambda: feed_of(None), "NoneType"),
         (lambda: feed_of(X, Y[:39]), "of length 39, 40"),
         (lambda: feed_of([1, 2], [3, 4]), "numpy.array"),
-        (lambda: feed_of(dataset(), Y), "Data of other forms hold their targets"),
+        (lambda: feed_of(dataset(), Y), "any other form must hold their own targets"),
         (lambda: feed_of(Files(), sample_weight=W), "hold weights in their batches"),
         (lambda: feed_of(batches(), class_weight={0: 1}), "hold weights in their batches"),
         (lambda: feed_of(X, Y, W, {0: 1}), "one of `sample_weight` and `class_weight`"),

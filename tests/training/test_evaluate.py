@@ -222,6 +222,50 @@ class AverageTest(tf.test.TestCase):
         watched.fit(X, Y, callbacks=look, verbose=0)
         self.assertAllEqual(*(np.array(t.model.get_weights()[0]) for t in (plain, watched)))
 
+    def test_evaluations_leave_metrics_and_random_numbers(self):
+        """Random numbers that the model also draws in inference, and metrics of the epoch so far."""
+
+        class Noisy(keras.layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.seeds = keras.random.SeedGenerator(3)
+
+            def call(self, x):
+                return x + 0.1 * keras.random.normal(keras.ops.shape(x), seed=self.seeds)
+
+        def fit(evaluations):
+            model = keras.Sequential([keras.Input((4,)), Noisy(), keras.layers.Dense(1, kernel_initializer="ones")])
+            model.compile("sgd", "mse", metrics=["mae"])
+            trainer, snapshots = Trainer(model, batch_size=8, microbatch_size=4), []
+
+            def look(batch, logs):
+                for _ in range(evaluations):
+                    trainer.evaluate(X[:5], Y[:5])
+                snapshots.append(trainer.snapshot()[0])
+
+            callback = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+            history = trainer.fit(X, Y, epochs=2, validation_data=(X, Y), callbacks=callback, verbose=0).history
+            return history, snapshots
+
+        (plain, snapshots), (watched, own) = fit(0), fit(2)
+        self.assertEqual(plain, watched)
+        for a, b in zip(snapshots, own, strict=True):
+            self.assertAllEqual(a.keys(), b.keys())
+            for name, value in a.items():
+                self.assertAllEqual(value, b[name])
+
+    def test_the_epoch_of_the_last_update(self):
+        """Score it whatever `validation_freq` says, also if a callback stops the run within it."""
+
+        def stop(batch, logs):
+            trainer.model.stop_training = batch == 5
+
+        for callback, epochs, scored in ((None, 3, 3), (keras.callbacks.LambdaCallback(on_train_batch_end=stop), 9, 2)):
+            trainer = Trainer(make(), batch_size=8)
+            options = {"validation_data": (X, Y), "validation_freq": 7, "callbacks": callback, "verbose": 0}
+            history = trainer.fit(X, Y, epochs=epochs, **options)
+            self.assertEqual((history.epoch[-1] + 1, len(history.history["val_loss"])), (scored, 1))
+
     def test_after_keras_has_swapped(self):
         trainer, seen = self.averaged(), []
         look = keras.callbacks.LambdaCallback(

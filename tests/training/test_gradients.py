@@ -146,6 +146,15 @@ class SparseTest(tf.test.TestCase, parameterized.TestCase):
         for a, b in zip(*weights, strict=True):
             self.assertAllClose(a, b, rtol=1e-5, atol=1e-6)
 
+    def test_a_scale_beyond_float16(self):
+        """A gradient of weights in float16 is scaled back before it is rounded: there 2**16 is infinite."""
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, dtype="float16")])
+        model.set_weights([np.zeros((1, 1))])
+        optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(2.0**10), initial_scale=2.0**16)
+        model.compile(optimizer, lambda y, y_pred: y_pred[:, 0] * 2.0**-10)
+        Trainer(model, batch_size=8, microbatch_size=4).fit(np.ones((8, 1)), np.ones((8, 1)), verbose=0)
+        self.assertAllEqual(model.get_weights()[0], [[-1.0]])
+
     def test_rows_in_bfloat16(self):
         """A row of 1,024 tokens has the sum of their gradients, of which bfloat16 would lose three quarters."""
         if BACKEND == "jax":

@@ -91,7 +91,9 @@ class LongAveragesTest(tf.test.TestCase):
         net = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
         net.compile(keras.optimizers.SGD(use_ema=True, ema_momentum=0.999, ema_overwrite_frequency=50), "mse")
         average, overwrite, statistics = long_averages(net, 40)
-        self.assertIn("covers 1000 updates (ema_momentum=0.999), and the run has 40. 96% of the average are", average)
+        self.assertIn(
+            "covers 1000 updates (ema_momentum=0.999), and the run has 40. 96% of the average is still", average
+        )
         self.assertIn("every 50 updates, and the run has 40", overwrite)
         self.assertIn("1 BatchNormalization layer cover 100 updates (momentum=0.99), and the run has 40.", statistics)
         self.assertLen(long_averages(net, 200), 1)

@@ -423,5 +423,5 @@ class SecondPhaseTest(parameterized.TestCase, tf.test.TestCase):
         trainer = Trainer(model, batch_size=16)
         trainer.evaluate(data)
         model.add(keras.layers.Dense(1, name="another"))
-        with self.assertRaisesRegex(ValueError, "another layer, another"):
+        with self.assertRaisesRegex(ValueError, "a new layer, another"):
             trainer.evaluate(data)

@@ -136,7 +136,7 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
         for metric, name in ((Moving(), "moving"), (root_of_mean, "root_of_mean")):
             with self.subTest(name):
                 trainer = Trainer(model(metric, "mae"), batch_size=16, microbatch_size=8)
-                with self.assertRaisesRegex(ValueError, rf"each part of a batch.*Received: {name}$"):
+                with self.assertRaisesRegex(ValueError, rf"from its 2 parts they.*Received: {name}$"):
                     trainer.fit(dataset(X, TARGETS), verbose=0)
                 with self.assertRaisesRegex(ValueError, rf"Received: {name}$"):
                     trainer.evaluate(dataset(X, TARGETS))
@@ -148,7 +148,7 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_of_a_validation_are_refused_before_the_first_update(self):
         trainer = Trainer(model(Moving()), batch_size=16)
-        with self.assertRaisesRegex(ValueError, "from its 4 parts.*Received: moving$"):
+        with self.assertRaisesRegex(ValueError, "from its 4 parts they.*Received: moving$"):
             trainer.fit(X, TARGETS, validation_data=(X, TARGETS), verbose=0)
         self.assertEqual(trainer.position.update, 0)
         history = trainer.fit(X, TARGETS, validation_data=(X[:16], TARGETS[:16]), verbose=0).history
@@ -158,7 +158,7 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
         with replicas(2):
             trainer = Trainer(model(Largest(), "mae", FromOne()), batch_size=16)
             names = "Received: (largest, fromone|fromone, largest)$"  # the order is Keras's
-            with self.assertRaisesRegex(ValueError, f"each replica, which are added up.*{names}"):
+            with self.assertRaisesRegex(ValueError, f"the added states of 2 replicas.*{names}"):
                 trainer.fit(dataset(X, TARGETS), verbose=0)
             if BACKEND == "tensorflow":  # on JAX an evaluation is one program over all devices
                 with self.assertRaisesRegex(ValueError, names):

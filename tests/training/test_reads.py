@@ -63,6 +63,44 @@ class OptimizerIsReadTest(parameterized.TestCase, tf.test.TestCase):
             self.assertAllClose(history["val_at_batch"], rates[1:], rtol=1e-6)
 
 
+class Kernel(Read):
+    """The sum of the kernel at the last batch, or now."""
+
+    def __init__(self, layer, name):
+        super().__init__(None, name)
+        self.layer = layer
+
+    def update_state(self, y, y_pred, sample_weight=None):
+        self.at_batch.assign(keras.ops.sum(self.layer.kernel))
+
+    def result(self):
+        return (
+            keras.ops.convert_to_tensor(self.at_batch) if self.name == "at_batch" else keras.ops.sum(self.layer.kernel)
+        )
+
+
+class WeightsAreReadTest(parameterized.TestCase, tf.test.TestCase):
+    @parameterized.parameters(None, 16)
+    def test_by_a_metric(self, microbatch_size):
+        """A metric reads the weights before the update, and its result those after it."""
+        model, sums = Subclassed(), [4.0]
+        model.compile(keras.optimizers.SGD(0.1), "mse", metrics=[Kernel(model.dense, n) for n in ("at_batch", "now")])
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: sums.append(float(np.sum(model.dense.get_weights()[0])))
+        )
+        trainer = Trainer(model, batch_size=64, microbatch_size=microbatch_size)
+        options = {"epochs": 3, "validation_data": (X, Y), "callbacks": note, "verbose": 0}
+        history = trainer.fit(X, Y, **options).history
+        self.assertGreater(abs(sums[-1] - sums[0]), 0.01)
+        for name, expected in {
+            "at_batch": sums[:3],
+            "now": sums[1:],
+            "val_at_batch": sums[1:],
+            "val_now": sums[1:],
+        }.items():
+            self.assertAllClose(history[name], expected, rtol=1e-6)
+
+
 class FreeVariableTest(tf.test.TestCase):
     def test_a_value_that_is_kept_is_named(self):
         """Keep the value of a variable that is not the model's on JAX, as in `fit`. TensorFlow reads it."""

@@ -158,6 +158,38 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         metrics = len(engine.step.variables["metrics"]) if BACKEND == "jax" else 0  # numbers, summed with the rest
         self.assertEqual(sum(sizes), 2 * 64 + 64 + 1 + 2 * 64 + 1 + metrics)
 
+    def test_a_run_that_had_other_metrics(self):
+        """Restore the rest, and begin the metrics anew with a warning."""
+        layers = lambda: keras.layers.Dense(1, kernel_initializer="ones")  # noqa: E731
+        first, second = Trainer(sequential(layers()), batch_size=16), sequential(layers())
+        first.fit(X, Y, epochs=1.5, shuffle=False, verbose=0)
+        second.compile("sgd", "mse", metrics=["mae"])
+        second = Trainer(second, batch_size=16)
+        with self.assertLogs(level="WARNING") as logs:
+            second.restore(*first.snapshot(), (X, Y))
+        self.assertIn("The saved run had other metrics", "".join(logs.output))
+        for trainer in (first, second):
+            trainer.restore(*first.snapshot(), (X, Y))
+            trainer.fit(X, Y, epochs=2, shuffle=False, verbose=0)
+        self.assertEqual(second.position.update, 8)
+        for a, b in zip(values(first.model), values(second.model), strict=True):
+            self.assertAllEqual(a, b)
+
+    def test_a_fit_that_fails_at_once(self):
+        """Keep the restored position for the next `fit`."""
+
+        def fail(logs):
+            raise OSError("no disk")
+
+        first, second = (Trainer(sequential(keras.layers.Dense(1)), batch_size=16) for _ in range(2))
+        first.fit(X, Y, epochs=1.5, verbose=0)
+        second.restore(*first.snapshot(), (X, Y))
+        with self.assertRaisesRegex(OSError, "no disk"):
+            second.fit(X, Y, epochs=2, callbacks=keras.callbacks.LambdaCallback(on_train_begin=fail), verbose=0)
+        second.fit(X, Y, epochs=2, verbose=0)
+        self.assertTrue(second.resumed)
+        self.assertLen(second.model.history.history["loss"], 1)
+
     def test_weights_that_a_callback_assigns(self):
         """The next update starts from them, also if two variables are given one array."""
 
@@ -297,7 +329,7 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
             other = Trainer(sequential(keras.layers.Dense(1)), **sizes)
             with self.assertLogs("absl", "WARNING") as logs:
                 other.restore(trainer.snapshot()[0], snapshot, dataset(X, Y))
-            self.assertIn(f"With {sizes} the run goes on inexactly", logs.output[0])
+            self.assertIn(f"With {sizes} the run will not continue exactly", logs.output[0])
         with self.assertNoLogs("absl", "WARNING"):
             trainer.restore(trainer.snapshot()[0], snapshot, dataset(X, Y))
             trainer.restore(trainer.snapshot()[0], {k: v for k, v in snapshot.items() if k != "sizes"}, dataset(X, Y))
@@ -388,16 +420,16 @@ class AverageTest(tf.test.TestCase):
             self.assertAllClose(a, b / 2, rtol=1e-6)
 
     def test_an_average_that_is_put_in_now_and_then(self):
-        """Between two of these times a validation scores the weights that go on, as in Keras."""
-        model = sequential(
-            keras.layers.Dense(1), optimizer=keras.optimizers.SGD(0.1, use_ema=True, ema_overwrite_frequency=100)
-        )
-        trainer, seen = Trainer(model, batch_size=16), []
+        """Between two of these times a validation scores the average too, so the last one scores the final model."""
+        optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3)
+        model, raw = sequential(keras.layers.Dense(1, kernel_initializer="ones"), optimizer=optimizer), []
+        trainer = Trainer(model, batch_size=16)
         look = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: seen.append((values(model)[0], trainer.snapshot()[0]["model/0"]))
+            on_epoch_end=lambda epoch, logs: raw.append(trainer.snapshot()[0]["model/0"])
         )
-        trainer.fit(dataset(X, Y), validation_data=(X, Y), callbacks=look, verbose=0)
-        self.assertAllEqual(*seen[0])
+        history = trainer.fit(X, Y, epochs=1.25, validation_data=(X, Y), callbacks=look, verbose=0).history  # 5 updates
+        self.assertNotAllClose(raw[-1], values(model)[0], rtol=1e-3)
+        self.assertAllClose(history["val_loss"][-1], trainer.evaluate(X, Y)["loss"], rtol=1e-6)
 
     def test_before_the_first_update(self):
         """Keras's averages start at 0."""

@@ -1,5 +1,6 @@
 """The JAX engine: connects a live model's state and its data with `JaxStep`."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -30,6 +31,8 @@ from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, restore_variables, variables_by_name
 
 Tensor = Any
+
+_REDUCE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class JaxEngine:
@@ -65,6 +68,11 @@ class JaxEngine:
         check_optimizer(model.optimizer)
         if not options.jit_compile:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
+        if options.reduce_dtype not in _REDUCE_DTYPES:
+            raise ValueError(
+                f"`reduce_dtype` must be one of {', '.join(_REDUCE_DTYPES)}. Received: "
+                f"reduce_dtype={options.reduce_dtype}"
+            )
         if options.trust_ratios and isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
                 "On JAX `trust_ratios` does not support dynamic loss scaling, which the dtype policy mixed_float16 "
@@ -117,7 +125,8 @@ class JaxEngine:
                 outcomes.append(outcome)
         finally:
             self._write_state(state)
-        metrics = self._results_fn(state["metrics"], self.step.scalars_of(state))
+        read = [value for group in self.step.READ for value in state[group]]
+        metrics = self._results_fn(read, state["metrics"], self.step.scalars_of(state))
         outcomes, metrics = jax.device_get((outcomes, metrics))
         norms = np.stack([o["norms"] for o in outcomes], axis=1)
         return StepResult(
@@ -202,8 +211,18 @@ class JaxEngine:
             ValueError: if the model or optimizer has other variables; nothing is changed then.
         """
         values = restore_variables(self.model, state, _set_to_own)
-        for variable, value in zip(self.step.variables["metrics"], values, strict=False):
-            _set_to_own(variable, value.sum(0).astype(variable.dtype))
+        if values:
+            for variable, value in zip(self.step.variables["metrics"], values, strict=True):
+                _set_to_own(variable, value.sum(0).astype(variable.dtype))
+
+    @contextlib.contextmanager
+    def kept_metrics(self) -> Iterator[None]:
+        """Set the metrics back at the end of the context."""
+        values = backend_values(self.step.variables["metrics"])
+        try:
+            yield
+        finally:
+            set_backend_values(self.step.variables["metrics"], values)
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
         """Write a `.keras` file if `write` is true. Collective: call it on every host."""
@@ -271,7 +290,7 @@ class JaxEngine:
             for score in jax.device_get(scores):
                 np.add(sums, score, out=sums)
             scores.clear()
-            values = self._results_fn(metrics, scalars)
+            values = self._results_fn(weights, metrics, scalars)
             return {name: as_log(value) for name, value in values.items()} | summary(*sums.tolist())
 
         for i, batch in enumerate(self._shareable(batches)):
@@ -319,8 +338,11 @@ class JaxEngine:
         return self.on_devices(batch)
 
     def _model_state(self) -> list[tuple[keras.Variable, jax.sharding.Sharding]]:
-        groups = ("trainable", "batch_stats", "rng_state")
-        return [pair for g in groups for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)]
+        return [
+            pair
+            for g in self.step.READ
+            for pair in zip(self.step.variables[g], self.step.state_shardings[g], strict=True)
+        ]
 
     def _score(
         self, weights: list[Tensor], metrics: list[Tensor], scalars: list[Tensor], batch: Any
@@ -341,9 +363,9 @@ class JaxEngine:
         changed = [scope.get_current_value(state[i]) for i in self._scoring_assigns]
         return metrics, changed, jnp.stack(scores)
 
-    def _results(self, metrics: list[Tensor], scalars: list[Tensor]) -> dict[str, Tensor]:
-        variables = [*self.step.variables["metrics"], *self.step.scalars]
-        with keras.StatelessScope(list(zip(variables, [*metrics, *scalars], strict=True))):
+    def _results(self, weights: list[Tensor], metrics: list[Tensor], scalars: list[Tensor]) -> dict[str, Tensor]:
+        variables = [*(v for v, _ in self._model_state()), *self.step.variables["metrics"], *self.step.scalars]
+        with keras.StatelessScope(list(zip(variables, [*weights, *metrics, *scalars], strict=True))):
             return self.model.get_metrics_result()
 
 

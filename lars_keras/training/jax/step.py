@@ -69,6 +69,9 @@ class JaxStep:
         begin, accumulate, finish: the programs of an update with k > 1; `update` calls them.
     """
 
+    READ = ("trainable", "batch_stats", "rng_state")
+    """The groups of the model's own state."""
+
     def __init__(
         self,
         model: keras.Model,
@@ -330,6 +333,8 @@ class JaxStep:
         loss, y_pred, new_batch_stats, new_rng_state, new_metrics, valid = aux
         gradients = [g.astype(sum_dtype(g.dtype.name)) for g in gradients]
         new_batch_stats = [a.astype(sum_dtype(a.dtype.name)) / ghosts for a in new_batch_stats]
+        read = dict(zip(self.READ, (weights, batch_stats, rng_state), strict=True))
+        others = [*others, *(pair for group in self.READ for pair in self._mapping(group, read))]
         new_metrics = self._with_compiled_metrics(new_metrics, others, x, y, y_pred, sample_weight)
         loss = loss.astype(self.forward.loss_dtype)
         sums: Sums = {"gradients": gradients, "statistics": new_batch_stats, "loss": loss, "metrics": new_metrics}

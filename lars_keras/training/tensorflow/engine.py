@@ -1,8 +1,9 @@
 """The TensorFlow engine: the loop over micro-batches and updates, state and evaluation, under `tf.distribute`."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -56,7 +57,7 @@ class TensorFlowEngine:
         self._train_fn = tf.function(self._train)
         self._score_fn = tf.function(self._score)  # one program a shape: `_score_replica` asks for it
         self._results_fn = tf.function(self._results)
-        self._snapshot_fn = tf.function(self._metric_values)
+        self._metrics_fn = tf.function(self._metric_values)
 
     @classmethod
     def check(cls, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions) -> None:
@@ -151,9 +152,7 @@ class TensorFlowEngine:
         Weights and slots are the same on every replica; each replica has its own variables of the metrics.
         """
         state = {name: np.array(v.numpy()) for name, v in variables_by_name(self.model).items()}
-        # gather, not the variables' own value: that would sum what must stay apart.
-        values = self._snapshot_fn()
-        return state | {f"metric/{i}": self.strategy.gather(v, axis=0).numpy() for i, v in enumerate(values)}
+        return state | {f"metric/{i}": value for i, value in enumerate(self._gathered_metrics())}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore a snapshot from either engine.
@@ -166,18 +165,30 @@ class TensorFlowEngine:
             values = [
                 np.concatenate([[v.sum(0)], np.zeros((self.replicas - 1, *v.shape[1:]), v.dtype)]) for v in values
             ]
-        self.strategy.run(self._assign_metrics, args=(values,))
+        if values:
+            self.strategy.run(self._assign_metrics, args=(values,))
 
-    def _metric_variables(self) -> list[keras.Variable]:
-        return [v for metric in self.model.metrics for v in metric.variables]
+    @contextlib.contextmanager
+    def kept_metrics(self) -> Iterator[None]:
+        """Set the metrics back at the end of the context. Collective."""
+        values = self._gathered_metrics()
+        try:
+            yield
+        finally:
+            self.strategy.run(self._assign_metrics, args=(values,))
+
+    def _gathered_metrics(self) -> list[np.ndarray]:
+        """Return the values of the metrics, with a first dimension for the replica. Collective."""
+        # gather, not the variables' own value: that would sum what must stay apart.
+        return [self.strategy.gather(v, axis=0).numpy() for v in self._metrics_fn()]
 
     def _metric_values(self) -> list[Tensor]:
         """Return the metrics' variables, with a first dimension for the replica."""
-        return self.strategy.run(lambda: [tf.convert_to_tensor(v)[tf.newaxis] for v in self._metric_variables()])
+        return self.strategy.run(lambda: [tf.convert_to_tensor(v)[tf.newaxis] for v in self.step.forward.metrics])
 
     def _assign_metrics(self, values: list[np.ndarray]) -> None:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        for variable, value in zip(self._metric_variables(), values, strict=True):
+        for variable, value in zip(self.step.forward.metrics, values, strict=True):
             variable.assign(tf.gather(tf.constant(value), replica))
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:

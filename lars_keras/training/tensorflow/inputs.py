@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from lars_keras.training.array_data import weights_of_classes
-from lars_keras.training.batch_data import IndexedFeed
+from lars_keras.training.batch_data import GeneratorFeed, IndexedFeed
 from lars_keras.training.inputs import (
     Batch,
     Data,
@@ -156,8 +156,8 @@ def ghost_batches(
     """
     replicas = context.num_replicas_in_sync // context.num_input_pipelines
     if callable(data):
-        batches = data(context, first_update)
-        dataset = as_dataset(batches, close=isinstance(data, IndexedFeed))
+        first = data.ahead(2) if isinstance(data, GeneratorFeed) else None
+        dataset = as_dataset(data(context, first_update), first, close=isinstance(data, IndexedFeed))
         dataset = dataset.rebatch(microbatch_size, drop_remainder=True)
     else:
         dataset = _own_part(as_dataset(data).repeat(), context, microbatch_size)  # an epoch may end within a block
@@ -178,13 +178,14 @@ def scoring_examples(data: Data, context: Any, batch_size: int) -> tf.data.Datas
     return _own_part(_padded(_finite(data), size), context, batch_size)
 
 
-def as_dataset(batches: Any, close: bool = False) -> tf.data.Dataset:
+def as_dataset(batches: Any, first: list[Batch] | None = None, close: bool = False) -> tf.data.Dataset:
     """Return a dataset of NumPy batches, or a dataset with known ranks.
 
     A size that differs between the first two batches is assumed to differ in each batch.
 
     Args:
         batches: a dataset, or NumPy batches.
+        first: the first two batches, if they are known.
         close: close the generator `batches` at the end, because threads of it may read ahead.
 
     Raises:
@@ -192,12 +193,13 @@ def as_dataset(batches: Any, close: bool = False) -> tf.data.Dataset:
     """
     if isinstance(batches, tf.data.Dataset):
         return _of_known_ranks(batches)
-    if isinstance(batches, Iterator):  # opened by a function, and read once
+    source: Iterable[Batch] = batches
+    if first is None and isinstance(batches, Iterator):  # opened by a function, and read once
         first = first_batches(batches, 2)
-        source: Iterable[Batch] = itertools.chain(first, batches)
-    else:
+        source = itertools.chain(first, batches)
+    elif first is None:
         check_readable_again(batches)
-        first, source = first_batches(batches, 2), batches
+        first = first_batches(batches, 2)
     if not first:
         raise ValueError("The data must have at least one batch.")
     spec = _common_spec(first)

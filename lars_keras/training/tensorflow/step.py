@@ -160,8 +160,7 @@ class TensorFlowStep:
         if self._masked:
             mean = tf.math.divide_no_nan(float(self.replicas * self.accumulation_steps), sums["valid"])
             gradients, loss = self._weighted(gradients, mean), loss * tf.cast(mean, loss.dtype)
-        own = [tf.cast(g, v.dtype) for g, v in zip(gradients, trainable, strict=True)]
-        own = [None if unreached else g for g, unreached in zip(own, self.forward.unreached, strict=True)]
+        own = [None if unreached else g for g, unreached in zip(gradients, self.forward.unreached, strict=True)]
         scale = self.optimizer.scale_loss(tf.constant(1.0))  # the update may change it
         with tf.control_dependencies([loss]):  # or, where the data have ended, weights would decay all the same
             taken, ratios = apply_update(self.optimizer, own, trainable, self._measure_ratios)

@@ -39,8 +39,8 @@ def _check_parts(optimizer: keras.optimizers.Optimizer, base: type, parts: Seque
     ]
     if replaced:
         raise ValueError(
-            f"On TensorFlow, `Trainer` cannot take {own.__name__}, which is more than its `update_step`: it "
-            f"replaces {', '.join(replaced)}. On JAX it can."
+            f"On TensorFlow, `Trainer` calls only an optimizer's `update_step`, and {own.__name__} also overrides "
+            f"{', '.join(replaced)}. Use JAX, or another optimizer."
         )
 
 
@@ -54,8 +54,8 @@ def apply_update(
 
     Args:
         optimizer: a built optimizer, possibly a `LossScaleOptimizer`.
-        gradients: gradients of the scaled loss, summed over replicas and micro-batches; the new values of variables
-            that are overwritten; None for variables to be left alone.
+        gradients: gradients of the scaled loss, summed over replicas and micro-batches, in the dtype of the sums; the
+            new values of variables that are overwritten; None for variables to be left alone.
         variables: the variables of these gradients.
         measure: return the measures of a `LayerwiseOptimizer` for each variable.
 
@@ -65,20 +65,27 @@ def apply_update(
         `LayerwiseOptimizer.update`, 0 if it was skipped or the variable is overwritten or left alone; an empty list
         from other optimizers.
     """
-    overwritten = [keras_internals.is_overwritten(v) for v in variables]
+
+    def unscaled(scale: tf.Tensor | float | None) -> list[tf.Tensor | None]:
+        """Return the gradients of the loss in the dtypes of the variables, in which scaled ones may overflow."""
+
+        def own(gradient: tf.Tensor | None, variable: keras.Variable) -> tf.Tensor | None:
+            if gradient is None:
+                return None
+            if scale is not None and not keras_internals.is_overwritten(variable):
+                gradient = gradient / tf.cast(scale, gradient.dtype)
+            return tf.cast(gradient, variable.dtype)
+
+        return [own(g, v) for g, v in zip(gradients, variables, strict=True)]
+
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        if optimizer.loss_scale_factor is not None:
-            scale = optimizer.loss_scale_factor
-            gradients = [g if o or g is None else g / scale for g, o in zip(gradients, overwritten, strict=True)]
-        return tf.constant(1), _step(optimizer, gradients, variables, measure)
+        return tf.constant(1), _step(optimizer, unscaled(optimizer.loss_scale_factor), variables, measure)
 
     scale = tf.convert_to_tensor(optimizer.dynamic_scale)
     finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None])
 
     def take() -> tuple[tf.Tensor, list[tf.Tensor]]:
-        pairs = zip(gradients, overwritten, strict=True)
-        unscaled = [g if o or g is None else g / tf.cast(scale, g.dtype) for g, o in pairs]
-        measures = _step(optimizer.inner_optimizer, unscaled, variables, measure)
+        measures = _step(optimizer.inner_optimizer, unscaled(scale), variables, measure)
         grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
         optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
         steps = tf.convert_to_tensor(optimizer.step_counter) + 1
