@@ -182,6 +182,18 @@ class MetricsTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaisesRegex(ValueError, "Received: moving$"):
             Trainer(own, batch_size=16, microbatch_size=8).fit(dataset(X, TARGETS), verbose=0)
 
+    def test_a_run_that_had_others(self):
+        """Begin the metrics anew with a warning, also if their shapes are the same, and restore the rest."""
+        first, second = (Trainer(model(metric), batch_size=16) for metric in ("mse", "mae"))
+        first.fit(X, TARGETS, epochs=1.5, shuffle=False, verbose=0)
+        with self.assertLogs(level="WARNING") as logs:
+            second.restore(*first.snapshot(), (X, TARGETS))
+        self.assertIn("The saved run had other metrics", "".join(logs.output))
+        history = second.fit(X, TARGETS, epochs=2, shuffle=False, verbose=0).history
+        self.assertEqual(second.position.update, 8)
+        _, error = model("mae").evaluate(X[32:], TARGETS[32:], verbose=0)  # what the epoch had left; the rate is 0
+        self.assertAllClose(history["mae"], [error], rtol=1e-6)
+
 
 class OverrideTest(tf.test.TestCase):
     def test_values_without_a_metric_are_named(self):

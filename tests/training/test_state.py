@@ -158,23 +158,6 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         metrics = len(engine.step.variables["metrics"]) if BACKEND == "jax" else 0  # numbers, summed with the rest
         self.assertEqual(sum(sizes), 2 * 64 + 64 + 1 + 2 * 64 + 1 + metrics)
 
-    def test_a_run_that_had_other_metrics(self):
-        """Restore the rest, and begin the metrics anew with a warning."""
-        layers = lambda: keras.layers.Dense(1, kernel_initializer="ones")  # noqa: E731
-        first, second = Trainer(sequential(layers()), batch_size=16), sequential(layers())
-        first.fit(X, Y, epochs=1.5, shuffle=False, verbose=0)
-        second.compile("sgd", "mse", metrics=["mae"])
-        second = Trainer(second, batch_size=16)
-        with self.assertLogs(level="WARNING") as logs:
-            second.restore(*first.snapshot(), (X, Y))
-        self.assertIn("The saved run had other metrics", "".join(logs.output))
-        for trainer in (first, second):
-            trainer.restore(*first.snapshot(), (X, Y))
-            trainer.fit(X, Y, epochs=2, shuffle=False, verbose=0)
-        self.assertEqual(second.position.update, 8)
-        for a, b in zip(values(first.model), values(second.model), strict=True):
-            self.assertAllEqual(a, b)
-
     def test_a_fit_that_fails_at_once(self):
         """Keep the restored position for the next `fit`."""
 
