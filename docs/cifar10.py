@@ -117,10 +117,9 @@ for row in trainer.model.optimizer.layer_plan():
 # %% [markdown]
 # ## What to make of it
 #
-# Three seeds were tried. At batch 256, LARS is ahead with each of them. At 2,048 both lose, because they take an
-# eighth of the updates. LARS loses more, and neither is ahead there with all seeds. The noise scale is a hint of the
-# loss: for most of the run the large batch is several times above it, so each example contributes much less. More
-# epochs bring more updates. A small network at rates that were not tuned proves little.
+# At 2,048 both lose, because they take an eighth of the updates. The noise scale is a hint of the loss: for most of the
+# run the large batch is several times above it, so each example contributes much less. More epochs bring more updates.
+# One seed of a small network, at rates that were not tuned, proves little.
 #
 # A longer comparison took all images for 4 epochs, another network, and for each cell the best of several rates.
 # Top-1, one seed ([results](results.md#lars-and-momentum-on-cifar-10)):

@@ -1,4 +1,4 @@
-"""Write the files that are committed: JSON with a run a line, SVG with an element a line."""
+"""Write the files that are committed: JSON with a run per line, SVG with an element per line."""
 
 import io
 import json

@@ -65,6 +65,10 @@ class ImageFileData(ImageData):
         storage: the form of the images, if they are stored at one size. With `augment="crop_mirror"`, or for raw
             images, training takes a random window and evaluation the central window, and nothing is resized.
 
+    Attributes:
+        storage: as passed.
+        resizes: True if images are resized when they are used.
+
     Raises:
         ValueError: if `image_size` is not positive; if `augment` or `image_size` does not suit `storage`.
     """
@@ -85,7 +89,9 @@ class ImageFileData(ImageData):
     ):
         if image_size < 1:
             raise ValueError(f"`image_size` must be positive. Received: image_size={image_size}")
-        self._storage = _check_storage(storage, augment, image_size)
+        self.storage = storage
+        self._windows_of = _check_storage(storage, augment, image_size)
+        self.resizes = self._windows_of is None
         self._train, self._test = train, test
         self.name = name
         self.num_classes = num_classes
@@ -103,7 +109,7 @@ class ImageFileData(ImageData):
             f"{self.threads} threads, one for each core" if self.threads else "as many threads as each host allows"
         )
         crop = round(central_fraction(image_size) * 256)
-        part = f"{image_size}x{image_size} pixels" if self._storage else f"{crop}/256"
+        part = f"{image_size}x{image_size} pixels" if self._windows_of else f"{crop}/256"
         self.reading = f"decoded by {threads}; evaluation on the central {part}"
 
     _num_draws = NUM_DRAWS
@@ -118,11 +124,6 @@ class ImageFileData(ImageData):
         """The encoded images of the test split."""
         return self._test
 
-    @property
-    def storage(self) -> Storage | None:
-        """The form of the stored images whose windows are taken as they are; None if images are resized."""
-        return self._storage
-
     def _train_examples(self, ids: tf.Tensor, draws: tf.Tensor) -> tuple[tf.Tensor, ...]:
         size = self.image_shape[0]
 
@@ -130,8 +131,8 @@ class ImageFileData(ImageData):
             image, label = self._train.example(i)
             if not draw.shape[0]:
                 return self._central(image), label, 1.0
-            if self._storage:
-                return mirrored_window(image, draw, size, self._storage), label, 1.0
+            if self._windows_of:
+                return mirrored_window(image, draw, size, self._windows_of), label, 1.0
             return random_crop(image, draw, size), label, 1.0
 
         return self._load_rows(load, (ids, draws), self._train)
@@ -151,7 +152,7 @@ class ImageFileData(ImageData):
 
     def _central(self, image: tf.Tensor) -> tf.Tensor:
         size = self.image_shape[0]
-        return central_window(image, size, self._storage) if self._storage else central_crop(image, size)
+        return central_window(image, size, self._windows_of) if self._windows_of else central_crop(image, size)
 
     def _load_rows(self, load: Any, arguments: tuple[tf.Tensor, ...], examples: Examples) -> tuple[tf.Tensor, ...]:
         """Apply `load` to each row of `arguments`, of which the first is the id. Mask unreadable images."""

@@ -64,7 +64,7 @@ def measure(data: ImageData, batch_size: int = 256, seconds: float = 20.0) -> li
     parts: dict[str, Callable[[], Iterable[Any]]] = {}
     if isinstance(data, ImageFileData):
         parts["reading"] = lambda: _images(data, batch_size, _length_of_file)
-        if data.storage is None:
+        if data.resizes:
             parts["decoding"] = lambda: _images(data, batch_size, _decoded)
     parts["batches"] = lambda: data.train_batches(batch_size)
     return [_timed(name, make(), batch_size, seconds / len(parts)) for name, make in parts.items()]
@@ -132,7 +132,7 @@ def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) 
     lines = [
         f"{data.description}, {data.image_shape[0]} x {data.image_shape[1]} pixels, augment={data.augment}; "
         f"{cores()} cores",
-        f"{'':<12}{'images/s':>12}{'ms of processor time an image':>32}",
+        f"{'':<12}{'images/s':>12}{'ms of processor time per image':>32}",
         *(f"{part.name:<12}{part.images_per_second:>12,.0f}{part.milliseconds:>32.2f}" for part in parts),
     ]
     if len(parts) > 1:
@@ -142,8 +142,9 @@ def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) 
         wait = max(0.0, 1 - whole.images_per_second / wanted)
         lines.append(f"A model that takes {wanted:,.0f} images/s would wait {100 * wait:.0f} % of its time.")
     advice = suggestions(data, parts, wanted, free=free_memory())
-    nothing = "Nothing here would help: the images come fast enough, or in their fastest form."
-    return "\n".join([*lines, *(advice or [nothing])])
+    if wanted and whole.images_per_second >= wanted:
+        advice = ["The images come fast enough."]
+    return "\n".join([*lines, *(advice or ["The images are in their fastest form already."])])
 
 
 def _shares(parts: Sequence[Part]) -> dict[str, float]:
@@ -176,14 +177,16 @@ def suggestions(data: ImageData, parts: Sequence[Part], wanted: float | None, fr
             f'Reading is the limit. `cache="{fits}"` keeps the files, {size / 2**30:.1f} GiB, {where}; it pays from '
             "the second epoch on."
         )
-    if data.storage is None:
+    if data.resizes:
         if shares["decoding"] + shares["batches"] > _MOSTLY:
-            found.append(
-                "Decoding and resizing take most of the time. Store the images once at 256 x 256 with "
-                '`lars_keras.data.prepare` and `resize="squash256"`, and train with `augment="crop_mirror"`: another '
-                "augmentation, that of AlexNet."
+            store = (
+                'Store the images once at 256 x 256 with `lars_keras.data.prepare` and `resize="squash256"`, and train'
             )
-    elif data.storage.encoding != "raw" and shares["batches"] > _MOSTLY:
+            found.append(
+                f"Decoding and resizing take most of the time. {'Train' if data.storage else store} with "
+                '`augment="crop_mirror"`: another augmentation, that of AlexNet.'
+            )
+    elif data.storage and data.storage.encoding != "raw" and shares["batches"] > _MOSTLY:
         raw = (data.num_train + data.num_test) * 3 * data.storage.size**2
         form = Storage(data.storage.mode, data.storage.size, "raw")
         found.append(

@@ -19,7 +19,7 @@ EXIT_REFUSED = 2
 
 DIFFERENCES = """Where the backends differ:
   TensorFlow's runtime puts the all-reduce between the programs, so its bytes here are computed; those of JAX are read
-  from the compiled program. Both reduce once an update. Each device has its own batch statistics on both. With
+  from the compiled program. Both reduce once per update. Each device has its own batch statistics on both. With
   synchronized batch normalization TensorFlow reduces them at run time, JAX in the program. Shards of the weights
   (`shard_optimizer_state`) are for JAX only."""
 
@@ -50,12 +50,17 @@ def chip_line(chip: Chip) -> str:
     )
 
 
-def write(reports: dict[str, PodReport], path: str) -> None:
-    """Write the reports as JSON, a backend a line."""
-    out = Path(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
+def write(reports: dict[str, PodReport], path: str) -> bool:
+    """Write the reports as JSON, one line per backend. Say where, or why not; return whether it was possible."""
     lines = [f"{json.dumps(backend)}: {json.dumps(report.to_dict())}" for backend, report in reports.items()]
-    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    except OSError as e:
+        print(f"The figures cannot be written to {path}: {e}", file=sys.stderr)
+        return False
+    print(f"written to {path}")
+    return True
 
 
 def main(arguments: list[str]) -> int:
@@ -104,9 +109,8 @@ def main(arguments: list[str]) -> int:
             print(*getattr(e, "__notes__", []), sep="\n", file=sys.stderr)
         return EXIT_REFUSED
     print_reports(reports)
-    if options.out:
-        write(reports, options.out)
-        print(f"written to {options.out}")
+    if options.out and not write(reports, options.out):
+        return EXIT_REFUSED
     return 0 if all(report.fits for report in reports.values()) else EXIT_DOES_NOT_FIT
 
 

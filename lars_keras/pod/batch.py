@@ -20,7 +20,7 @@ class ArraySpec:
 
 
 def parse_array(text: str) -> ArraySpec:
-    """Read `"DTYPE:SIZE,SIZE,..."`, such as `"uint8:224,224,3"`; `"int32"` is a number an example.
+    """Read `"DTYPE:SIZE,SIZE,..."`, such as `"uint8:224,224,3"`; `"int32"` is one number per example.
 
     Raises:
         ValueError: if the text has another form.

@@ -103,7 +103,7 @@ class PodReport:
                 ("roofline", f"{seconds}: {self.bounds.bound} bound"),
                 (
                     "at best",
-                    f"{_milliseconds(self.bounds.seconds_per_update)} an update, "
+                    f"{_milliseconds(self.bounds.seconds_per_update)} per update, "
                     f"{self.bounds.images_per_second:,.0f} images/s, "
                     f"{self.bounds.compute_utilization:.0%} of peak compute",
                 ),

@@ -43,6 +43,9 @@ class MetricsLog(keras.callbacks.Callback):
     finite is null. A resumed run drops the lines after the update at which it starts, so each update appears once. It
     keeps all notes, because each event is noted once.
 
+    A second training with the same log, which does not go on from the first, begins a new file. The first becomes
+    `metrics-<its last update>.jsonl`.
+
     A full disk does not end the run. It is reported as an error in the log of the process.
 
     Args:
@@ -56,12 +59,15 @@ class MetricsLog(keras.callbacks.Callback):
         self._path = self._run_dir / "metrics.jsonl"
         self._clock = clock
         self._writers: dict[str, Any] = {}
-        self._finished = 0
+        self._finished, self._ended = 0, False
         text = self._path.read_bytes() if self._path.exists() else b""
         self._torn = text[-1:] not in (b"", b"\n")  # a full disk cut the last line
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self._finished = self.params["first_update"]
+        first_update = self.params["first_update"]
+        if self._ended and first_update < self._finished:
+            self._path.rename(self._path.with_stem(f"metrics-{self._finished}"))
+        self._finished, self._ended = first_update, False
         events = [e for e in read_metrics(self._path) if e["update"] <= self._finished or e["event"] == "note"]
         try:
             atomic_write_text(self._path, "".join(map(_line, events)))
@@ -98,6 +104,7 @@ class MetricsLog(keras.callbacks.Callback):
                 writer.flush()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        self._ended = True
         self._close_tensorboard()
 
     @property

@@ -131,6 +131,6 @@ def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) 
         (least, first), (most, final) = min(adapted), max(adapted)
         lines.append(
             f"{first} has the smallest noise scale, {least:,.0f}, and {final} the largest, {most:,.0f}, of the adapted "
-            f"variables. Layers with a large one bear a larger batch."
+            f"variables. Layers with a large noise scale tolerate a larger batch."
         )
     return lines

@@ -226,7 +226,7 @@ class ReportTest(tf.test.TestCase):
             "accumulate x 2 arguments 2,048 MiB, temporaries 6,144 MiB",
             "8,192 of 16,384 MiB per device",
             "all-reduce of 1.0 MiB f32 over 2 devices",
-            "2.00 ms an update, 256,000 images/s, 100% of peak compute",
+            "2.00 ms per update, 256,000 images/s, 100% of peak compute",
             "a micro-batch of about 256 fits",
             "verdict      fits",
         ):
@@ -303,7 +303,11 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
                 self.assertEqual(self.run_command(*options)[0], 1)
             with mock.patch.object(command, "check", side_effect=[fits, fits]):
                 code, out, _ = self.run_command(*options, "--backend=both")
-        self.assertEqual(code, 0)
+            with mock.patch.object(command, "check", return_value=fits):  # a folder is in the place of the file
+                refused, printed, err = self.run_command(*options[:-1], f"--out={folder}")
+        self.assertEqual((code, refused), (0, 2))
+        self.assertIn("819 GB/s", printed)
+        self.assertRegex(err, "The figures cannot be written to .*Is a directory")
         self.assertIn("Where the backends differ", out)
         self.assertIn("819 GB/s", out)
 
@@ -358,7 +362,7 @@ class OwnModelTest(tf.test.TestCase):
 
     @pytest.mark.slow
     def test_does_not_fit(self):
-        """12.5 KiB of activations an example, and a million examples on a chip."""
+        """12.5 KiB of activations per example, and a million examples on a chip."""
         report = pod.check(own_model.make_model, BATCH, topology="v5e:2x2", batch_size=2**23)
         self.assertFalse(report.fits)
         self.assertIsNone(report.memory)

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from lars_keras.report import log as log_module
 from lars_keras.report.progress import Progress
 from lars_keras.report.throughput import Throughput
+from lars_keras.training import Trainer
 
 STEPS, PER_EPOCH, BATCH = 6, 3.0, 100
 
@@ -257,6 +258,16 @@ class MetricsLogTest(tf.test.TestCase):
         self.run_log()
         self.run_log(stop=1)
         self.assertEqual([e["update"] for e in self.read()], [1])
+
+    def test_a_second_training_keeps_the_log_of_the_first(self):
+        log, data = log_module.MetricsLog(self.run_dir, self.clock), (np.ones((16, 1)), np.ones((16, 1)))
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        for epochs in (2, 1):
+            model.compile("sgd", "mse")
+            Trainer(model, batch_size=8).fit(*data, epochs=epochs, callbacks=log, verbose=0)
+        self.assertEqual([e["update"] for e in self.read()], [1, 2])
+        kept = log_module.read_metrics(self.run_dir / "metrics-4.jsonl")
+        self.assertEqual([e["update"] for e in kept], [1, 2, 3, 4])
 
     def test_not_finite_is_null(self):
         log = log_module.MetricsLog(self.run_dir, self.clock)

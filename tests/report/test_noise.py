@@ -195,7 +195,7 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual((itself.learning_rate, itself.updates, itself.warmup_updates), (1.0, 400, 80))
 
     def test_the_rates_of_a_run_that_logs_few_of_them(self):
-        """Take them from the plan: with 100 updates a call, the log has none near the peak."""
+        """Take them from the plan: with 100 updates per call, the log has none near the peak."""
         self.log(400, 100, 100)
         path = self.run_dir / "metrics.jsonl"
         log = read_metrics(path)

@@ -132,7 +132,7 @@ class WorkerTest(absltest.TestCase):
 
 class LostTest(absltest.TestCase):
     def judge(self, losses, chance_loss=2.3, calls=1):
-        """Return the update at which a run of these losses is stopped, `calls` updates a host call; None if never."""
+        """Return the update at which a run of these losses is stopped, `calls` updates per host call; None if never."""
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         callback = worker.StopIfLost(folder, chance_loss)
         callback.set_params({"steps": len(losses)})

@@ -112,10 +112,11 @@ def train(config: RunConfig, data: ArrayData) -> dict[str, Any]:
     return row
 
 
-def several(runs: Path, at_once: int, images: Path, out: Path) -> bool:
+def several(runs: Path, at_once: int, images: Path, out: Path | None) -> bool:
     """Train the runs of a file, each in a process of its own; return whether all came to their end."""
     lines = [line for line in runs.read_text(encoding="utf-8").splitlines() if line.strip()]
-    command = [sys.executable, "-m", "tools.benchmarks.cifar10_arrays", f"--images={images}", f"--out={out}"]
+    command = [sys.executable, "-m", "tools.benchmarks.cifar10_arrays", f"--images={images}"]
+    command += [f"--out={out}"] if out else []
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share the memory of the device
 
     def run(line: str) -> int:

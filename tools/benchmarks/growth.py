@@ -115,7 +115,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axes.set_ylim(1, None)
             axes.set_title(f"slope {result['slope']:.2f}", size=10)
             axes.set_xlabel(result["axis"])
-            axes.set_ylabel("milliseconds an update")
+            axes.set_ylabel("milliseconds per update")
             axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_minor_locator(NullLocator())
             axes.spines[["top", "right"]].set_visible(False)

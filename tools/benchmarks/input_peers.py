@@ -48,7 +48,7 @@ def by_pillow(files: list[bytes], windows: np.ndarray, size: int, resize: bool) 
 
 
 def pillow(pixels: Callable[[int], np.ndarray], batch: int) -> Iterator[np.ndarray]:
-    """Yield batches from Pillow in a thread a core."""
+    """Yield batches from Pillow in a thread per core."""
     rows = itertools.count()
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         while True:
@@ -56,7 +56,7 @@ def pillow(pixels: Callable[[int], np.ndarray], batch: int) -> Iterator[np.ndarr
 
 
 def grain(pixels: Callable[[int], np.ndarray], batch: int) -> Iterator[np.ndarray]:
-    """Return an iterator of Grain over a shuffled range, in a thread a core."""
+    """Return an iterator of Grain over a shuffled range, in a thread per core."""
     from grain.python import MapDataset, ReadOptions
 
     rows = MapDataset.range(10**6).shuffle(seed=0).map(pixels).batch(batch, drop_remainder=True)
@@ -64,7 +64,7 @@ def grain(pixels: Callable[[int], np.ndarray], batch: int) -> Iterator[np.ndarra
 
 
 def torchvision(folder: str, batch: int, train: bool, crop: list[Any]) -> Iterator[Any]:
-    """Return an iterator of torchvision's ImageFolder and DataLoader, with a worker process a core."""
+    """Return an iterator of torchvision's ImageFolder and DataLoader, with a worker process per core."""
     import torch
     from torchvision import datasets, transforms
 

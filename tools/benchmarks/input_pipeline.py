@@ -195,7 +195,7 @@ def _batches(data: ImageFileData, batch: int) -> Iterator[Any]:
 
 
 def measure(candidate: Candidate, batch: int, images: int) -> tuple[float, float]:
-    """Return images a second, and milliseconds of processor time for an image."""
+    """Return images per second, and milliseconds of processor time for an image."""
     batches = candidate()
     for _ in range(2):
         next(batches)

@@ -99,7 +99,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
             axes.fill_between(epochs, low, high, alpha=0.25, linewidth=0)
             axes.plot(epochs, [p["noise_scale"] for p in parts], marker=".")
             axes.axhline(run["batch_size"], color="gray", linestyle=":")
-            axes.set_title(f"{TITLES[run['comparison']]}\n(dotted: its batch, {run['batch_size']:,})", fontsize=9)
+            axes.set_title(
+                f"{TITLES.get(run['comparison'], run['comparison'])}\n(dotted: its batch, {run['batch_size']:,})",
+                fontsize=9,
+            )
             axes.set_yscale("log")
             axes.set_ylim(min(low) / 2, highest / 3)
             axes.set_xlabel("epoch")

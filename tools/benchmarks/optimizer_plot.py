@@ -33,7 +33,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axes.set_xscale("log")
             axes.set_xlim(FIRST_TICK, None)
             axes.set_title(title)
-            axes.set_xlabel("milliseconds an update")
+            axes.set_xlabel("milliseconds per update")
             axes.xaxis.set_minor_locator(NullLocator())
             axes.tick_params(length=0)
             axes.spines[["top", "right", "left"]].set_visible(False)

@@ -66,7 +66,7 @@ def measure(data: ImageData, updates: int, rounds: int, save_every: int, jit_com
                 run()
                 if i:
                     seconds[name].append((time.perf_counter() - started) / updates)
-                    print(f"round {i}  {name}  {seconds[name][-1]:.3f} s an update", flush=True)
+                    print(f"round {i}  {name}  {seconds[name][-1]:.3f} s per update", flush=True)
     return seconds
 
 

@@ -154,7 +154,7 @@ def draw(points: list[dict[str, Any]], path: str) -> None:
             rest[-1].set_xticks(list(TOPOLOGIES), [str(chips) for chips in TOPOLOGIES])
             rest[-1].set_xlabel("chips of v5e")
         for row, label in zip(
-            axes[:, 0], ("ms an update, at best", "images/s a chip, at best", "MiB a chip"), strict=True
+            axes[:, 0], ("ms per update, at best", "images/s per chip, at best", "MiB per chip"), strict=True
         ):
             row.set_ylabel(label)
     save_svg(figure, Path(path))

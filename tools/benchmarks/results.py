@@ -310,7 +310,7 @@ def kills_part(cells: list[dict[str, Any]]) -> str:
             ],
             rows,
         )
-        + "\n`make prove-resume`, 40 kills a cell. The cells with fewer were stopped earlier.\n"
+        + "\n`make prove-resume`, 40 kills per cell. The cells with fewer were stopped earlier.\n"
     )
 
 

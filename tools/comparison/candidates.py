@@ -16,7 +16,7 @@ FIRST_RATES_BATCH = 256
 FIRST_RATES = {"sgd": 0.1, "momentum": 0.02, "adam": 1e-3, "lamb": 5e-3, "lars": 2.5}
 SCALINGS = {"sqrt": sqrt_scaling, "linear": linear_scaling, "none": lambda rate, *_: rate}
 
-_CALL_EXAMPLES = 4096  # examples a host call: with fewer, small batches spend their time between updates
+_CALL_EXAMPLES = 4096  # examples per host call: with fewer, small batches spend their time between updates
 _TRIAL_CALLS = 4  # the first one compiles
 _TRIAL_EXAMPLES = 1024
 

@@ -59,7 +59,7 @@ def search_rule(settings: Mapping[str, Any]) -> str:
         return "those of the recipe"
     if not settings.get("search"):  # made by the earlier rule
         return f"the best of at most {runs} at full length, scored on {split} of the training images, held out"
-    return f"chosen by {settings['search']}, {runs} rates a cell, scored on {split} of the training images, held out"
+    return f"chosen by {settings['search']}, {runs} rates per cell, scored on {split} of the training images, held out"
 
 
 def overhead(runs: Mapping[str, Mapping[str, Any]]) -> float | None:

@@ -6,7 +6,7 @@ A cell of the grid chooses its rate by successive halving, with the same budget 
    first. While the best is at an end of the range, the range is extended by a factor. Then the gaps beside the best are
    halved, until the budget is spent. A rate at the end of the range is chosen only if the budget ends there.
 2. The best quarter of them runs at full length. A finalist that diverges or is lost is replaced by the next.
-3. The best finalist is trained on all training images, once a seed.
+3. The best finalist is trained on all training images, once per seed.
 
 All jobs of a round are decided together, and a stopped comparison replays the rounds from its outcomes. So the table
 depends neither on the order in which runs end nor on where the comparison was stopped.
