@@ -56,7 +56,11 @@ class RunConfig:
         ValueError: if flags contradict each other; the message names the flags, and what would be accepted.
     """
 
-    model: str = _choice("alexnet_small", models.names(), "Train this network.")
+    model: str = _text(
+        "alexnet_small",
+        f"Train this network: {', '.join(models.names())}; or your own by package.module:function, a function of the "
+        "shape of an image and the number of classes.",
+    )
     dataset: str = _choice("digits", data.NAMES, "Train on this data set.")
     data_dir: str | None = _text(
         None,
@@ -226,6 +230,21 @@ class RunConfig:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):  # absl takes nan, whatever the bounds
                 raise ValueError(f"--{field.name} must be finite. Received: --{field.name}={value}")
+        if self.model not in models.names() and not self.is_own_model:
+            raise ValueError(
+                f"--model must be one of {', '.join(models.names())}, or package.module:function. Received: "
+                f"--model={self.model}"
+            )
+        if self.is_own_model and self.sync_batch_norm:
+            raise ValueError(
+                "--sync_batch_norm is for the networks of this project. Synchronize your own layers yourself. "
+                f"Received: --sync_batch_norm --model={self.model}"
+            )
+        if self.is_own_model and self.dataset in data.ANY_SIZE and self.image_size is None:
+            raise ValueError(
+                "--image_size is needed for a model of your own. Received: "
+                f"--model={self.model} --dataset={self.dataset}"
+            )
         if self.microbatch_size and self.batch_size % self.microbatch_size:
             raise ValueError(
                 "--microbatch_size must divide --batch_size. "
@@ -300,6 +319,11 @@ class RunConfig:
         except ValueError:
             return text
         return f"{text} epochs"
+
+    @property
+    def is_own_model(self) -> bool:
+        """True if `model` names a function of the user's."""
+        return ":" in self.model
 
     @property
     def input_size(self) -> int | None:

@@ -42,7 +42,7 @@ def open_run_dir(config: RunConfig) -> Path:
         UsageError: if its name is not UTF-8, or the run in it is finished.
     """
     if not config.run_dir:
-        name = f"{config.model}-{config.dataset}-{config.batch_size}-{config.optimizer}"
+        name = f"{config.model.replace(':', '.')}-{config.dataset}-{config.batch_size}-{config.optimizer}"
         return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{secrets.token_hex(4)}"
     path = path_of(config.run_dir)
     refuse_finished(path, config)

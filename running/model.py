@@ -9,12 +9,19 @@ import models
 from flags.config import RunConfig
 from lars_keras.data import ImageData
 from lars_keras.metrics import MaskedExamples
+from lars_keras.reference import Reference
 from lars_keras.runtime.errors import UsageError
 from running.optimizers import make_optimizer, make_schedule
 
 
 def make_model(config: RunConfig, data: ImageData) -> keras.Model:
-    """Make the network for the classes and images of the data."""
+    """Make the network for the classes and images of the data.
+
+    Raises:
+        ValueError: if the user's own function is not found, or its model does not fit the data.
+    """
+    if config.is_own_model:
+        return _own_model(config.model, data)
     model = models.get(
         config.model,
         num_classes=data.num_classes,
@@ -26,6 +33,19 @@ def make_model(config: RunConfig, data: ImageData) -> keras.Model:
         seed=config.seed,
     )
     models.adapt(model, lambda count: next(data.train_numpy(min(count, data.num_train), count=1, augment=False))[0])
+    return model
+
+
+def _own_model(name: str, data: ImageData) -> keras.Model:
+    model = Reference(name, "model").resolve()(data.image_shape, data.num_classes)
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`model` must return a Keras model. Received: a {type(model).__name__} from model={name}")
+    shapes = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
+    if shapes != ((None, *data.image_shape), (None, data.num_classes)):
+        raise ValueError(
+            f"`model` must return a functional or Sequential model from images of shape {data.image_shape} to "
+            f"{data.num_classes} logits. Received: shapes {shapes[0]} and {shapes[1]} from model={name}"
+        )
     return model
 
 
@@ -50,13 +70,16 @@ def scoring(config: RunConfig, data: ImageData) -> dict[str, Any]:
     }
 
 
-def load_model(run_dir: Path) -> keras.Model:
+def load_model(run_dir: Path, config: RunConfig) -> keras.Model:
     """Load the model that a run saved.
 
     Raises:
         UsageError: if the file is damaged.
+        ValueError: if the user's own function is not found.
     """
     path = run_dir / "model.keras"
+    if config.is_own_model:
+        Reference(config.model, "model").resolve()  # its module may register layers
     try:
         return keras.models.load_model(path, compile=False)
     except Exception as e:  # whatever the libraries make of a damaged archive

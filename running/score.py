@@ -65,7 +65,7 @@ def score_run(config: RunConfig) -> None:
                 model = make_model(config, trained_on)
                 optimizer = _make_optimizer(config, model)
             else:
-                model, optimizer = load_model(run_dir), "sgd"  # which no update uses
+                model, optimizer = load_model(run_dir, config), "sgd"  # which no update uses
                 _refuse_other_shapes(model.input_shape[1:], model.output_shape[-1], data, run_dir)
             model.compile(optimizer, **scoring(config, data))
         trainer = Trainer(

@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> int:
         if report.bounds:
             hours = report.bounds.seconds_per_update * updates_of(config) / 3600
             print(f"{backend}: {hours:.2g} hours at best for the {updates_of(config):,} updates of the recipe")
-    out = options.out or f"runs/pod-{config.model}-{config.batch_size}-{options.topology.replace(':', '-')}.json"
+    name = config.model.replace(":", ".")
+    out = options.out or f"runs/pod-{name}-{config.batch_size}-{options.topology.replace(':', '-')}.json"
     if not write(reports, out):
         return EXIT_REFUSED
     return 0 if all(report.fits for report in reports.values()) else EXIT_DOES_NOT_FIT

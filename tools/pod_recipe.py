@@ -10,7 +10,6 @@ import keras
 from absl import flags as absl_flags
 
 import flags
-import models
 from running.model import compile_model, make_model
 
 # Classes, training examples, and shape, as `lars_keras.data.load` gives them: no data are needed here.
@@ -79,6 +78,8 @@ def check_options(config: flags.RunConfig) -> dict[str, Any]:
 
 
 def _image_shape(config: flags.RunConfig) -> tuple[int, int, int]:
-    shape = _DATA[config.dataset][2]
-    size = config.image_size or models.default_image_size(config.model)
-    return shape or (size, size, 3)
+    if shape := _DATA[config.dataset][2]:
+        return shape
+    size = config.input_size
+    assert size is not None  # a data set of no size of its own
+    return size, size, 3

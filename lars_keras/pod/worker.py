@@ -19,8 +19,9 @@ import keras
 from jax.experimental import topologies
 
 from lars_keras.pod.batch import parse_batch
-from lars_keras.pod.driver import Reference, Request
+from lars_keras.pod.driver import Request
 from lars_keras.pod.measure import Program
+from lars_keras.reference import Reference
 from lars_keras.training.forward import StatelessForward
 from lars_keras.training.trainer import Trainer, split_batch
 from lars_keras.versions import versions
