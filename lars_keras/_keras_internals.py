@@ -341,9 +341,16 @@ def compute_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight:
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
 
 
+def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Return the optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
 def compiled_parts(model: keras.Model) -> list[Any]:
     """Return the objects that `model.compile` makes or takes: optimizer, learning rate, loss and metrics."""
-    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    inner = inner_optimizer(model.optimizer)
     return [model.optimizer, inner._learning_rate, model._compile_loss, model._compile_metrics]
 
 

@@ -192,7 +192,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             [self._roles[i] for i in indices],
             [learning_rate, self.iterations + 1],
             measure,
-            constants=tuple(getattr(self, name) for name in self._constants()),
+            constants=tuple(getattr(self, name) for name in self._checks()),
         )
 
     def update_step(self, gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
@@ -272,11 +272,11 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             f"Received: var_list={var_list}, var_names={var_names}"
         )
 
-    def _constants(self) -> dict[str, Callable[[str, Any], Any]]:
+    def _checks(self) -> dict[str, Callable[[str, Any], Any]]:
         return {"weight_decay": _check_weight_decay, "excluded_lr_scale": check_number, **self.hyperparameters}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        check = self._constants().get(name)
+        check = self._checks().get(name)
         if name in EXCLUSIONS:  # without effect once built, and the last of them is a method
             raise AttributeError(f"Give `{name}` to the constructor. Received: {name}={value!r}")
         if name == "learning_rate":
@@ -295,7 +295,7 @@ class LayerwiseOptimizer(WholeUpdateOptimizer):
             )
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config() | {name: getattr(self, name) for name in self._constants()}
+        config = super().get_config() | {name: getattr(self, name) for name in self._checks()}
         config |= {name: None if p is None else list(p) for name, p in self._patterns.items()}
         return config if self._matches is None else config | {"matches": plain(self._matches)}
 

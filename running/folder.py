@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 
 from flags.config import RunConfig
+from lars_keras._keras_internals import inner_optimizer
 from lars_keras.data import ImageData
 from lars_keras.files import atomic_write_text, local_path, printable
 from lars_keras.runtime.errors import UsageError
@@ -93,7 +94,7 @@ def write_plan(
         atomic_write_text(path / "plan.txt", plan.text + "\n")
     except OSError as e:
         raise UsageError(f"--run_dir={path} cannot be written: {e.strerror}") from e
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    optimizer = inner_optimizer(optimizer)
     rows = optimizer.layer_plan() if hasattr(optimizer, "layer_plan") else []
     settings = {
         **{name: value for name, value in dataclasses.asdict(config).items() if config.applies(name)},

@@ -21,7 +21,12 @@ _OPTIMIZERS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     "adam": keras.optimizers.Adam,
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
-SCHEDULES = ("polynomial", "cosine", "exponential", "step")
+_SCHEDULES: dict[str, Callable[..., keras.optimizers.schedules.LearningRateSchedule]] = {
+    "polynomial": WarmupPolynomial,
+    "cosine": WarmupCosine,
+    "exponential": WarmupExponential,
+}
+SCHEDULES = (*_SCHEDULES, "step")
 
 # For each flag the optimizers that have it, and its argument there. Flags that are not listed are for all of them.
 OPTIMIZER_FLAGS: dict[str, dict[str, str]] = {
@@ -69,12 +74,8 @@ def make_schedule(
     Raises:
         ValueError: if the name is unknown, or the warm-up is as long as the run.
     """
-    if name == "polynomial":
-        return WarmupPolynomial(peak, warmup_updates, total_updates, **options)
-    if name == "cosine":
-        return WarmupCosine(peak, warmup_updates, total_updates, **options)
-    if name == "exponential":
-        return WarmupExponential(peak, warmup_updates, total_updates, **options)
+    if name in _SCHEDULES:
+        return _SCHEDULES[name](peak, warmup_updates, total_updates, **options)
     if name == "step":
         drops = sorted({round(total_updates * part) for part in (1 / 3, 2 / 3, 8 / 9)})
         return WarmupStep(peak, warmup_updates, [d for d in drops if d >= warmup_updates], **options)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from flags.config import RunConfig
-from lars_keras._keras_internals import learning_rate_of
+from lars_keras._keras_internals import inner_optimizer, learning_rate_of
 from lars_keras.data import ImageData
 from lars_keras.exclude import VariableRole
 from lars_keras.lars import LARS
@@ -49,7 +49,7 @@ def make_plan(config: RunConfig, data: ImageData, trainer: Trainer, run_dir: Pat
 
 
 def _rates(optimizer: keras.optimizers.Optimizer, updates: int) -> np.ndarray:
-    schedule = learning_rate_of(getattr(optimizer, "inner_optimizer", optimizer))
+    schedule = learning_rate_of(inner_optimizer(optimizer))
     return np.asarray(keras.ops.convert_to_numpy(schedule(np.arange(updates))), np.float64)
 
 
@@ -73,7 +73,7 @@ def _warnings(config: RunConfig, model: keras.Model, data: ImageData, rate: np.n
                 "The model has weight regularizers beside --weight_decay: both decay the weights, and the gradients of "
                 "the regularizers enter the trust ratio."
             )
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    optimizer = inner_optimizer(model.optimizer)
     if isinstance(optimizer, LayerwiseOptimizer):
         raw = raw_rate_warning(optimizer.layer_plan(), rate.max(), optimizer.excluded_lr_scale)
         found += [in_flags(raw)] if raw else []
@@ -108,7 +108,7 @@ def _text(
     per_epoch = data.num_train / config.batch_size
     peak = int(rate.argmax())
     scored = "validation" if config.validation_split else "test"
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    optimizer = inner_optimizer(model.optimizer)
     rows = [
         ("data", f"{config.dataset}: {data.description}"),
         ("input", _input(trainer, data)),

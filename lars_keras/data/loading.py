@@ -82,48 +82,66 @@ def load(
             raise ValueError(f"`resized` is for {' and '.join(ANY_SIZE)}, not {name}. Received: resized={resized}")
         options["storage"] = Storage.parse(resized)
     if name == "folder" and not resized:
-        if "://" in os.fspath(root):
-            raise ValueError(f"A folder of images must be on a local disk: copy it to one. Received: data_dir={root}")
-        train_files, test_files, classes = read_folder(root, needs_test=not validation_split)
-        contents = itertools.chain(train_files.parts(), test_files.parts())
-        options["fingerprint"] = fingerprint(len(train_files), len(test_files), len(classes), contents)
-        if cache == "disk":
-            train_files, test_files = (
-                FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels, files.left_out)
-                for files in (train_files, test_files)
-            )
-        found = _image_file_data(
-            name, train_files, test_files, validation_split, len(classes), f"in {printable(str(root))}", cache, options
-        )
-        _mention(found, train_files, test_files, classes)
-        found.class_names = tuple(classes)
-        return found
+        return _load_folder(root, validation_split, cache, cache_dir, options)
     if printable(os.fspath(root)) != os.fspath(root):
         raise ValueError(f"`data_dir` must be UTF-8 for {name}. Received: data_dir={printable(os.fspath(root))}")
     stored_name = f"{name}_{options['storage']}" if resized else name
     builder = _builder(root, stored_name)
     _check_access(builder, root, stored_name, cache, remote)
     splits = ("train", test_split(name))
-    train, test = (
-        _records(
-            builder,
-            split,
-            _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None,
-        )
-        for split in splits
-    )
-    features = builder.info.features
-    num_classes, names = features["label"].num_classes, tuple(features["label"].names)
-    known = names if names != tuple(map(str, range(num_classes))) else ()  # else tensorflow-datasets makes them up
+    files = [
+        _on_disk(builder.info.splits[split].filepaths, root, cache_dir) if cache == "disk" else None for split in splits
+    ]
+    train, test = (_records(builder, split, paths) for split, paths in zip(splits, files, strict=True))
     origin = f"{builder.info.full_name} in {root}, {builder.info.file_format.value}"
+    features = builder.info.features
+    found: ImageData
     if name in ANY_SIZE:
+        metadata, count = builder_parts(builder, splits, described=resized is not None), features["label"].num_classes
+        options["fingerprint"] = fingerprint(len(train), len(test), count, metadata)
         parse = _parser(features)
-        train_images, test_images = ParsedRecords(train, parse), ParsedRecords(test, parse)
-        metadata = builder_parts(builder, splits, described=resized is not None)
-        options["fingerprint"] = fingerprint(len(train), len(test), num_classes, metadata)
-        found = _image_file_data(name, train_images, test_images, validation_split, num_classes, origin, cache, options)
-        found.class_names = known
-        return found
+        images = ParsedRecords(train, parse), ParsedRecords(test, parse)
+        found = _image_file_data(name, *images, validation_split, count, origin, cache, options)
+    else:
+        found = _load_arrays(name, features, train, test, validation_split, origin, image_size, augment)
+    names = tuple(features["label"].names)
+    if names != tuple(map(str, range(len(names)))):  # else tensorflow-datasets makes them up
+        found.class_names = names
+    return found
+
+
+def _load_folder(
+    root: Any, validation_split: float, cache: str, cache_dir: str | os.PathLike | None, options: dict[str, Any]
+) -> ImageData:
+    """Load a folder of images."""
+    if "://" in os.fspath(root):
+        raise ValueError(f"A folder of images must be on a local disk: copy it to one. Received: data_dir={root}")
+    train, test, classes = read_folder(root, needs_test=not validation_split)
+    contents = itertools.chain(train.parts(), test.parts())
+    options = options | {"fingerprint": fingerprint(len(train), len(test), len(classes), contents)}
+    if cache == "disk":
+        train, test = (
+            FolderExamples(_on_disk(files.paths, root, cache_dir), files.labels, files.left_out)
+            for files in (train, test)
+        )
+    origin = f"in {printable(str(root))}"
+    found = _image_file_data("folder", train, test, validation_split, len(classes), origin, cache, options)
+    _mention(found, train, test, classes)
+    found.class_names = tuple(classes)
+    return found
+
+
+def _load_arrays(
+    name: str,
+    features: Any,
+    train: Records,
+    test: Records,
+    validation_split: float,
+    origin: str,
+    image_size: int | None,
+    augment: str | None,
+) -> ImageData:
+    """Load records of images of one size, all into memory."""
     height, width, channels = features["image"].shape
     if image_size not in (None, height):
         raise ValueError(f"`image_size` of {name} is {height}. Received: image_size={image_size}")
@@ -134,17 +152,15 @@ def load(
         train_arrays, test_arrays = ((images[ids], labels[ids]) for ids in parts)
     else:
         test_arrays = _decode_all(features, test)
-    arrays = ArrayData(
+    return ArrayData(
         name,
         train_arrays,
         test_arrays,
-        num_classes,
+        features["label"].num_classes,
         crop_flip=pad_crop_flip if name == "cifar10" else None,
         augment=augment,
         description=f"{_counts(train_arrays[0], test_arrays[0])}, {height}x{width}x{channels}, in memory ({origin})",
     )
-    arrays.class_names = known
-    return arrays
 
 
 def _check_arguments(

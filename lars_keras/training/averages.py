@@ -2,8 +2,7 @@
 
 import keras
 
-from lars_keras._keras_internals import layers_of
-from lars_keras.training.state import inner_optimizer
+from lars_keras._keras_internals import inner_optimizer, layers_of
 
 
 def long_averages(model: keras.Model, updates: int) -> list[str]:

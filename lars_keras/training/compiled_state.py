@@ -2,8 +2,7 @@
 
 import keras
 
-from lars_keras._keras_internals import compiled_parts, layers_of, optimized_variables
-from lars_keras.training.state import inner_optimizer
+from lars_keras._keras_internals import compiled_parts, inner_optimizer, layers_of, optimized_variables
 
 
 class CompiledState:
@@ -53,7 +52,7 @@ class CompiledState:
         raise ValueError(f"Since it was compiled, the model {what}. Call `model.compile` again, with a new optimizer.")
 
 
-def check_optimizer(model: keras.Model) -> None:
+def check_trainable(model: keras.Model) -> None:
     """Refuse a built model without trainable variables, or with other variables than its optimizer was built for.
 
     Raises:

@@ -7,7 +7,7 @@ import keras
 
 from lars_keras.training.array_data import ArrayBatches
 from lars_keras.training.cluster import Cluster, unknown_backend
-from lars_keras.training.compiled_state import CompiledState, check_optimizer
+from lars_keras.training.compiled_state import CompiledState, check_trainable
 from lars_keras.training.engine import Engine, EngineOptions
 from lars_keras.training.inputs import Data, element_spec, known_structure
 from lars_keras.training.loss_terms import check_terms
@@ -71,7 +71,7 @@ class CurrentEngine:
 
         Args:
             data: as `lars_keras.training.inputs.element_spec` takes them.
-            *first_update: 0 where `data` is for training.
+            *first_update: 0 if `data` is for training; left out for an evaluation.
 
         Raises:
             ValueError: if the model was compiled again and cannot be trained; if the data lack targets; if layers were
@@ -105,7 +105,7 @@ class CurrentEngine:
         """
         engine = self.of(data, 0)
         self.check_unchanged(engine)
-        check_optimizer(self._model)
+        check_trainable(self._model)
         engine.prepare_training()
         terms = engine.loss_terms
         if isinstance(self._spec, tuple) and len(self._spec) > 2:

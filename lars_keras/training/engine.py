@@ -9,10 +9,11 @@ from typing import Any, Protocol, TypeAlias
 import keras
 import numpy as np
 
+from lars_keras._keras_internals import inner_optimizer
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import LossTerms
 from lars_keras.training.metric_terms import MetricTerms
-from lars_keras.training.state import EmaWeights, inner_optimizer
+from lars_keras.training.state import EmaWeights
 
 Scores: TypeAlias = Callable[[], dict[str, Any]]
 """Fetches the result of an evaluation so far: loss, metrics and `n`."""
@@ -150,7 +151,7 @@ class Engine(Protocol):
         """Return a context in which the model has the EMA weights, if the optimizer keeps them."""
 
 
-def check_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+def check_supported(optimizer: keras.optimizers.Optimizer) -> None:
     """Refuse `gradient_accumulation_steps` and `MultiOptimizer`, which have no meaning on either engine.
 
     Raises:

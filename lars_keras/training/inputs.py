@@ -79,7 +79,7 @@ def element_spec(data: Data, context: Any, *first_update: int) -> Any:
     Args:
         data: for training or evaluation.
         context: passed to a function of data; see `lars_keras.training.cluster.Cluster.input_context`.
-        *first_update: 0 where `data` is for training.
+        *first_update: 0 if `data` is for training; left out for an evaluation.
 
     Raises:
         ValueError: if `data` is empty or can be read only once.

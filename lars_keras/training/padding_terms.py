@@ -16,7 +16,7 @@ from lars_keras import _keras_internals as keras_internals
 from lars_keras.metrics import MaskedExamples
 from lars_keras.training.loss_terms import LossTerms, made_up_batch, part_of, suspects
 from lars_keras.training.metric_terms import is_known_sum
-from lars_keras.training.scoring import aligned
+from lars_keras.training.scoring import broadcastable
 
 Tensor = Any
 
@@ -68,7 +68,7 @@ def _that_ignore_weights(
         values += [(v, ops.zeros(v.shape, v.dtype)) for v in variables]
         with keras_internals.losses_of_one_replica(), keras.StatelessScope(values, collect_losses=True):
             model.reset_metrics()
-            loss = keras_internals.compute_loss(model, x, y, y_pred, aligned(weight, y_pred), training=False)
+            loss = keras_internals.compute_loss(model, x, y, y_pred, broadcastable(weight, y_pred), training=False)
             model.compute_metrics(x, y, y_pred, weight)
             results = {name: ops.convert_to_numpy(value) for name, value in model.get_metrics_result().items()}
             return float(loss), results

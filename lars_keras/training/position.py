@@ -5,8 +5,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from absl import logging
-
 
 @dataclasses.dataclass
 class Position:
@@ -37,17 +35,6 @@ class Position:
     def __post_init__(self) -> None:
         if self.counted < 0:
             self.counted = len(self.losses)
-
-    def is_beyond(self, total: int) -> bool:
-        """Return True, and warn, if a run of `total` updates ends before this position."""
-        if self.update > total:
-            logging.warning(
-                "Nothing is trained: the restored run is at update %d, and this `fit` ends with update %d. Ask for "
-                "more epochs to go on.",
-                self.update,
-                total,
-            )
-        return self.update > total
 
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch, without losses."""

@@ -37,7 +37,7 @@ def score_batch(model: keras.Model, x: Any, y: Any, weight: Any, padded: bool) -
         `n`, the sum of the weights, with weights for several outputs the number of examples that have one.
     """
     y_pred = model(x, training=False)
-    loss_weight = aligned(weight, y_pred) if padded else weight
+    loss_weight = broadcastable(weight, y_pred) if padded else weight
     with keras_internals.losses_of_one_replica(), keras_internals.recorded_masks() as masks:
         loss = keras_internals.compute_loss(model, x, y, y_pred, loss_weight, training=False)
     model.compute_metrics(x, y, y_pred, weight)
@@ -94,7 +94,7 @@ def _with_weight(weights: list[Tensor], dtype: str) -> Tensor:
     return ops.sum(ops.cast(functools.reduce(ops.logical_or, some), dtype))
 
 
-def aligned(weight: Any, y_pred: Any) -> Any:
+def broadcastable(weight: Any, y_pred: Any) -> Any:
     """Return weights that broadcast to the element-wise losses, which have one dimension fewer than the output."""
     if keras.tree.is_nested(weight):
         return weight

@@ -11,13 +11,6 @@ from absl import logging
 from lars_keras import _keras_internals as keras_internals
 
 
-def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Return the optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        return optimizer.inner_optimizer
-    return optimizer
-
-
 def sum_dtype(dtype: str) -> str:
     """Return the dtype in which values of a dtype are summed: float64 for float64, else float32."""
     return "float64" if dtype == "float64" else "float32"
@@ -37,7 +30,7 @@ def identity_of(model: keras.Model) -> dict[str, Any]:
         "optimizer": the class; "model" and "metrics": the path of each variable. Keras numbers the layers of a process.
         A number at the end of a name is therefore replaced by its rank among the layers of that name.
     """
-    kind = type(inner_optimizer(model.optimizer)).__name__
+    kind = type(keras_internals.inner_optimizer(model.optimizer)).__name__
     paths = [v.path.removeprefix(f"{model.name}/") for v in model.variables]
     metrics = [v.path for metric in model.metrics for v in metric.variables]
     return {"optimizer": kind, "model": _ranked(paths), "metrics": _ranked(metrics)}
@@ -173,7 +166,7 @@ def finalize(model: keras.Model) -> None:
     Before the first update there is no EMA: Keras's averages start at 0. If an optimizer overrides Keras's method for
     the end of a training, for example to keep its own average, that method is called.
     """
-    optimizer = inner_optimizer(model.optimizer)
+    optimizer = keras_internals.inner_optimizer(model.optimizer)
     if type(optimizer).finalize_variable_values is not keras.optimizers.Optimizer.finalize_variable_values:
         optimizer.finalize_variable_values(model.trainable_variables)
         return
@@ -200,7 +193,7 @@ class EmaWeights:
     """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]):
-        self._optimizer, self._copy_of = inner_optimizer(optimizer), copy_of
+        self._optimizer, self._copy_of = keras_internals.inner_optimizer(optimizer), copy_of
         self._swapped: list[tuple[keras.Variable, Any, Any]] = []
 
     @property

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from lars_keras._keras_internals import learning_rate_of
+from lars_keras._keras_internals import inner_optimizer, learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
 from lars_keras.training.averages import long_averages
@@ -38,7 +38,6 @@ from lars_keras.training.state import (
     check_identity,
     finalize,
     identity_of,
-    inner_optimizer,
     kept_random_state,
     without_other_metrics,
 )
@@ -151,7 +150,7 @@ class Trainer:
         self._restored: Engine | None = None
         self.resumed = False
         self._ema: EmaWeights | None = None
-        self._goes_on = False  # the model has the weights that training continues from, not the average of them
+        self._has_raw_weights = False  # those that training continues from, not the average of them
         self.callbacks: Sequence[keras.callbacks.Callback] = ()
         self._sizes = {"batch_size": batch_size, "microbatch_size": self.microbatch_size}
         self._given = GivenData(batch_size, self.microbatch_size, self.replicas, self.cluster.hosts)
@@ -236,8 +235,14 @@ class Trainer:
         self.resumed = restored is not None
         if not restored:
             self.position = Position()
-        position, self._goes_on = self.position, True
-        beyond = position.is_beyond(total)
+        position, self._has_raw_weights = self.position, True
+        if beyond := position.update > total:
+            logging.warning(
+                "Nothing is trained: the restored run is at update %d, and this `fit` ends with update %d. Ask for "
+                "more epochs to go on.",
+                position.update,
+                total,
+            )
         order = getattr(data, "order", None)
         if position.order not in (None, order):
             logging.warning("The order of examples differs from the saved run's, so the run will not continue exactly.")
@@ -285,7 +290,7 @@ class Trainer:
         else:
             if ends:
                 finalize(self.model)
-            self._goes_on = False
+            self._has_raw_weights = False
         callback_list.on_train_end(logs)
         return self.model.history
 
@@ -332,7 +337,7 @@ class Trainer:
         [wanted] = self.cluster.any_across_hosts(verbose in (1, "auto"))
         engine = self._current.of(data)
         with contextlib.ExitStack() as kept:
-            if self._goes_on:
+            if self._has_raw_weights:
                 kept.enter_context(kept_random_state(self.model))
                 kept.enter_context(engine.kept_metrics())
             return self._evaluate(engine, data, callback_list, wanted)
@@ -354,7 +359,7 @@ class Trainer:
     def _averaged(self, engine: Engine) -> Iterator[None]:
         """Give the model the EMA weights, unless it has them already: within this, or after the end of `fit`."""
         inside = self._ema is not None and self._ema.in_force
-        if inside or not self._goes_on or any(map(has_swapped, self.callbacks)):
+        if inside or not self._has_raw_weights or any(map(has_swapped, self.callbacks)):
             yield
             return
         self._ema = engine.ema_weights()
@@ -407,7 +412,7 @@ class Trainer:
         self.position = Position(**{name: value for name, value in position.items() if name in fields})
         self.position.logs = {name: as_log(value) for name, value in self.position.logs.items()}
         self.callbacks = ()
-        self._restored, self._goes_on = engine, True
+        self._restored, self._has_raw_weights = engine, True
 
     def _stored_rate(self) -> float | None:
         """Return the learning rate if it is stored in a variable; None if a schedule sets it."""

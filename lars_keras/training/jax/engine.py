@@ -16,7 +16,7 @@ import numpy as np
 from lars_keras._keras_internals import backend_value, backend_values, set_backend_value, set_backend_values
 from lars_keras.files import atomic_path
 from lars_keras.training import inputs
-from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_optimizer
+from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_supported
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Batch, Data
 from lars_keras.training.jax.cluster import JaxCluster
@@ -65,7 +65,7 @@ class JaxEngine:
     def check(cls, model: keras.Model, cluster: JaxCluster, options: EngineOptions) -> None:
         """Raise ValueError if this engine does not support the model or an option, before anything is built."""
         cluster.check()
-        check_optimizer(model.optimizer)
+        check_supported(model.optimizer)
         if not options.jit_compile:
             raise ValueError("On JAX every update is compiled. Received: jit_compile=False")
         if options.reduce_dtype not in _REDUCE_DTYPES:

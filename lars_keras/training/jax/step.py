@@ -25,13 +25,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lars_keras._jax_internals import used_inputs
+from lars_keras._keras_internals import inner_optimizer
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer, measuring
 from lars_keras.training.engine import EngineOptions
 from lars_keras.training.forward import StatelessForward
 from lars_keras.training.inputs import spec_of
 from lars_keras.training.jax.mesh import ghost_numbers
 from lars_keras.training.jax.sharding import WeightSharding, shard_sharding
-from lars_keras.training.state import inner_optimizer, sum_dtype
+from lars_keras.training.state import sum_dtype
 
 Tensor = Any
 State: TypeAlias = dict[str, list[Any]]

@@ -10,17 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from lars_keras._keras_internals import layers_of, supports_jit
+from lars_keras._keras_internals import inner_optimizer, layers_of, supports_jit
 from lars_keras.compiled import has_accelerator
 from lars_keras.files import atomic_path
-from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_optimizer
+from lars_keras.training.engine import EngineOptions, Scores, StepResult, as_log, check_supported
 from lars_keras.training.forward import build_model
 from lars_keras.training.inputs import Data
 from lars_keras.training.loss_terms import check_scored_terms
 from lars_keras.training.metric_terms import MetricTerms
 from lars_keras.training.padding_terms import check_padding
 from lars_keras.training.scoring import score_batch, summary
-from lars_keras.training.state import EmaWeights, inner_optimizer, restore_variables, variables_by_name
+from lars_keras.training.state import EmaWeights, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
 from lars_keras.training.tensorflow.inputs import errors_of_data, pads, scoring_batches, training_iterator
 from lars_keras.training.tensorflow.step import TensorFlowStep
@@ -62,7 +62,7 @@ class TensorFlowEngine:
     @classmethod
     def check(cls, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions) -> None:
         """Raise ValueError if this engine does not support the model or an option, before anything is built."""
-        check_optimizer(model.optimizer)
+        check_supported(model.optimizer)
         check_rule(model.optimizer)
         if options.reduce_dtype != "float32":
             raise ValueError(

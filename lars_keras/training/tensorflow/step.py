@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
-from lars_keras._keras_internals import mask_of, set_mask
+from lars_keras._keras_internals import inner_optimizer, mask_of, set_mask
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
 from lars_keras.training.engine import EngineOptions
 from lars_keras.training.forward import StatelessForward
-from lars_keras.training.state import inner_optimizer, sum_dtype
+from lars_keras.training.state import sum_dtype
 from lars_keras.training.tensorflow.update import apply_update
 
 Tensor = Any

@@ -13,7 +13,6 @@ from keras import ops
 
 from lars_keras import _keras_internals as keras_internals
 from lars_keras.layerwise import MEASURES, LayerwiseOptimizer
-from lars_keras.training.state import inner_optimizer
 
 
 def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
@@ -23,7 +22,7 @@ def check_rule(optimizer: keras.optimizers.Optimizer) -> None:
         ValueError: for Nadam, Muon and others that replace a part of `keras.optimizers.Optimizer.apply`, and for such
             subclasses of `LayerwiseOptimizer` and `LossScaleOptimizer`.
     """
-    inner, parts = inner_optimizer(optimizer), keras_internals.APPLY_PARTS
+    inner, parts = keras_internals.inner_optimizer(optimizer), keras_internals.APPLY_PARTS
     if isinstance(inner, LayerwiseOptimizer):
         _check_parts(inner, LayerwiseOptimizer, (*parts, "prepared", "update_variables"))
     else:
