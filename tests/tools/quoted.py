@@ -239,11 +239,13 @@ def fast_table() -> str:
 
 
 def equal_epochs_table() -> str:
-    """Return a table of the narrow fast network: LARS and momentum, and what pytorch-lars reports at these batches."""
-    rows = [["batch", "updates", "lars", "momentum", "pytorch-lars reports"], ["---"] * 5]
+    """Return a table of the narrow fast network: four optimizers, and what pytorch-lars reports at these batches."""
+    others = {(row["candidate"], row["batch_size"]): row for row in results.read("compare_cifar10_fast_lamb")["table"]}
+    rows = [["batch", "updates", "lars", "momentum", "lamb", "adam", "pytorch-lars reports"], ["---"] * 7]
     for batch_size in sorted({row["batch_size"] for row in results.read("compare_cifar10_fast")["table"]}):
         updates = f"{cell('cifar10_fast', 'lars', batch_size)['updates']:,}"
-        scores = (top1("cifar10_fast", name, batch_size) for name in ("lars", "momentum"))
+        scores = [top1("cifar10_fast", name, batch_size) for name in ("lars", "momentum")]
+        scores += [score(others[key]) if (key := (name, batch_size)) in others else "-" for name in ("lamb", "adam")]
         rows.append([f"{batch_size:,}", updates, *scores, f"{results.PYTORCH_LARS[batch_size]:.2f} %"])
     return " ".join("| " + " | ".join(row) + " |" for row in rows)
 

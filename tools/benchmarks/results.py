@@ -34,6 +34,7 @@ COMPARISONS = {
     "digits": "Optimizers on handwritten digits",
     "cifar10": "LARS and momentum on CIFAR-10",
     "cifar10_fast": "LARS and momentum on CIFAR-10, the narrow fast network",
+    "cifar10_fast_lamb": "LAMB and Adam on CIFAR-10, the narrow fast network",
     "questions": "Decay of the rate, and accumulation",
     "systemds_digits": "SystemDS's comparison on handwritten digits",
     "systemds_cifar10": "SystemDS's comparison on CIFAR-10",
@@ -92,8 +93,15 @@ def comparison_part(name: str, heading: str) -> str:
         + table(["batch", *candidates], first[1])
         + "".join(f"\n{heading}:\n\n" + table(["batch", *candidates], cells) for heading, cells in others)
         + f"\nThe chosen rate of each cell and its top-1 on the held-out images (*: lowest or highest tried). Rates: "
-        f"{search_rule(settings)}.\n\n" + table(["batch", *candidates], rates)
+        f"{search_rule(settings)}.{_other_rule(settings)}\n\n" + table(["batch", *candidates], rates)
     )
+
+
+def _other_rule(settings: dict[str, Any]) -> str:
+    """Return a sentence if the command chooses rates by another rule than when it was run."""
+    if not settings.get("tuning_runs") or settings.get("search"):
+        return ""
+    return " Today the command chooses them by successive halving, so it gives other figures."
 
 
 def _cost(row: dict[str, Any]) -> str:

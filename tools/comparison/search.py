@@ -21,8 +21,8 @@ from typing import Any
 from tools.comparison.candidates import Candidate, Job, Outcome
 
 HALVING = 4  # a short run is a quarter of the length; the best quarter of the rates goes on
-MIN_UPDATES = 16  # of a short run: fewer say nothing about a rate
-RULE = f"successive halving, 1/{HALVING} of the length (at least {MIN_UPDATES} updates) first"
+MIN_UPDATES = 16  # of a short run, if no images were held out: fewer say nothing about a rate
+RULE = f"successive halving, 1/{HALVING} of the length (at least {MIN_UPDATES} updates of all training images) first"
 TUNING_SEED = 0
 
 Outcomes = Mapping[str, Outcome]
