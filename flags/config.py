@@ -58,8 +58,8 @@ class RunConfig:
 
     model: str = _text(
         "alexnet_small",
-        f"Train this network: {', '.join(models.names())}; or your own by package.module:function, a function of the "
-        "shape of an image and the number of classes.",
+        f"Train this network: {', '.join(models.names())}; or yours, as package.module:function, which is called "
+        "with the shape of an image and the number of classes.",
     )
     dataset: str = _choice("digits", data.NAMES, "Train on this data set.")
     data_dir: str | None = _text(
