@@ -37,7 +37,11 @@ def make_model(config: RunConfig, data: ImageData) -> keras.Model:
 
 
 def _own_model(name: str, data: ImageData) -> keras.Model:
-    model = Reference(name, "model").resolve()(data.image_shape, data.num_classes)
+    make = Reference(name, "model").resolve()
+    try:
+        model = make(data.image_shape, data.num_classes)
+    except ValueError as e:
+        raise RuntimeError(f"--model={name} failed") from e  # with its traceback, not as a wrong flag
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must return a Keras model. Received: a {type(model).__name__} from model={name}")
     shapes = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
@@ -46,6 +50,11 @@ def _own_model(name: str, data: ImageData) -> keras.Model:
             f"`model` must return a functional or Sequential model from images of shape {data.image_shape} to "
             f"{data.num_classes} logits. Received: shapes {shapes[0]} and {shapes[1]} from model={name}"
         )
+    try:
+        keras.saving.serialize_keras_object(model)
+    except Exception as e:  # whatever a layer raises that has no config
+        reason = " ".join(str(e).strip().partition("\n\n")[0].split())
+        raise ValueError(f"`model` cannot be saved: {reason} Received: model={name}") from e
     return model
 
 
@@ -70,17 +79,19 @@ def scoring(config: RunConfig, data: ImageData) -> dict[str, Any]:
     }
 
 
-def load_model(run_dir: Path, config: RunConfig) -> keras.Model:
-    """Load the model that a run saved.
+def load_model(run_dir: Path, config: RunConfig, data: ImageData) -> keras.Model:
+    """Load the model that a run saved. One of the user's own is made again, because its layers may not be registered.
 
     Raises:
         UsageError: if the file is damaged.
-        ValueError: if the user's own function is not found.
+        ValueError: if the user's own function is not found, or its model does not fit the data.
     """
     path = run_dir / "model.keras"
-    if config.is_own_model:
-        Reference(config.model, "model").resolve()  # its module may register layers
+    own = make_model(config, data) if config.is_own_model else None
     try:
+        if own:
+            own.load_weights(path)
+            return own
         return keras.models.load_model(path, compile=False)
     except Exception as e:  # whatever the libraries make of a damaged archive
         raise UsageError(f"{path} cannot be loaded: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e

@@ -59,13 +59,14 @@ def score_run(config: RunConfig) -> None:
         data, trained_on = _load(config, trained, facts, cluster, notes)
         _refuse_other_classes(facts, data, run_dir)
         with cluster.scope():
-            if unfinished:
-                takes = facts.get("image_shape", data.image_shape), facts.get("num_classes", data.num_classes)
+            takes = facts.get("image_shape", data.image_shape), facts.get("num_classes", data.num_classes)
+            if unfinished or config.is_own_model:
                 _refuse_other_shapes(*takes, data, run_dir)
+            if unfinished:
                 model = make_model(config, trained_on)
                 optimizer = _make_optimizer(config, model)
             else:
-                model, optimizer = load_model(run_dir, config), "sgd"  # which no update uses
+                model, optimizer = load_model(run_dir, config, trained_on), "sgd"  # which no update uses
                 _refuse_other_shapes(model.input_shape[1:], model.output_shape[-1], data, run_dir)
             model.compile(optimizer, **scoring(config, data))
         trainer = Trainer(

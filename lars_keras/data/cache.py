@@ -137,8 +137,8 @@ def _remove_abandoned(folders: Collection[Path]) -> None:
     """Remove the unfinished copies that killed processes left."""
     for folder in folders:
         for part in folder.glob("*.[0-9]*.part"):
-            with contextlib.suppress(FileNotFoundError):  # another process may be faster
-                if time.time() - part.stat().st_mtime > _ABANDONED:
+            with contextlib.suppress(OSError):  # another process is faster, or another user's
+                if time.time() - part.stat().st_ctime > _ABANDONED:  # a finished copy gets the time of its source
                     part.unlink()
 
 

@@ -143,8 +143,12 @@ def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) 
         lines.append(f"A model that takes {wanted:,.0f} images/s would wait {100 * wait:.0f} % of its time.")
     advice = suggestions(data, parts, wanted, free=free_memory())
     if wanted and whole.images_per_second >= wanted:
-        advice = ["The images come fast enough."]
-    return "\n".join([*lines, *(advice or ["The images are in their fastest form already."])])
+        nothing = "The images come fast enough."
+    elif not isinstance(data, ImageFileData) or (data.storage and data.storage.encoding == "raw"):
+        nothing = "The images are in their fastest form already."
+    else:
+        nothing = "No single part takes most of the time."
+    return "\n".join([*lines, *(advice or [nothing])])
 
 
 def _shares(parts: Sequence[Part]) -> dict[str, float]:

@@ -6,6 +6,7 @@ logs)` gets the 0-based index of the last finished update.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -43,8 +44,8 @@ class MetricsLog(keras.callbacks.Callback):
     finite is null. A resumed run drops the lines after the update at which it starts, so each update appears once. It
     keeps all notes, because each event is noted once.
 
-    A second training with the same log, which does not go on from the first, begins a new file. The first becomes
-    `metrics-<its last update>.jsonl`.
+    A second training with the same log, from update 0 on, begins a new file. The first becomes
+    `metrics-<its last update>.jsonl`, with another number if there is such a file.
 
     A full disk does not end the run. It is reported as an error in the log of the process.
 
@@ -64,10 +65,9 @@ class MetricsLog(keras.callbacks.Callback):
         self._torn = text[-1:] not in (b"", b"\n")  # a full disk cut the last line
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        first_update = self.params["first_update"]
-        if self._ended and first_update < self._finished:
-            self._path.rename(self._path.with_stem(f"metrics-{self._finished}"))
-        self._finished, self._ended = first_update, False
+        if self._ended and self.params["first_update"] == 0:
+            self._set_aside()
+        self._finished, self._ended = self.params["first_update"], False
         events = [e for e in read_metrics(self._path) if e["update"] <= self._finished or e["event"] == "note"]
         try:
             atomic_write_text(self._path, "".join(map(_line, events)))
@@ -81,6 +81,16 @@ class MetricsLog(keras.callbacks.Callback):
         self._close_tensorboard()
         with self._or_without_tensorboard():
             self._writers = _tensorboard_writers(self._run_dir / "tensorboard", self._finished + 1)
+
+    def _set_aside(self) -> None:
+        """Rename the log of the training before."""
+        stem = f"metrics-{self._finished}"
+        stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+        free = next(path for path in map(self._path.with_stem, stems) if not path.exists())
+        try:
+            self._path.rename(free)
+        except OSError as e:
+            logging.error("The metrics log of the training before could not be renamed: %s", e)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._finished = batch + 1

@@ -28,12 +28,18 @@ def identity_of(model: keras.Model) -> dict[str, Any]:
 
     Returns:
         "optimizer": the class; "model" and "metrics": the path of each variable. Keras numbers the layers of a process.
-        A number at the end of a name is therefore replaced by its rank among the layers of that name.
+        A number at the end of a name is therefore replaced by its rank among the layers of that name. Metrics lose it.
     """
     kind = type(keras_internals.inner_optimizer(model.optimizer)).__name__
     paths = [v.path.removeprefix(f"{model.name}/") for v in model.variables]
-    metrics = [v.path for metric in model.metrics for v in metric.variables]
-    return {"optimizer": kind, "model": _ranked(paths), "metrics": _ranked(metrics)}
+    metrics = [f"{_given_name(m)}/{v.name}" for m in keras_internals.single_metrics(model) for v in m.variables]
+    return {"optimizer": kind, "model": _ranked(paths), "metrics": metrics}
+
+
+def _given_name(metric: keras.metrics.Metric) -> str:
+    """Return the name of a metric, without the number that Keras adds to the name of a class."""
+    base, kind = _numbered(metric.name)[0], type(metric).__name__.lower()
+    return base if base.replace("_", "") == kind else metric.name
 
 
 def _ranked(names: list[str]) -> list[str]:

@@ -193,7 +193,7 @@ class Trainer:
                 left out if the size of the data is known; each epoch then leaves out its last partial global batch.
             validation_data: `(x, y)`, `(x, y, sample_weight)`, or `x` as for `evaluate`; scored at the end of epochs.
             validation_freq: number of epochs between evaluations, or a list of the epochs, from 1, to evaluate. The
-                epoch of the last update is always evaluated.
+                epoch of the last update is always evaluated, unless a callback stops the run at the end of an epoch.
             callbacks: Keras callbacks, or one. `on_train_batch_end(batch, logs)` gets the index of the last update of
                 the whole run; `logs` has `loss` and metrics since the start of the epoch, `step_loss`, `learning_rate`,
                 and `data_wait`, the seconds that the devices waited for data since the last call.
@@ -262,7 +262,7 @@ class Trainer:
         iterator = engine.training_iterator(data, position.batches_consumed, max(total - position.update, 0))
         self.callbacks = ()  # they remember another run until `on_train_begin` has reset them
         callback_list.on_train_begin()
-        self.callbacks, self._restored = callback_list.callbacks, None
+        self.callbacks = callback_list.callbacks
         if self.resumed and position.update:
             restore_memory(self.callbacks, position.callbacks)
         [wanted] = self.cluster.any_across_hosts(any(map(reads_scores, self.callbacks)))
@@ -285,18 +285,17 @@ class Trainer:
         logs = loop.run()
         if isinstance(data, IndexedFeed):
             data.hooks.end(close=True)
-        if beyond:
-            self._restored = restored
-        else:
+        if not beyond:
             if ends:
                 finalize(self.model)
-            self._has_raw_weights = False
+            self._restored, self._has_raw_weights = None, False
         callback_list.on_train_end(logs)
         return self.model.history
 
     def _execute(self, engine: Engine, iterator: Any, updates: int) -> float:
         """Take `updates` updates, move the position, and return the seconds that the devices waited for data."""
         result = engine.train(iterator, updates)
+        self._restored = None
         self.step_losses, self.measures = result.losses, result.measures
         position = self.position
         position.update += updates

@@ -218,7 +218,7 @@ class MalformedTest(tf.test.TestCase):
         def check(data):
             path.write_bytes(damaged(whole, data.draw))
             try:
-                load_model(self.dir, flags.RunConfig())
+                load_model(self.dir, flags.RunConfig(), None)
             except UsageError as e:
                 refused.append(str(e))
                 self.assertIn("model.keras cannot be loaded: ", str(e))

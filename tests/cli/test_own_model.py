@@ -6,7 +6,6 @@ import sys
 import tempfile
 import unittest.mock
 
-import keras
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -17,7 +16,6 @@ MODULE = """
 import keras
 
 
-@keras.saving.register_keras_serializable("own_model")
 class Halve(keras.layers.Layer):
     def call(self, x):
         return x / 2
@@ -37,6 +35,24 @@ def one_class_less(image_shape, num_classes):
 
 def no_model(image_shape, num_classes):
     return build
+
+
+class Secret(keras.layers.Layer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+def not_saved(image_shape, num_classes):
+    model = build(image_shape, num_classes)
+    return keras.Model(model.input, Secret(keras.ops.relu)(model.output))
+
+
+def fails(image_shape, num_classes):
+    return keras.Sequential([keras.Input(image_shape), keras.layers.Conv2D(8, 99)])
 
 
 def subclassed(image_shape, num_classes):
@@ -59,7 +75,6 @@ class OwnModelTest(parameterized.TestCase, tf.test.TestCase):
 
     def forget(self):
         sys.modules.pop("own_model", None)
-        keras.saving.get_custom_objects().clear()
 
     def test_from_start_to_scoring(self):
         run_dir = self.dir / "run"
@@ -84,6 +99,7 @@ class OwnModelTest(parameterized.TestCase, tf.test.TestCase):
             "own_model:no_model",
             "--model must return a Keras model. Received: a function from --model=own_model:no_model$",
         ),
+        ("own_model:not_saved", "--model cannot be saved: .*Received: --model=own_model:not_saved$"),
         ("own_model:subclassed", "must return a functional or Sequential model .* shapes None and None"),
         ("own_model:one_class_less", r"to 10 logits. Received: shapes \(None, 16, 16, 1\) and \(None, 9\)"),
     )
@@ -92,6 +108,11 @@ class OwnModelTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(code, 2, out + err)
         self.assertRegex(err.strip(), message)
         self.assertFalse((self.dir / "run").exists())
+
+    def test_a_mistake_in_it_keeps_its_traceback(self):
+        with self.assertRaisesRegex(RuntimeError, "--model=own_model:fails failed") as raised:
+            run(*OWN, "--model=own_model:fails", f"--run_dir={self.dir}/run")
+        self.assertIsInstance(raised.exception.__cause__, ValueError)
 
     @parameterized.parameters(
         (

@@ -65,12 +65,16 @@ class CacheTest(tf.test.TestCase):
         source, copies = pathlib.Path(self.root, "a"), pathlib.Path(self.copies)
         source.write_bytes(b"content")
         copies.mkdir()
-        left, written = copies / "b.123.part", copies / "c.45.part"
-        for part, age in ((left, 3600), (written, 5)):
-            part.write_bytes(b"con")
-            os.utime(part, (time.time() - age,) * 2)
+        part = copies / "b.123.part"
+        part.write_bytes(b"con")
+        os.utime(part, (1e9, 1e9))  # about to be renamed: it has the time of its source
         copy_to_local([str(source)], self.root, copies)
-        self.assertCountEqual(copies.iterdir(), [copies / "a", written])
+        self.assertTrue(part.exists())
+        source.write_bytes(b"other content")
+        later = time.time() + 3600
+        with unittest.mock.patch.object(time, "time", lambda: later):
+            copy_to_local([str(source)], self.root, copies)
+        self.assertCountEqual(copies.iterdir(), [copies / "a"])
 
     def test_a_file_that_changed_is_copied_again(self):
         source = pathlib.Path(self.root, "a")

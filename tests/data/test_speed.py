@@ -102,6 +102,8 @@ class SpeedTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("A model that takes 4,000 images/s would wait 75 % of its time.", text)
         self.assertIn("squash256", text)
         self.assertIn("in their fastest form already", speed.report(self.digits, [Part("batches", 1e6, 0.01)]))
+        spread = parts((1667, 0.6), (1000, 1.0), (1111, 0.9))
+        self.assertIn("No single part takes most of the time.", speed.report(self.images, spread))
         self.assertIn("The images come fast enough.", speed.report(self.images, measured, 1000))
 
     def test_command(self):

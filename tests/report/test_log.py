@@ -262,12 +262,13 @@ class MetricsLogTest(tf.test.TestCase):
     def test_a_second_training_keeps_the_log_of_the_first(self):
         log, data = log_module.MetricsLog(self.run_dir, self.clock), (np.ones((16, 1)), np.ones((16, 1)))
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
-        for epochs in (2, 1):
+        for epochs in (2, 2, 1):
             model.compile("sgd", "mse")
             Trainer(model, batch_size=8).fit(*data, epochs=epochs, callbacks=log, verbose=0)
         self.assertEqual([e["update"] for e in self.read()], [1, 2])
-        kept = log_module.read_metrics(self.run_dir / "metrics-4.jsonl")
-        self.assertEqual([e["update"] for e in kept], [1, 2, 3, 4])
+        for name in ("metrics-4", "metrics-4-2"):
+            kept = log_module.read_metrics(self.run_dir / f"{name}.jsonl")
+            self.assertEqual([e["update"] for e in kept], [1, 2, 3, 4])
 
     def test_not_finite_is_null(self):
         log = log_module.MetricsLog(self.run_dir, self.clock)

@@ -86,6 +86,21 @@ class IdentityTest(tf.test.TestCase):
         self.assertAllEqual(again.model.layers[0].kernel, trainer.model.layers[0].kernel)
 
 
+class MetricsTest(tf.test.TestCase):
+    def test_numbers_in_their_names(self):
+        """Keras numbers its own names in a process; a name that was given has its number."""
+
+        def identity(metric):
+            net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(20, "softmax")])
+            net.compile("sgd", "categorical_crossentropy", metrics=[metric])
+            net.evaluate(np.ones((2, 4)), np.eye(20)[:2], verbose=0)
+            return identity_of(net)["metrics"]
+
+        self.assertEqual(identity(keras.metrics.AUC()), identity(keras.metrics.AUC()))
+        top = [identity(keras.metrics.TopKCategoricalAccuracy(k, name=f"top_{k}")) for k in (5, 10)]
+        self.assertNotEqual(*top)
+
+
 class LongAveragesTest(tf.test.TestCase):
     def test_averages_that_are_longer_than_the_run(self):
         net = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])

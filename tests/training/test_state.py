@@ -167,8 +167,9 @@ class KeptTest(parameterized.TestCase, tf.test.TestCase):
         first, second = (Trainer(sequential(keras.layers.Dense(1)), batch_size=16) for _ in range(2))
         first.fit(X, Y, epochs=1.5, verbose=0)
         second.restore(*first.snapshot(), (X, Y))
-        with self.assertRaisesRegex(OSError, "no disk"):
-            second.fit(X, Y, epochs=2, callbacks=keras.callbacks.LambdaCallback(on_train_begin=fail), verbose=0)
+        for hook in ({"on_train_begin": fail}, {"on_epoch_begin": lambda epoch, logs: fail(logs)}):
+            with self.assertRaisesRegex(OSError, "no disk"):
+                second.fit(X, Y, epochs=2, callbacks=keras.callbacks.LambdaCallback(**hook), verbose=0)
         second.fit(X, Y, epochs=2, verbose=0)
         self.assertTrue(second.resumed)
         self.assertLen(second.model.history.history["loss"], 1)

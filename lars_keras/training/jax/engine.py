@@ -58,7 +58,7 @@ class JaxEngine:
         self._written: list[weakref.ref] = []  # the arrays of the last update, which are the variables' own
         self._scoring_assigns: list[int] = []  # numbers of the state that scoring a batch changes, once that is traced
         self._score_fn = jax.jit(self._score)
-        self._results_fn = jax.jit(self._results)
+        self._results_fn = jax.jit(self._results, out_shardings=self.step.replicated)
         self._replicate_fn = jax.jit(lambda values: values, out_shardings=self.step.replicated)
 
     @classmethod

@@ -58,6 +58,7 @@ class TensorFlowEngine:
         self._score_fn = tf.function(self._score)  # one program a shape: `_score_replica` asks for it
         self._results_fn = tf.function(self._results)
         self._metrics_fn = tf.function(self._metric_values)
+        self._assign_fn = tf.function(self._assign_metrics)  # TPUs run no function outside of a `tf.function`
 
     @classmethod
     def check(cls, model: keras.Model, cluster: TensorFlowCluster, options: EngineOptions) -> None:
@@ -166,7 +167,7 @@ class TensorFlowEngine:
                 np.concatenate([[v.sum(0)], np.zeros((self.replicas - 1, *v.shape[1:]), v.dtype)]) for v in values
             ]
         if values:
-            self.strategy.run(self._assign_metrics, args=(values,))
+            self._assign_fn(values)
 
     @contextlib.contextmanager
     def kept_metrics(self) -> Iterator[None]:
@@ -175,7 +176,7 @@ class TensorFlowEngine:
         try:
             yield
         finally:
-            self.strategy.run(self._assign_metrics, args=(values,))
+            self._assign_fn(values)
 
     def _gathered_metrics(self) -> list[np.ndarray]:
         """Return the values of the metrics, with a first dimension for the replica. Collective."""
@@ -186,10 +187,13 @@ class TensorFlowEngine:
         """Return the metrics' variables, with a first dimension for the replica."""
         return self.strategy.run(lambda: [tf.convert_to_tensor(v)[tf.newaxis] for v in self.step.forward.metrics])
 
-    def _assign_metrics(self, values: list[np.ndarray]) -> None:
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        for variable, value in zip(self.step.forward.metrics, values, strict=True):
-            variable.assign(tf.gather(tf.constant(value), replica))
+    def _assign_metrics(self, values: list[Tensor]) -> None:
+        def assign(values: list[Tensor]) -> None:
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            for variable, value in zip(self.step.forward.metrics, values, strict=True):
+                variable.assign(tf.gather(value, replica))
+
+        self.strategy.run(assign, args=(values,))
 
     def save_model(self, path: str | os.PathLike, write: bool) -> None:
         """Write a `.keras` file if `write` is true."""

@@ -81,10 +81,11 @@ def apply_update(
         return tf.constant(1), _step(optimizer, unscaled(optimizer.loss_scale_factor), variables, measure)
 
     scale = tf.convert_to_tensor(optimizer.dynamic_scale)
-    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None])
+    own_gradients = unscaled(scale)
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in own_gradients if g is not None])
 
     def take() -> tuple[tf.Tensor, list[tf.Tensor]]:
-        measures = _step(optimizer.inner_optimizer, unscaled(scale), variables, measure)
+        measures = _step(optimizer.inner_optimizer, own_gradients, variables, measure)
         grow = tf.equal(optimizer.step_counter, optimizer.dynamic_growth_steps - 1)
         optimizer.dynamic_scale.assign(tf.where(grow, scale * 2.0, scale))
         steps = tf.convert_to_tensor(optimizer.step_counter) + 1
