@@ -327,7 +327,7 @@ command_line.leave({failing})
         self.assertBetween(numbers[0], 1, 2**31 - 1)
 
     def test_hosts_without_a_folder_are_refused(self):
-        """Each would make one of its own, and find no checkpoint of the others."""
+        """Refuse at the start: hosts that make their own would find no checkpoint of the others."""
         hosts = unittest.mock.PropertyMock(return_value=2)
         with unittest.mock.patch("lars_keras.training.tensorflow.cluster.TensorFlowCluster.hosts", hosts, create=True):
             code, out, err = run(*SMALL)

@@ -1,4 +1,4 @@
-"""What a process may use: its cores and its memory, in a container and out of one."""
+"""Cores and memory that a process may use, in a container and out of one."""
 
 import os
 import pathlib
