@@ -4,8 +4,6 @@ import math
 import os
 from pathlib import Path
 
-import psutil
-
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; in a container, the files there are the container's own
 
 
@@ -20,6 +18,8 @@ def cores() -> int:
 
 def free_memory() -> int:
     """Return the bytes of memory that this process may still take."""
+    import psutil  # comes with [train]; counting cores does not need it
+
     free = psutil.virtual_memory().available
     limit, used = _read("memory.max"), _read("memory.current")
     if limit.isdigit() and used.isdigit():
