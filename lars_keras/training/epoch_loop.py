@@ -32,7 +32,7 @@ class EpochLoop:
         check_unchanged: raises an error if a callback has compiled or changed the model.
         averaged: returns a context in which the model has the EMA of its weights.
         validate: returns the scores of the validation data; None without such data.
-        validated: returns True for the epochs, from 1, that are evaluated. The epoch in which the run ends always is.
+        validated: returns True for the epochs, from 1, that are evaluated. The epoch of the last update always is.
     """
 
     model: keras.Model

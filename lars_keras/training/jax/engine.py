@@ -1,6 +1,7 @@
 """The JAX engine: connects a live model's state and its data with `JaxStep`."""
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -125,7 +126,7 @@ class JaxEngine:
                 outcomes.append(outcome)
         finally:
             self._write_state(state)
-        read = [value for group in self.step.READ for value in state[group]]
+        read = [value for group in self.step.READ for value in state[group]] if self._results_read_weights else []
         metrics = self._results_fn(read, state["metrics"], self.step.scalars_of(state))
         outcomes, metrics = jax.device_get((outcomes, metrics))
         norms = np.stack([o["norms"] for o in outcomes], axis=1)
@@ -290,7 +291,7 @@ class JaxEngine:
             for score in jax.device_get(scores):
                 np.add(sums, score, out=sums)
             scores.clear()
-            values = self._results_fn(weights, metrics, scalars)
+            values = self._results_fn(weights if self._results_read_weights else [], metrics, scalars)
             return {name: as_log(value) for name, value in values.items()} | summary(*sums.tolist())
 
         for i, batch in enumerate(self._shareable(batches)):
@@ -363,8 +364,23 @@ class JaxEngine:
         changed = [scope.get_current_value(state[i]) for i in self._scoring_assigns]
         return metrics, changed, jnp.stack(scores)
 
+    @functools.cached_property
+    def _results_read_weights(self) -> bool:
+        """True if the result of a metric reads the model's state. Few do, and its arrays would slow down each call."""
+        unknown: dict[int, keras.Variable] = {}
+
+        def results(*values: Tensor) -> None:
+            variables = [*self.step.variables["metrics"], *self.step.scalars]
+            with RecordingScope(list(zip(variables, values, strict=True))) as scope:
+                self.model.get_metrics_result()
+            unknown.update(scope.unknown)
+
+        jax.eval_shape(results, *(v.value for v in (*self.step.variables["metrics"], *self.step.scalars)))
+        return any(id(v) in unknown for v, _ in self._model_state())
+
     def _results(self, weights: list[Tensor], metrics: list[Tensor], scalars: list[Tensor]) -> dict[str, Tensor]:
-        variables = [*(v for v, _ in self._model_state()), *self.step.variables["metrics"], *self.step.scalars]
+        state = [v for v, _ in self._model_state()] if weights else []
+        variables = [*state, *self.step.variables["metrics"], *self.step.scalars]
         with keras.StatelessScope(list(zip(variables, [*weights, *metrics, *scalars], strict=True))):
             return self.model.get_metrics_result()
 
