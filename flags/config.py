@@ -174,7 +174,7 @@ class RunConfig:
         "auto",
         ("auto", "single", "mirrored", "multi_worker", "tpu"),
         "Run on one device (single), all devices of this host (mirrored), several hosts (multi_worker), or a TPU; auto "
-        "takes what is available.",
+        "takes --tpu, else the hosts of TF_CONFIG, else all devices of this host.",
         affects_result=False,
     )
     replicas: int | None = _whole(
@@ -189,7 +189,9 @@ class RunConfig:
     )
     precision: str = _choice("float32", ("float32", "mixed_bfloat16", "mixed_float16"), "Set the Keras dtype policy.")
     sync_batch_norm: bool = _switch("Take batch statistics over all replicas, not over each ghost batch.")
-    jit_compile: str = _choice("auto", ("auto", "on", "off"), "Compile gradients with XLA; auto: on GPU and TPU.")
+    jit_compile: str = _choice(
+        "auto", ("auto", "on", "off"), "Compile gradients with XLA; auto: on GPU and TPU. JAX always compiles."
+    )
     steps_per_execution: int = _whole(1, "Run this many updates without returning to Python.", affects_result=False)
     eval_every: int = _whole(1, "Evaluate every N epochs, and at the end of the run.", affects_result=False)
     seed: int = _whole(0, "Seed weights, order, augmentation and dropout.", low=0)
