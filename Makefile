@@ -8,7 +8,7 @@ DEMO_STAMP = $(VENV)/installed-demo
 STAMP = $(VENV)/installed
 PIP = -m pip --disable-pip-version-check -qq install
 
-.PHONY: help setup demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling pod-models prove-resume lint docs notebook lock clean
+.PHONY: help setup same-python demo compare test test-all test-wheel test-tpu-wheel pod-check pod-scaling pod-models prove-resume lint docs notebook lock clean
 
 help:
 	@echo "make demo    train a small AlexNet with LARS at batch 8192 on handwritten digits; installs what it needs in .venv"
@@ -32,8 +32,14 @@ help:
 
 setup: $(STAMP)
 
+# An environment that is there keeps its interpreter, so another one is refused.
+same-python:
+	@if [ "$(origin PYTHON)" = "command line" ] && [ -e $(DEMO_STAMP) ] && command -v $(PYTHON) >/dev/null \
+	    && [ "$$($(PYTHON) --version)" != "$$($(BIN)/python --version)" ]; then \
+	    echo "$(VENV) has $$($(BIN)/python --version), $(PYTHON) is $$($(PYTHON) --version): run make clean first" >&2; exit 1; fi
+
 # The demo needs a part of the packages. What the tests need is put on top, so the order of the two does not matter.
-$(DEMO_STAMP): requirements/demo.txt pyproject.toml
+$(DEMO_STAMP): requirements/demo.txt pyproject.toml | same-python
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "$(PYTHON) is not found; name a Python 3.11 to 3.13: make setup PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \

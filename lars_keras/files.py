@@ -1,8 +1,11 @@
 """Paths of files, and files that are written completely or not at all."""
 
 import contextlib
+import errno
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +63,8 @@ def atomic_write_text(path: Path, text: str) -> None:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
     """Give a path to write to, in the same folder, and rename its file to `path` at the end.
 
-    A kill leaves the old file or the new one. It may leave the temporary file, which the next write overwrites.
+    A kill or a loss of power leaves the old file or the new one. It may leave the temporary file, which a later write
+    removes.
 
     Args:
         path: the file, in an existing folder. An address (`gs://...`) is written directly.
@@ -69,18 +73,69 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
         The path to write to; it ends as `path` does.
 
     Raises:
-        OSError: if the file cannot be renamed.
+        OSError: if the file cannot be renamed, or does not reach the disk.
     """
     text = os.fspath(path)
     if _SCHEME.match(text):
         yield text
         return
     folder, name = os.path.split(text)
-    temporary = os.path.join(folder, f".writing-{name}")
+    folder = folder or os.curdir
+    remove_abandoned(folder)
+    temporary = os.path.join(folder, temporary_name(name))
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, text)
+        sync(folder)  # the new name must be on the disk, too
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def temporary_name(name: str) -> str:
+    """Return the name under which this process writes a file, before it gets its own; it ends as `name` does."""
+    return f".writing-{_host()}-{os.getpid()}-{name}"
+
+
+def remove_abandoned(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of processes that are gone from a folder; those of other machines after a day."""
+    for path in Path(folder).glob(".writing-*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if _is_abandoned(path):
+                path.unlink()
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, if the file system can tell.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not know it of folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Return True if the process that began to write a file is gone."""
+    host, pid, name = (path.name.removeprefix(".writing-").split("-", 2) + ["", ""])[:3]
+    if host != _host() or not pid.isdecimal() or not name:  # of another machine, or of an earlier version
+        return time.time() - path.stat().st_mtime > 24 * 3600
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # of another user
+        return False
+    return False

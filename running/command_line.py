@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import tensorflow as tf
 from absl import flags as absl_flags
-from absl import logging
 
 import flags
 from lars_keras.report.progress import say
@@ -19,6 +18,7 @@ from lars_keras.training.cluster import has_peers, is_host_lost
 from running import exit_codes
 from running.errors import in_flags, usage_errors
 from running.help_text import entry, flag_entry
+from running.logs import show_warnings
 from running.resume import flags_of_run
 
 # Groups of the help, each from this flag on, and what most people need first.
@@ -47,7 +47,7 @@ def run(main: Callable[[flags.RunConfig], None], argv: Sequence[str], usage: str
         argv: the name of the program, then its flags.
         usage: the first text of `--help`.
     """
-    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
+    show_warnings()
 
     def end(code: int, message: str) -> int:
         say(f"train.py: {message}", sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from flags.config import RunConfig
 from lars_keras.runtime.errors import UsageError
+from lars_keras.training.cluster import is_host_lost
 
 # Arguments of the library whose flag has another name.
 _FLAG_OF_ARGUMENT = {
@@ -34,6 +35,8 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as e:
+        if is_host_lost(e):  # while the hosts compare what they found
+            raise
         raise UsageError(in_flags(str(e))) from e
 
 

@@ -19,6 +19,7 @@ import keras
 from jax.experimental import topologies
 
 from lars_keras.pod.batch import parse_batch
+from lars_keras.pod.chips import chip_of
 from lars_keras.pod.driver import Request
 from lars_keras.pod.measure import Program
 from lars_keras.reference import Reference
@@ -27,7 +28,6 @@ from lars_keras.training.trainer import Trainer, split_batch
 from lars_keras.versions import versions
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "tensorflow", "tensorflow-cpu")  # have a part in a compiled program
-_HALVINGS = 6  # sizes below one that does not fit that are tried
 
 
 class DoesNotFit(Exception):
@@ -122,7 +122,8 @@ def _answer(request: Request) -> dict[str, Any]:
     except DoesNotFit as e:
         reason = str(e)
         if request.search:
-            fitting = _largest_that_compiles(compiled, size, steps)
+            capacity = chip_of(request.topology).hbm_bytes * _chips(devices) / len(devices)
+            fitting = _largest_that_fits(compiled, size, steps, capacity)
     seconds = time.perf_counter() - started
     second = next((m for m in (size // 2, size // 3) if m and size % m == 0), None)
     if programs and second and request.search:
@@ -166,7 +167,7 @@ def describe(
         compile_seconds: seconds that they took.
         reason: the compiler's refusal.
         smaller: `microbatch_size` and `memory` of the second size that was compiled.
-        fitting_microbatch_size: a size that compiles, if the requested one does not.
+        fitting_microbatch_size: a size that fits, if the requested one does not compile.
     """
     notes = []
     if model.compute_dtype == "float32":
@@ -182,7 +183,7 @@ def describe(
         "backend": keras.backend.backend(),
         "topology": topology,
         "device_kind": devices[0].device_kind,
-        "chips": len({tuple(d.coords) for d in devices}),
+        "chips": _chips(devices),
         "devices": len(devices),
         "microbatch_size": microbatch_size,
         "accumulation_steps": accumulation_steps,
@@ -197,18 +198,25 @@ def describe(
     }
 
 
-def _largest_that_compiles(compiled: Callable[[int, int], Any], size: int, steps: int) -> int | None:
-    """Return the first smaller size that compiles. Each divides the device's part, and is at most half the last."""
+def _chips(devices: Sequence[jax.Device]) -> int:
+    return len({tuple(d.coords) for d in devices})
+
+
+def _largest_that_fits(
+    compiled: Callable[[int, int], list[Program]], size: int, steps: int, capacity: float
+) -> int | None:
+    """Return the first smaller size whose programs fit, with what the device holds beside each of them.
+
+    Each size divides the device's part, and is at most half the last.
+    """
     local_batch = size * steps
-    for _ in range(_HALVINGS):
-        size = max((m for m in range(1, size // 2 + 1) if local_batch % m == 0), default=0)
-        if not size:
-            return None
+    while size := max((m for m in range(1, size // 2 + 1) if local_batch % m == 0), default=0):
         try:
-            compiled(size, local_batch // size)
+            programs = compiled(size, local_batch // size)
         except DoesNotFit:
             continue
-        return size
+        if max(p.memory for p in programs) <= capacity:
+            return size
     return None
 
 

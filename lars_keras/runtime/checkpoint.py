@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from lars_keras.checks import check_count, check_number
-from lars_keras.files import local_path
+from lars_keras.files import local_path, remove_abandoned, sync, temporary_name
 from lars_keras.runtime.errors import Preempted, UsageError
 
 _NAME = re.compile(r"update-(\d+)-([0-9a-f]{16})\.npz")
@@ -137,7 +136,7 @@ class CheckpointManager:
 
     def _write(self, update: int, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
         contents: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(json.dumps(metadata).encode(), np.uint8)}
-        temporary = self.directory / f".writing-{_host()}-{os.getpid()}"
+        temporary = self.directory / temporary_name("checkpoint.npz")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with open(temporary, "w+b") as file:
@@ -148,12 +147,7 @@ class CheckpointManager:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
             path = self.directory / f"update-{update:08d}-{digest}.npz"
             os.replace(temporary, path)
-            descriptor = os.open(self.directory, os.O_RDONLY)  # the new name must be on the disk, too
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            self._prune(path)
+            sync(self.directory)
         except OSError as e:
             e.filename = e.filename or os.fspath(self.directory)  # writing to an open file names none
             with contextlib.suppress(OSError):
@@ -162,42 +156,26 @@ class CheckpointManager:
                 "The checkpoint of update %d could not be written; the previous one is unchanged: %s", update, e
             )
             raise
+        try:
+            self._prune(path)
+        except OSError as e:
+            logging.error("Old checkpoints could not be removed: %s", e)
 
     def _prune(self, newest: Path) -> None:
-        for leftover in self.directory.glob(".writing-*"):
-            if _is_abandoned(leftover):
-                leftover.unlink(missing_ok=True)
+        remove_abandoned(self.directory)
         for path in self._paths():
             again = _update(path) == _update(newest) and path != newest  # the state before a rollback
             if again or (_update(path) > _update(newest) and path in self._damaged):
-                path.unlink()
-        hours, kept_at = self._keep_every_n_hours, -math.inf
-        for path in reversed(self._paths()[self._max_to_keep :]):  # the oldest first
-            written = path.stat().st_mtime
-            if hours is not None and written - kept_at >= hours * 3600:
-                kept_at = written
-            else:
-                path.unlink()
-
-
-def _host() -> str:
-    return re.sub(r"[^\w.]", "_", socket.gethostname())
-
-
-def _is_abandoned(leftover: Path) -> bool:
-    """Return True if the process that began to write a file is gone."""
-    host, _, pid = leftover.name.removeprefix(".writing-").rpartition("-")
-    if host not in ("", _host()) or not pid.isdecimal():  # of another machine: after a day
-        with contextlib.suppress(OSError):
-            return time.time() - leftover.stat().st_mtime > 24 * 3600
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        return False
-    return int(pid) == os.getpid()  # this process writes one file at a time, and has renamed it
+                path.unlink(missing_ok=True)
+        older = self._paths()[self._max_to_keep :]
+        hours = self._keep_every_n_hours
+        if hours is not None and older:
+            # Only the newest of them is new here. The others were kept before, and a copy of the folder changes times.
+            leaves, *kept = older
+            apart = abs(leaves.stat().st_mtime - kept[0].stat().st_mtime) if kept else math.inf
+            older = [] if apart >= hours * 3600 else [leaves]
+        for path in older:
+            path.unlink(missing_ok=True)
 
 
 def _update(path: Path) -> int:

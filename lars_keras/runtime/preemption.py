@@ -18,6 +18,8 @@ _ALWAYS = (signal.SIGTERM, signal.SIGINT)  # a shell lets its background jobs ig
 _REPEAT_SECONDS = 1.0  # a signal that follows sooner is the same one
 SIGNALS = (*_ALWAYS, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
+_entered: list["StopOnSignal"] = []  # the innermost last
+
 
 class StopOnSignal(keras.callbacks.Callback):
     """Raises `Preempted` after the training or evaluation batch in which a signal arrives.
@@ -44,7 +46,6 @@ class StopOnSignal(keras.callbacks.Callback):
         super().__init__()
         self._signals, self._received = tuple(signals), threading.Event()
         self.agreed: bool | None = None
-        self._entered = False
 
     def __enter__(self) -> "StopOnSignal":
         # Python runs its signal handlers between bytecode instructions, and an update is one instruction. Python's C
@@ -59,17 +60,22 @@ class StopOnSignal(keras.callbacks.Callback):
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
-        self._entered = True
+        _entered.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._entered = False
+        if self not in _entered:  # in a forked process
+            return
+        _entered.remove(self)
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._restore_handlers()
         os.close(self._write)  # ends the thread
         self._thread.join()
         os.close(self._read)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _listen(self) -> None:
         while number := os.read(self._read, 1):
@@ -84,7 +90,7 @@ class StopOnSignal(keras.callbacks.Callback):
                 os._exit(128 + number[0])
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        if not self._entered:
+        if self not in _entered:
             raise ValueError("`StopOnSignal` catches signals only in a block: `with StopOnSignal() as stop: ...`.")
 
     def set_model(self, model: keras.Model) -> None:
@@ -105,6 +111,17 @@ class StopOnSignal(keras.callbacks.Callback):
     def _check(self, when: str) -> None:
         if take_agreed(self, self._cluster, self._update):
             raise Preempted(f"stopped {when}")
+
+
+def _leave_in_child() -> None:
+    """Give a forked process its signals back. It would ignore SIGTERM, and write to the pipe of its parent."""
+    if _entered:
+        signal.set_wakeup_fd(-1)
+    while _entered:
+        _entered.pop()._restore_handlers()
+
+
+os.register_at_fork(after_in_child=_leave_in_child)
 
 
 def _say(line: str) -> None:

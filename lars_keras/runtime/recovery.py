@@ -63,6 +63,12 @@ class CheckpointCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         position = self.trainer.position
+        reached = f"{position.update}/{position.batches_consumed}"
+        if not self.trainer.cluster.same_on_all_hosts(zlib.crc32(reached.encode()) >> 1):
+            raise UsageError(
+                "The hosts begin at different updates. Restore them from one checkpoint, in a directory that all hosts "
+                f"share. This host is at update {position.update}."
+            )
         # A run that begins anew has nothing to do with any checkpoint, not even with one of update 0.
         self._refuse_newer(position.update if position.update or self.trainer.resumed else -1)
         self._policy.reset(position.update)

@@ -1,8 +1,15 @@
 """Find running averages that need a longer run."""
 
 import keras
+from absl import logging
 
 from lars_keras._keras_internals import inner_optimizer, layers_of
+
+
+def warn_of_long_averages(model: keras.Model, updates: int) -> None:
+    """Log the sentences of `long_averages`."""
+    for warning in long_averages(model, updates):
+        logging.warning("%s", warning)
 
 
 def long_averages(model: keras.Model, updates: int) -> list[str]:

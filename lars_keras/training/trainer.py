@@ -14,7 +14,7 @@ from absl import logging
 from lars_keras._keras_internals import inner_optimizer, learning_rate_of
 from lars_keras.checks import check_count
 from lars_keras.noise_scale import check_ghost_batches
-from lars_keras.training.averages import long_averages
+from lars_keras.training.averages import warn_of_long_averages
 from lars_keras.training.batch_data import GeneratorFeed, IndexedFeed
 from lars_keras.training.callback_memory import (
     check_callbacks,
@@ -227,8 +227,7 @@ class Trainer:
         ends = epoch_ends(epochs, steps_per_epoch)
         total = ends[-1] if ends else 0
         engine = self._current.for_training(data, validation_data)
-        for warning in long_averages(self.model, total):
-            logging.warning("%s", warning)
+        warn_of_long_averages(self.model, total)
         restored = self._restored
         if restored not in (None, engine):
             raise ValueError("The model was compiled again after `restore`. Compile it before you restore.")

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import pathlib
 import tempfile
 from unittest import mock
@@ -233,6 +234,18 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         with self.assertRaises(UsageError) as raised, usage_errors():
             raise ValueError(message)
         self.assertEqual(str(raised.exception), expected)
+
+    def test_a_lost_host_is_no_usage_error(self):
+        """On JAX its loss is a `ValueError`, also while hosts compare their data. Its exit code is for a restart."""
+        lost = ValueError("Gloo AllGather failed: Connection closed by peer")
+        with (
+            mock.patch("keras.backend.backend", return_value="jax"),
+            mock.patch.dict(os.environ, {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:2"]}}'}),
+        ):
+            with self.assertRaisesRegex(ValueError, "Gloo"), usage_errors():
+                raise lost
+            with self.assertRaises(UsageError), usage_errors():
+                raise ValueError("`seed` must be at least 0")
 
 
 class StartTest(parameterized.TestCase):

@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import keras
@@ -255,17 +256,16 @@ class ReportTest(tf.test.TestCase):
         tried = []
 
         def compiled(size, steps):
+            """Take 2 bytes per example, and find no room from 80 on. The update holds 40 bytes in any case."""
             tried.append((size, steps))
-            if size > 40:
+            if size > 80:
                 raise worker.DoesNotFit
+            return [types.SimpleNamespace(memory=2 * size), types.SimpleNamespace(memory=40)]
 
-        self.assertEqual(worker._largest_that_compiles(compiled, 192, 2), 24)
+        self.assertEqual(worker._largest_that_fits(compiled, 192, 2, capacity=50), 24)
         self.assertEqual(tried, [(96, 4), (48, 8), (24, 16)])
-
-        def never(size, steps):
-            raise worker.DoesNotFit
-
-        self.assertIsNone(worker._largest_that_compiles(never, 192, 2))
+        self.assertIsNone(worker._largest_that_fits(compiled, 192, 2, capacity=39))
+        self.assertEqual(worker._largest_that_fits(compiled, 2**15, 1, capacity=40), 16)
 
     def test_the_all_reduce_of_tensorflow(self):
         report = make_report(answer(backend="tensorflow"), CHIPS["v5e"], 512)

@@ -11,14 +11,15 @@ import sys
 import tempfile
 import time
 import types
-import unittest.mock
+from unittest import mock
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import lars_keras.data
-from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy, _host
+from lars_keras.files import temporary_name
+from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.errors import Preempted, UsageError
 from lars_keras.runtime.recovery import require_same_checkpoint
 from lars_keras.training.state import restore_variables, variables_by_name
@@ -102,7 +103,7 @@ class CheckpointTest(tf.test.TestCase):
             ("numpy.load", MemoryError()),
             ("numpy.load", Preempted("stopped")),
         ):
-            with unittest.mock.patch(function, side_effect=error), self.assertRaises(type(error)):
+            with mock.patch(function, side_effect=error), self.assertRaises(type(error)):
                 manager.latest()
         self.assertEqual(manager.latest().update, 2)
 
@@ -136,13 +137,11 @@ class CheckpointTest(tf.test.TestCase):
 
     def test_what_a_living_writer_writes_is_left_alone(self):
         self.saved([1])
-        for name, removed in ((f".writing-{os.getppid()}", False), (".writing-elsewhere-1", False)):
-            (self.path / name).write_bytes(b"half")
-            self.saved([2])
-            self.assertEqual(not (self.path / name).exists(), removed, name)
-        os.utime(self.path / ".writing-elsewhere-1", (0, 0))
-        self.saved([3])
-        self.assertFalse((self.path / ".writing-elsewhere-1").exists())
+        with mock.patch("os.getpid", return_value=os.getppid()):
+            name = temporary_name("checkpoint.npz")
+        (self.path / name).write_bytes(b"half")
+        self.saved([2])
+        self.assertTrue((self.path / name).exists())
 
     def test_bfloat16(self):
         keras.config.set_dtype_policy("bfloat16")
@@ -169,6 +168,35 @@ class CheckpointTest(tf.test.TestCase):
             newest = manager.latest().path
             os.utime(newest, (now + 1200 * update,) * 2)
         self.assertEqual(sorted(int(p.name[7:15]) for p in self.path.iterdir()), [1, 4, 7, 9, 10])
+
+    def test_what_was_kept_stays(self):
+        """A copy of the folder gives all files one time, and a clock may be set back."""
+        manager = CheckpointManager(self.path, max_to_keep=2, keep_every_n_hours=1)
+
+        def save(update, at):
+            manager.save(update, arrays(update), {})
+            manager.wait()
+            os.utime(manager.latest().path, (at,) * 2)
+
+        for update in range(1, 7):  # one every hour
+            save(update, 3600.0 * update)
+        for path in self.path.iterdir():
+            os.utime(path, (1e6,) * 2)
+        for update in range(7, 13):
+            save(update, 1e5 + 1800 * update)
+        kept = sorted(int(p.name[7:15]) for p in self.path.iterdir())
+        self.assertEqual(kept, [1, 2, 3, 4, 7, 9, 11, 12])
+
+    def test_an_old_one_that_cannot_be_removed(self):
+        manager = self.saved([1, 2, 3])
+        with (
+            mock.patch.object(pathlib.Path, "unlink", side_effect=PermissionError("no")),
+            self.assertLogs("absl", "ERROR") as logs,
+        ):
+            manager.save(4, arrays(4), {})
+            manager.wait()
+        self.assertIn("Old checkpoints could not be removed: no", logs.output[0])
+        self.assertEqual(manager.latest().update, 4)
 
     def test_the_last_saved_counts_among_equal_updates(self):
         """The times of files do not, because a copy of the folder has others. So the one before goes."""
@@ -198,8 +226,8 @@ class CheckpointTest(tf.test.TestCase):
 
     def test_what_a_killed_writer_leaves_is_removed(self):
         self.saved([1])
-        for name in (".writing-99999999", f".writing-{_host()}-99999999"):
-            (self.path / name).write_bytes(b"half")
+        with mock.patch("os.getpid", return_value=99_999_999):
+            (self.path / temporary_name("checkpoint.npz")).write_bytes(b"half")
         (self.path / "notes.txt").write_bytes(b"mine")
         self.saved([2])
         self.assertEqual(sorted(p.name for p in self.path.iterdir() if p.suffix != ".npz"), ["notes.txt"])

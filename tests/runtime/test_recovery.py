@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 import types
+import unittest.mock
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ from lars_keras.data import ArrayData
 from lars_keras.data.augment import pad_crop_flip
 from lars_keras.runtime.checkpoint import CheckpointManager, SavePolicy
 from lars_keras.runtime.divergence import DivergenceGuard
-from lars_keras.runtime.errors import Diverged, Preempted
+from lars_keras.runtime.errors import Diverged, Preempted, UsageError
 from lars_keras.runtime.preemption import SIGNALS, StopOnSignal
 from lars_keras.runtime.recovery import CheckpointCallback, fit_with_recovery
 from lars_keras.training import Trainer
@@ -234,6 +235,24 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(float(count.numpy()), BATCH)  # one update of the second epoch
         two.go()
         self.assertEqual(two.trainer.position.update, UPDATES)
+
+    def test_hosts_that_begin_at_different_updates_are_refused(self):
+        """They would average the gradients of different weights."""
+        asked = []
+        for update in (None, 3):
+            run = Whole().trainer(self.dir / str(update))
+            if update:
+                run.go(stop_after=update).restored()
+            before = run.state()
+            with (
+                unittest.mock.patch.object(
+                    type(run.trainer.cluster), "same_on_all_hosts", lambda _, number: asked.append(number)
+                ),
+                self.assertRaisesRegex(UsageError, f"different updates.*at update {update or 0}"),
+            ):
+                run.go()
+            self.assertAllClose(run.state(), before, rtol=0, atol=0)
+        self.assertLen(set(asked), 2)
 
     def test_another_model_is_refused(self):
         run = Whole().trainer(self.dir / "a").go(stop_after=2)
