@@ -75,6 +75,26 @@ class JaxTest(Comparison):
                 variable.assign(value)
             self.assert_close(variables[i], optimizers[i], oracles[i], message=compared[i].arguments)
 
+    def test_a_loop_of_the_users_own(self):
+        """The block of docs/optimizers.md takes the updates of `model.fit`."""
+        from tests.test_blocks import blocks, digits, network
+
+        (images, labels), _ = digits()
+        model = network(True)
+        start = model.get_weights()
+        batches = [(images[i : i + 128], labels[i : i + 128]) for i in (0, 128, 256)]
+        names = {"model": model, "batches": batches}
+        (code,) = (code for reason, code in blocks("docs/optimizers.md", "python") if "stateless_apply" in code)
+        exec(code, names)
+        model.set_weights(start)
+        model.compile(LARS(0.1), "sparse_categorical_crossentropy", jit_compile=True)
+        losses = [model.train_on_batch(x, y) for x, y in batches]
+        for own, variable in zip(names["weights"], model.trainable_variables, strict=True):
+            np.testing.assert_allclose(own, variable, rtol=1e-5, atol=1e-6)
+        for own, variable in zip(names["others"], model.non_trainable_variables, strict=True):
+            np.testing.assert_allclose(own, variable, rtol=1e-5, atol=1e-6)
+        self.assertNotAlmostEqual(float(names["loss"]), float(losses[0]), places=4)
+
     @parameterized.parameters(False, True)
     def test_norm_of_sum_is_that_of_optax(self, nesterov):
         """With separate masks for adaptation and decay, and through every zero norm."""
