@@ -33,6 +33,7 @@ class Candidate:
         scaling: name in `SCALINGS` of the rule that carries `first_rate` to other batch sizes.
         num_classes: classes of the data set.
         num_train: training images of the data set.
+        fingerprint: that of the data set; empty if unknown.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Candidate:
     scaling: str = "sqrt"
     num_classes: int = 10
     num_train: int = 50_000
+    fingerprint: str = ""
 
     def rate(self, batch_size: int, factor: float) -> float:
         """Return `factor` times the first rate at a batch size, with four digits."""

@@ -240,19 +240,19 @@ def _check(own: absl_flags.FlagValues) -> None:
 
 
 def _with_data(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates with the sizes of their data, which are prepared before several processes read them."""
-    data: dict[tuple[str, str | None], datasets.ImageData] = {}
+    """Return the candidates with facts of their data, which are prepared before several processes read them."""
+    data: dict[tuple[str | None, ...], datasets.ImageData] = {}
     for config in (c.config for c in candidates):
-        data[config.dataset, config.data_dir] = datasets.load(
+        data[config.dataset, config.data_dir, config.resized] = datasets.load(
             config.dataset,
             data_dir=config.data_dir,
             resized=config.resized,
             cache="disk" if config.cache == "disk" else "none",
             cache_dir=config.cache_dir,
         )
-    own = [data[c.config.dataset, c.config.data_dir] for c in candidates]
+    own = [data[c.config.dataset, c.config.data_dir, c.config.resized] for c in candidates]
     return [
-        dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train)
+        dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train, fingerprint=found.fingerprint)
         for c, found in zip(candidates, own, strict=True)
     ]
 
@@ -274,8 +274,9 @@ def _about(
         "commit": _commit(),
         "versions": versions(PACKAGES),
         "settings": {
-            # Without the folder of the data, as in the command.
+            # Without the folder of the data, as in the command: the same data may have moved.
             "candidates": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in candidates},
+            "data": {c.name: c.fingerprint for c in candidates},
             "batch_sizes": batch_sizes,
             "seeds": seeds,
             "backend": keras.config.backend(),

@@ -14,6 +14,7 @@ from tools.committed import write_json
 from tools.comparison.search import GridCell
 
 MAY_DIFFER = ("batch_sizes", "seeds", "tuning_runs")  # when a comparison is resumed, as may the list of candidates
+OF_CANDIDATES = ("candidates", "data")  # by candidate: its flags, and the fingerprint of its data
 
 
 class ResultsStore:
@@ -49,8 +50,10 @@ class ResultsStore:
             )
         for outcome in self.outcomes.values():
             outcome.setdefault("commit", before["commit"])
-        candidates = settings["candidates"] | about["settings"]["candidates"]  # one that is left out now may come back
-        self._about = about | {"settings": about["settings"] | {"candidates": candidates}}
+        both = {  # a candidate that is left out now may come back
+            name: settings.get(name, {}) | about["settings"].get(name, {}) for name in OF_CANDIDATES
+        }
+        self._about = about | {"settings": about["settings"] | both}
         if not self.left:  # no new run, so what made the old ones stays; the table is of the cells asked for now
             self._about |= {name: before[name] for name in about if name not in ("settings", "command")}
 
@@ -85,12 +88,16 @@ class ResultsStore:
 def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that keep a comparison from being resumed.
 
-    Candidates may come and go, but each keeps its flags. A search may be added where there was none. A setting that is
-    None may be missing before: comparisons made by the earlier search rule do not record `search`.
+    Candidates may come and go, but each keeps its flags and its images. A search may be added where there was none. A
+    setting that is None may be missing before: comparisons made by the earlier search rule do not record `search`.
+    Earlier ones do not record `data` either.
     """
-    may_differ = (*MAY_DIFFER, "candidates") if before.get("tuning_runs") else (*MAY_DIFFER, "candidates", "search")
+    may_differ = (*MAY_DIFFER, *OF_CANDIDATES, *(() if before.get("tuning_runs") else ("search",)))
     other = [name for name in now if name not in may_differ and before.get(name) != now[name]]
     candidates, earlier = now["candidates"], before.get("candidates", {})
+    data, data_then = now.get("data", {}), before.get("data", {})
+    if any(data[c] != data_then[c] for c in data if c in data_then):
+        other.insert(0, "data")
     same = earlier and all(_same_flags(candidates[c], earlier[c]) for c in candidates if c in earlier)
     return other if same else ["candidates", *other]
 
