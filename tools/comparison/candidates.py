@@ -21,6 +21,12 @@ _TRIAL_CALLS = 4  # the first one compiles
 _TRIAL_EXAMPLES = 1024
 
 
+def beats_chance(top1: float, n: int, num_classes: int) -> bool:
+    """Return True if top-1 on `n` images is above that of guesses, by two of their standard deviations."""
+    chance = 1 / num_classes
+    return top1 > chance + 2 * math.sqrt(chance * (1 - chance) / n)
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """An optimizer or a recipe that is compared.
@@ -58,8 +64,7 @@ class Candidate:
         """Return True if a run scored more than guesses do, by two of their standard deviations."""
         if outcome["diverged"] or outcome.get("lost"):
             return False
-        chance = 1 / self.num_classes
-        return outcome["top1"] > chance + 2 * math.sqrt(chance * (1 - chance) / outcome["n"])
+        return beats_chance(outcome["top1"], outcome["n"], self.num_classes)
 
     def sized(self, batch_size: int) -> RunConfig:
         """Return the flags at a batch size, with a micro-batch that is no larger."""

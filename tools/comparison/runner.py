@@ -125,8 +125,8 @@ class Runner:
         for trial in self._trials:
             if trial.candidate.config.model == job.candidate.config.model and not trial.jobs(self._store.outcomes):
                 mode = trial.faster(self._store.outcomes)
-        chance_loss = math.log(job.candidate.num_classes) if job.tuning else None
-        return job.config(self._out / "runs" / job.name, self._validation_split, mode), chance_loss
+        num_classes = job.candidate.num_classes if job.tuning else None
+        return job.config(self._out / "runs" / job.name, self._validation_split, mode), num_classes
 
     def _tell(self, job: Job, outcome: Mapping[str, Any], bar: tqdm) -> None:
         """Print the outcome of a run, and the time that is left."""
