@@ -99,6 +99,13 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual({name: asked[name] for name in expected}, expected)
         self.assertEqual(asked["microbatch_size"], 16)
 
+    def test_flags_that_are_left_out_are_named(self):
+        for flags in ([], ["--telemetry_every=50"], ["--telemetry_every=50", "--noise_scale_every=20"]):
+            with unittest.mock.patch.object(pod_check, "check", side_effect=ValueError("asked")):
+                _, out, _ = self.run_command(*SMALL, *flags)
+            said = f"left out: {' and '.join(flags)}; the check has updates without" in out
+            self.assertEqual(said, bool(flags), out)
+
     @pytest.mark.slow  # tests/pod/test_check.py compiles a model for a real chip in every run
     def test_a_small_model_for_a_real_chip(self):
         self.check_a_small_model("jax")
