@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import pathlib
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 from lars_keras.runtime.errors import UsageError
 from tests.data.images import jpeg
+from tests.tools.test_comparison import outcome
 from tools.comparison import command
 from tools.comparison.store import differing
 
@@ -47,6 +49,37 @@ class ResumeTest(parameterized.TestCase):
         self.prepare(f"--data_dir={self.dir}/moved", "--optimizer=sgd").store.write()
         with self.assertRaisesRegex(UsageError, r"other settings \(data\)"):
             self.prepare(f"--data_dir={self.dir}/b")
+
+    def test_the_mode_is_chosen_once(self):
+        """Another grid has other trials, whose outcome may differ, but stopped runs go on in their mode only."""
+        write_folder(self.dir / "a", 0)
+        flags = [f"--data_dir={self.dir}/a", "--jit_compile=fastest"]
+        ready = self.prepare(*flags)
+        for speed, job in zip((100.0, 50.0), ready.trials[0].jobs({}), strict=True):
+            self.assertEqual(ready.store.modes, {})
+            ready.store.add(job.name, outcome(0.1, images_per_second=speed))
+            ready.store.choose_modes(ready.trials)
+        self.assertEqual(ready.store.modes, {"lenet1989": "on"})
+        grown = self.prepare(*flags, "--optimizer=sgd", "--batch_sizes=1,2")
+        self.assertEqual((grown.trials, grown.store.modes), ([], {"lenet1989": "on"}))
+        self.assertIn("2 finished, 4 left", "\n".join(grown.plan))
+
+        path = self.dir / "out" / "compare.json"
+        before = json.loads(path.read_text())
+        del before["modes"]  # as an earlier version wrote it
+        path.write_text(json.dumps(before))
+        again = self.prepare(*flags)
+        again.store.choose_modes(again.trials)
+        self.assertEqual(again.store.modes, {"lenet1989": "on"})
+        self.assertLen(self.prepare(*flags, "--batch_sizes=1").trials, 0)
+
+    def test_nothing_is_timed_if_no_run_is_left(self):
+        write_folder(self.dir / "a", 0)
+        flags = [f"--data_dir={self.dir}/a", "--jit_compile=fastest"]
+        ready = self.prepare(*flags)
+        (job,) = ready.cells[0].jobs({})
+        ready.store.add(job.name, outcome(0.5))
+        self.assertEqual(self.prepare(*flags).trials, [])
 
     def test_what_is_known_of_the_images_is_compared_by_candidate(self):
         now = {"candidates": {"a": "", "b": ""}, "data": {"a": "1", "b": "2"}}

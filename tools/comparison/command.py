@@ -165,7 +165,7 @@ class Comparison:
     Args:
         cells: the grid.
         trials: trials of graph mode against XLA.
-        mode: `--jit_compile` of all runs; None if trials or recipes decide.
+        mode: `--jit_compile` of the models that have no trials; None if recipes decide.
         store: the results so far.
         out: folder of the results.
         workers: number of runs at a time.
@@ -208,15 +208,16 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
     for cell in cells:  # a flag may be bad for this number of images
         for stage in ("short", "seed"):
             cell.job(0.0, stage).config(out, own.validation_split)
-    timed = own.jit_compile == "fastest" and keras.config.backend() == "tensorflow" and not accelerator
-    by_model = {c.config.model: c for c in reversed(candidates)}
-    trials = [ModeTrial(c, batch_sizes[0]) for c in by_model.values()] if timed else []
     try:
         held.enter_context(lock_folder(out, "out"))
     except OSError as e:
         raise UsageError(f"--out={out} cannot be written: {e.strerror}") from e
     about = _about(own, argv, candidates, batch_sizes, seeds)
     store = ResultsStore(out, about, cells)
+    timed = own.jit_compile == "fastest" and keras.config.backend() == "tensorflow" and not accelerator
+    by_model = {c.config.model: c for c in reversed(candidates)}
+    asked = {cell.candidate.config.model for cell in cells if cell.lengths_left(store.outcomes)} - store.modes.keys()
+    trials = [ModeTrial(c, batch_sizes[0]) for model, c in by_model.items() if timed and model in asked]
     workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())  # JAX takes all cores
     left = store.left + sum(len(trial.jobs(store.outcomes)) for trial in trials)
     plan = (

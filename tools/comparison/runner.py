@@ -27,8 +27,8 @@ class Runner:
     Args:
         cells: the grid.
         trials: trials of graph mode against XLA, which come first; the faster mode is taken.
-        mode: `--jit_compile` of all runs if there are no trials; None keeps the recipe's.
-        store: takes the outcomes.
+        mode: `--jit_compile` of the models for which the store has none; None keeps the recipe's.
+        store: takes the outcomes, and the mode of each model that had trials.
         out: folder whose `runs/` holds the run folders.
         workers: number of runs at a time.
         validation_split: fraction of the training images held out while rates are chosen.
@@ -81,6 +81,7 @@ class Runner:
         running = self._running
         try:
             while not self._stopping:
+                self._store.choose_modes(self._trials)
                 ready = [job for job in self._jobs() if job not in running.values()]
                 for job in ready[: self._workers - len(running)]:
                     running[pool.submit(run_job, *self._arguments(job))] = job
@@ -121,10 +122,7 @@ class Runner:
         return len(outcomes) + self._store.left + sum(len(trial.jobs(outcomes)) for trial in self._trials)
 
     def _arguments(self, job: Job) -> tuple[Any, ...]:
-        mode = self._mode
-        for trial in self._trials:
-            if trial.candidate.config.model == job.candidate.config.model and not trial.jobs(self._store.outcomes):
-                mode = trial.faster(self._store.outcomes)
+        mode = self._store.modes.get(job.candidate.config.model, self._mode)
         num_classes = job.candidate.num_classes if job.tuning else None
         return job.config(self._out / "runs" / job.name, self._validation_split, mode), num_classes
 

@@ -174,6 +174,11 @@ class ModeTrial:
     candidate: Candidate
     batch_size: int
 
+    @property
+    def model(self) -> str:
+        """Return the name of the network."""
+        return self.candidate.config.model
+
     def _job(self, stage: str) -> Job:
         rate = self.candidate.rate(self.batch_size, 0.01)  # low, so it cannot diverge
         return Job(self.candidate, self.batch_size, rate, TUNING_SEED, stage)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 from lars_keras.runtime.errors import UsageError
 from running.resume import config_of_flags
 from tools.committed import write_json
-from tools.comparison.search import GridCell
+from tools.comparison.search import GridCell, ModeTrial
 
 MAY_DIFFER = ("batch_sizes", "seeds", "tuning_runs")  # when a comparison is resumed, as may the list of candidates
 OF_CANDIDATES = ("candidates", "data")  # by candidate: its flags, and the fingerprint of its data
@@ -26,6 +26,10 @@ class ResultsStore:
         cells: the grid, of which the table is made.
         clock: returns seconds.
 
+    Attributes:
+        outcomes: outcomes of the finished runs by their names.
+        modes: `--jit_compile` by model, where trials have chosen it.
+
     Raises:
         UsageError: if the file is damaged, or holds a comparison of other settings. `MAY_DIFFER` may differ.
     """
@@ -35,13 +39,14 @@ class ResultsStore:
     ):
         self._path, self._about, self._cells, self._clock = out / "compare.json", about, cells, clock
         self.outcomes: dict[str, Any] = {}
+        self.modes: dict[str, str] = {}
         self._earlier, self._began = 0.0, clock()
         if not self._path.exists():
             return
         try:
             before = json.loads(self._path.read_text(encoding="utf-8"))
             self.outcomes, self._earlier = before["runs"], before["wall_seconds"]
-            settings = before["settings"]
+            settings, self.modes = before["settings"], before.get("modes", {})
         except (ValueError, KeyError) as e:
             raise UsageError(f"{self._path} is damaged: {e!r}. Name another folder with --out.") from e
         if other := differing(about["settings"], settings):
@@ -72,12 +77,24 @@ class ResultsStore:
         self.outcomes[name] = outcome | {"commit": self.commit}
         self.write()
 
+    def choose_modes(self, trials: Sequence[ModeTrial]) -> None:
+        """Keep the faster mode of each model whose trials are finished.
+
+        It holds for all runs to come: another grid would have other trials, and a run that was stopped goes on only in
+        the mode in which it began.
+        """
+        found = {t.model: t.faster(self.outcomes) for t in trials if not t.jobs(self.outcomes)}
+        if found.keys() - self.modes.keys():
+            self.modes = found | self.modes
+            self.write()
+
     def write(self) -> dict[str, Any]:
         """Write the file and return its contents."""
         found = self._about | {
             "commit": ", ".join(sorted({o["commit"] or "?" for o in self.outcomes.values()})) or self._about["commit"],
             "wall_seconds": round(self._earlier + self._clock() - self._began, 1),
             "left": self.left,
+            "modes": self.modes,
             "table": [cell.row(self.outcomes) for cell in self._cells],
             "runs": self.outcomes,
         }
