@@ -1,19 +1,23 @@
 """`compare.py` on a folder that holds results: what may change, and what is kept."""
 
 import contextlib
+import io
 import itertools
 import json
 import pathlib
 import shutil
 import tempfile
+import unittest.mock
+from concurrent.futures import ThreadPoolExecutor
 
 from absl.testing import absltest, parameterized
 
 from lars_keras.runtime.errors import UsageError
 from tests.data.images import jpeg
-from tests.tools.test_comparison import outcome
-from tools.comparison import command
-from tools.comparison.store import differing
+from tests.tools.test_comparison import a_cell, outcome
+from tools.comparison import command, runner, worker
+from tools.comparison.search import ModeTrial
+from tools.comparison.store import ResultsStore, differing
 
 
 def write_folder(root, seed):
@@ -86,6 +90,41 @@ class ResumeTest(parameterized.TestCase):
         for then, other in (({"a": "1"}, []), ({"b": "3", "c": "4"}, ["data"]), (None, [])):
             before = {"candidates": {"a": ""}} | ({} if then is None else {"data": then})
             self.assertEqual(differing(now, before), other, then)
+
+
+class RunnerTest(parameterized.TestCase):
+    @parameterized.parameters(("xla", 0, "off"), ("graph", 1, None), ("", 0, "on"))
+    def test_a_trial_that_fails(self, stage, code, mode):
+        """Without XLA graph mode is used; what fails in graph mode ends the comparison."""
+        out = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        cell = a_cell(tuning_runs=0, seeds=(0,))
+        trial = ModeTrial(cell.candidate, cell.batch_size)
+        configs = []
+
+        def run_job(config, _):
+            configs.append(config)
+            if stage and config.run_dir.endswith(f"{stage}0"):
+                raise worker.Failed("ValueError: refused")
+            return outcome(0.5, images_per_second=200.0 if config.jit_compile == "on" else 100.0)
+
+        settings = {"settings": {"candidates": {}}, "commit": "-"}
+        store = ResultsStore(out, settings, [cell])
+        pool = unittest.mock.patch(
+            "concurrent.futures.ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers)
+        )
+        printed, errors = io.StringIO(), io.StringIO()
+        with (
+            pool,
+            unittest.mock.patch.object(runner, "run_job", run_job),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(errors),
+        ):
+            self.assertEqual(runner.Runner([cell], [trial], None, store, out, 1, 0.1).run(), code)
+        self.assertEqual(store.modes.get(trial.model), mode)
+        self.assertEqual((printed.getvalue() + errors.getvalue()).count("ValueError: refused"), int(bool(stage)))
+        if not code:
+            self.assertEqual(configs[-1].jit_compile, mode)
+            self.assertLen(printed.getvalue().splitlines(), 3)
 
 
 if __name__ == "__main__":
