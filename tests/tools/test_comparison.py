@@ -349,6 +349,24 @@ class CommandTest(parameterized.TestCase):
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
 
+    def test_a_recipe_of_so_many_updates(self):
+        """They are equal epochs at one batch size only."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.ExitStack() as held:
+            recipe = pathlib.Path(folder, "r.flags")
+            recipe.write_text("--model=lenet1989\n--steps=300\n")
+            argv = ["compare.py", f"--recipes={recipe}", f"--data_dir={prepared.digits()}", f"--out={folder}/out"]
+
+            def plan(*flags):
+                own = command.define()
+                own([*argv, *flags])
+                with held:
+                    return "\n".join(command.prepare(own, argv, held).plan)
+
+            with self.assertRaisesRegex(UsageError, r"--epochs. Received: --steps=300 --batch_sizes=64,128$"):
+                plan("--batch_sizes=128,64")
+            self.assertIn("lenet1989, 300 updates on 49,152 images", plan("--batch_sizes=64"))
+            self.assertIn("lenet1989, 2 epochs on 49,152 images", plan("--batch_sizes=64,128", "--epochs=2"))
+
     def test_help(self):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             self.assertEqual(command.run(["compare.py", "--help"], "usage"), 0)

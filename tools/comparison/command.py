@@ -200,6 +200,11 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
     batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [candidates[0].config.batch_size]
     seeds = _whole_numbers(own, "seeds", 0)
     for candidate in candidates:  # so a bad flag is reported at once
+        if candidate.config.steps and len(batch_sizes) > 1:
+            raise UsageError(
+                "--steps in a recipe is another number of epochs at each of --batch_sizes: give --epochs. Received: "
+                f"--steps={candidate.config.steps} --batch_sizes={','.join(map(str, batch_sizes))}"
+            )
         for batch_size in batch_sizes:
             candidate.sized(batch_size)
     accelerator = _hide_accelerators()
@@ -295,13 +300,14 @@ def _plan(candidates: Sequence[Candidate], settings: dict[str, Any]) -> tuple[st
     """Return lines that say what is compared."""
     names = ", ".join(c.name for c in candidates)
     networks = _joined(c.config.model for c in candidates)
-    epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in candidates))
+    configs = [c.config for c in candidates]
+    lengths = _joined(f"{c.steps:,} updates" if c.steps else f"{c.epochs:g} epochs" for c in configs)
     data = {(c.config.dataset, c.config.data_dir): c.num_train for c in candidates}
     images = " and ".join(f"{num_train:,}" for num_train in data.values())
     batch_sizes, seeds = (", ".join(map(str, settings[name])) for name in ("batch_sizes", "seeds"))
     rates = page.search_rule(settings) if settings["tuning_runs"] else "the recipe's"
     return (
-        f"compared    {names}: {networks}, {epochs} epochs of {images} images",
+        f"compared    {names}: {networks}, {lengths} on {images} images",
         f"batches     {batch_sizes}; seeds {seeds}",
         f"rates       {rates}",
     )
