@@ -1,6 +1,7 @@
 """`compare.py` on a folder that holds results: what may change, and what is kept."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -84,6 +85,27 @@ class ResumeTest(parameterized.TestCase):
         (job,) = ready.cells[0].jobs({})
         ready.store.add(job.name, outcome(0.5))
         self.assertEqual(self.prepare(*flags).trials, [])
+
+    @parameterized.parameters(
+        ("--model=missing:build", "`model`: there is no module missing on sys.path. Received: model=missing:build"),
+        ("--model=json:missing", "`model`: json has no function missing. Received: model=json:missing"),
+        ("--warmup=9 steps", "--warmup must be shorter than the run of 8 updates. Received: --warmup=9 steps, 9 upd"),
+        ("--warmup=8 steps", "--warmup must be shorter than the run of 8 updates. Received: --warmup=8 steps, 8 upd"),
+    )
+    def test_flags_that_runs_would_refuse(self, flag, message):
+        write_folder(self.dir / "a", 0)
+        with open(self.recipe, "a") as recipe:
+            recipe.write(f"{flag}\n")
+        with self.assertRaisesRegex(ValueError, message):
+            self.prepare(f"--data_dir={self.dir}/a")
+
+    def test_the_warm_up_of_a_short_run_is_shorter_than_it(self):
+        cell = a_cell()
+        for steps, warmup in ((100, 99), (64, 63)):
+            config = dataclasses.replace(cell.candidate.config, steps=steps, warmup=f"{warmup} steps")
+            short = dataclasses.replace(cell, candidate=dataclasses.replace(cell.candidate, config=config))
+            found = short.job(0.0, "short").config(self.dir, 0.1)
+            self.assertEqual(found.warmup_updates(45_000), found.steps - 1)
 
     def test_what_is_known_of_the_images_is_compared_by_candidate(self):
         now = {"candidates": {"a": "", "b": ""}, "data": {"a": "1", "b": "2"}}

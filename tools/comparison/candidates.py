@@ -117,11 +117,11 @@ class Job:
         split = validation_split if self.tuning else 0.0
         calls = max(config.steps_per_execution, _CALL_EXAMPLES // self.batch_size, 1)
         changed: dict[str, Any] = {}
+        images = round(self.candidate.num_train * (1 - split))
+        warmup = config.warmup_updates(images)  # refuses one that is as long as the run
         if self.length < 1.0:
-            images = round(self.candidate.num_train * (1 - split))
-            warmup = round(config.warmup_updates(images) * self.length)
             steps = max(round(config.total_updates(images) * self.length), 1)
-            changed = {"steps": steps, "warmup": f"{warmup} steps"}
+            changed = {"steps": steps, "warmup": f"{min(round(warmup * self.length), steps - 1)} steps"}
         if self.stage in ("xla", "graph"):
             jit_compile = "on" if self.stage == "xla" else "off"
             calls = max(_TRIAL_EXAMPLES // self.batch_size, 1)

@@ -19,6 +19,7 @@ import flags
 from lars_keras import data as datasets
 from lars_keras.data.limits import cores
 from lars_keras.files import local_path
+from lars_keras.reference import Reference
 from lars_keras.report.progress import say
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.folder_lock import lock_folder
@@ -208,10 +209,13 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
         for batch_size in batch_sizes:
             candidate.sized(batch_size)
     accelerator = _hide_accelerators()
+    for config in (c.config for c in candidates):
+        if config.is_own_model:
+            Reference(config.model, "model").resolve()
     candidates = _with_data(candidates)
     cells = grid(candidates, batch_sizes, own.tuning_runs, own.factor, seeds)
     for cell in cells:  # a flag may be bad for this number of images
-        for stage in ("short", "seed"):
+        for stage in ("short", "tuning", "seed") if own.tuning_runs else ("seed",):
             cell.job(0.0, stage).config(out, own.validation_split)
     try:
         held.enter_context(lock_folder(out, "out"))
