@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from lars_keras.runtime.errors import UsageError
 from tests.data.images import jpeg
 from tests.tools.test_comparison import a_cell, outcome
-from tools.comparison import command, runner, worker
+from tools.comparison import command, page, runner, worker
 from tools.comparison.search import ModeTrial
 from tools.comparison.store import ResultsStore, differing
 
@@ -147,6 +147,27 @@ class RunnerTest(parameterized.TestCase):
         if not code:
             self.assertEqual(configs[-1].jit_compile, mode)
             self.assertLen(printed.getvalue().splitlines(), 3)
+
+
+class PageTest(absltest.TestCase):
+    def test_only_reports_that_exist_are_linked(self):
+        """A lost run has none."""
+        out = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (out / "runs" / "finished").mkdir(parents=True)
+        (out / "runs" / "finished" / "report.html").touch()
+        (out / "runs" / "lost").mkdir()
+        about = dict.fromkeys(("title", "command", "machine", "commit"), "-") | {"versions": {}}
+        store = ResultsStore(
+            out, about | {"settings": {"candidates": {}, "data": {"a": "9 images", "b": "9 images"}}}, []
+        )
+        for name in ("finished", "lost"):
+            store.add(name, outcome(0.0, lost=name == "lost"))
+        page.write(out, store.write())
+        html = (out / "compare.html").read_text()
+        self.assertIn('<a href="runs/finished/report.html">', html)
+        self.assertNotIn("runs/lost", html)
+        self.assertIn("<summary>1 reports</summary>", html)
+        self.assertIn("<td>9 images</td>", html)
 
 
 if __name__ == "__main__":
