@@ -12,6 +12,7 @@ from lars_keras.training.cluster import is_host_lost
 # Arguments of the library whose flag has another name.
 _FLAG_OF_ARGUMENT = {
     "end": "end_learning_rate",
+    "epsilon": "adam_epsilon",  # of lamb; any --trust_epsilon that the flag takes is one that lars takes
     "keep_every_n_hours": "keep_checkpoint_hours",
     "trust_ratios": "telemetry_every",
     "max_to_keep": "keep_checkpoints",

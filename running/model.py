@@ -1,5 +1,6 @@
 """Make or load the model of a run, and compile it."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from lars_keras.metrics import MaskedExamples
 from lars_keras.reference import Reference
 from lars_keras.runtime.errors import UsageError
 from running.optimizers import make_optimizer, make_schedule
+
+# Layers with weights that a process has made, so that no run begins with the weights of another.
+_layers_of_own_models: weakref.WeakSet[keras.layers.Layer] = weakref.WeakSet()
 
 
 def make_model(config: RunConfig, data: ImageData) -> keras.Model:
@@ -55,6 +59,13 @@ def _own_model(name: str, data: ImageData) -> keras.Model:
     except Exception as e:  # whatever a layer raises that has no config
         reason = " ".join(str(e).strip().partition("\n\n")[0].split())
         raise ValueError(f"`model` cannot be saved: {reason} Received: model={name}") from e
+    layers = [layer for layer in model._flatten_layers() if layer.weights]
+    if again := [layer.name for layer in layers if layer in _layers_of_own_models]:
+        raise ValueError(
+            "`model` must make new layers at each call, or two runs of one process would share their weights. "
+            f"Received: model={name}, whose {again[0]} was in an earlier model"
+        )
+    _layers_of_own_models.update(layers)
     return model
 
 

@@ -14,6 +14,8 @@ from lars_keras.pod.__main__ import EXIT_DOES_NOT_FIT, EXIT_REFUSED, add_options
 from lars_keras.pod.driver import BACKENDS
 from tools.pod_recipe import check_options, read_config, updates_of
 
+NOT_COMPILED = ("telemetry_every", "noise_scale_every")
+
 
 def main(arguments: list[str]) -> int:
     """Run the command; return its exit code."""
@@ -36,6 +38,8 @@ def main(arguments: list[str]) -> int:
         if only_jax and options.backend == "both":
             print("tensorflow: left out, --shard_optimizer_state and --reduce_dtype are for JAX")
             backends = ("jax",)
+        if measures := [f"--{n}={getattr(config, n)}" for n in NOT_COMPILED if getattr(config, n)]:
+            print(f"left out: {' and '.join(measures)}; the check has updates without these measurements")
         print(f"compiling for {options.topology} in {config.precision}, which takes minutes", flush=True)
         for backend in backends:
             reports[backend] = check(

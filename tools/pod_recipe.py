@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 from absl import flags as absl_flags
 
 import flags
@@ -46,10 +47,16 @@ def model_function(config: flags.RunConfig) -> Callable[[], keras.Model]:
 
 def recipe_model(config: flags.RunConfig) -> keras.Model:
     """Make train.py's model, compiled."""
-    zeros, ones = ([value] * _image_shape(config)[2] for value in (0.0, 1.0))
+    shape = _image_shape(config)
+    zeros, ones = ([value] * shape[2] for value in (0.0, 1.0))
     classes, examples, _ = _DATA[config.dataset]
+
+    def train_numpy(batch_size: int, **_: Any) -> Iterator[tuple[np.ndarray]]:
+        """Yield images for the weights that are computed from them; an update costs the same with any."""
+        yield (np.random.default_rng(0).integers(0, 256, (batch_size, *shape), "uint8"),)
+
     data: Any = types.SimpleNamespace(
-        num_classes=classes, num_train=examples, image_shape=_image_shape(config), mean=zeros, std=ones
+        num_classes=classes, num_train=examples, image_shape=shape, mean=zeros, std=ones, train_numpy=train_numpy
     )
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)

@@ -220,6 +220,10 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         ),
         ("Use `strategy=\"single\"`. Received: strategy='x'", "Use --strategy=single. Received: --strategy='x'"),
         ("`model.fit` and `no_flag` stay. Received: no_flag=1", "`model.fit` and `no_flag` stay. Received: no_flag=1"),
+        (
+            "`epsilon` must be a number above 1e-38. Received: epsilon=0.0",
+            "--adam_epsilon must be a number above 1e-38. Received: --adam_epsilon=0.0",
+        ),
         ("`peak` must be above 0. Received: peak=-1", "--learning_rate must be above 0. Received: --learning_rate=-1"),
         (
             "Not with `synchronized=True`. Received: jit_compile=True",

@@ -10,6 +10,8 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from flags.config import RunConfig
+from running.model import make_model
+from tests import prepared
 from tests.cli.runs import SMALL, parse_only, run
 
 MODULE = """
@@ -35,6 +37,16 @@ def one_class_less(image_shape, num_classes):
 
 def no_model(image_shape, num_classes):
     return build
+
+
+shared = keras.layers.BatchNormalization(name="shared")
+scale = keras.layers.Rescaling(1 / 255)  # without weights, so nothing is shared
+
+
+def with_shared_layer(image_shape, num_classes):
+    model = build(image_shape, num_classes)
+    inner = keras.Sequential([keras.Input((num_classes,)), shared])
+    return keras.Model(model.input, inner(scale(model.output)))
 
 
 class Secret(keras.layers.Layer):
@@ -108,6 +120,17 @@ class OwnModelTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(code, 2, out + err)
         self.assertRegex(err.strip(), message)
         self.assertFalse((self.dir / "run").exists())
+
+    def test_layers_that_another_run_has_trained_are_refused(self):
+        """They are made at the top of the module, so each run of one process would begin where the last one ended."""
+        config, data = RunConfig(model="own_model:with_shared_layer"), prepared.digits_data()
+        trained = make_model(config, data)
+        with self.assertRaisesRegex(ValueError, "must make new layers at each call.*, whose shared was in an earlier"):
+            make_model(config, data)
+        del trained
+        config = RunConfig(model="own_model:build")
+        models = [make_model(config, data) for _ in range(2)]
+        self.assertLen(models, 2)
 
     def test_a_mistake_in_it_keeps_its_traceback(self):
         with self.assertRaisesRegex(RuntimeError, "--model=own_model:fails failed") as raised:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from absl.testing import absltest, parameterized
 import flags
 from lars_keras.runtime.errors import Preempted, UsageError
 from lars_keras.runtime.folder_lock import lock_folder
+from lars_keras.training.sizes import epoch_ends
 from tests import prepared
 from tools.comparison import command, page, search, worker
 from tools.comparison.candidates import Candidate, Job
@@ -130,16 +133,23 @@ class WorkerTest(absltest.TestCase):
         self.assertIn("Traceback", (folder / "log.txt").read_text())
 
 
-class LostTest(absltest.TestCase):
-    def judge(self, losses, chance_loss=2.3, calls=1):
-        """Return the update at which a run of these losses is stopped, `calls` updates per host call; None if never."""
+class LostTest(parameterized.TestCase):
+    def judge(self, losses, top1=(), calls=1, steps_per_epoch=1000.0):
+        """Return the update at which a run of these losses is stopped, `calls` updates per host call; None if never.
+
+        The log has means of `top1` since the start of the epoch.
+        """
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        callback = worker.StopIfLost(folder, chance_loss)
-        callback.set_params({"steps": len(losses)})
+        callback = worker.StopIfLost(folder, num_classes=10)
+        callback.set_params({"steps": len(losses), "steps_per_epoch": steps_per_epoch, "batch_size": 1024})
         callback.on_train_begin()
+        ends = [0, *epoch_ends(len(losses) / steps_per_epoch, steps_per_epoch)]
         with open(folder / "metrics.jsonl", "w") as log:
             for update in range(calls, len(losses) + 1, calls):
                 event = {"event": "update", "update": update, "step_loss": losses[update - 1]}
+                if top1:
+                    first = max(end for end in ends if end < update)
+                    event["top1"] = statistics.fmean(top1[first:update])
                 print(json.dumps(event), file=log, flush=True)
                 try:
                     callback.on_train_batch_end(update - 1)
@@ -150,6 +160,14 @@ class LostTest(absltest.TestCase):
     def test_a_run_that_learns_goes_on(self):
         self.assertIsNone(self.judge([2.3 - 0.01 * i for i in range(40)]))
         self.assertIsNone(self.judge([9.0] * 8 + [2.2] * 32))  # a bad start is no loss
+
+    @parameterized.parameters(1000.0, 7.3, 1.0, 0.4)
+    def test_a_loss_above_that_of_guesses_is_no_sign_alone(self, steps_per_epoch):
+        """A regularizer, or a network that is too sure, adds to it: top-1 of the second quarter decides."""
+        judge = functools.partial(self.judge, [3.0] * 40, steps_per_epoch=steps_per_epoch)
+        self.assertIsNone(judge(top1=[0.1] * 10 + [0.13] * 30))
+        self.assertEqual(judge(top1=[0.3] * 10 + [0.1] * 30), 20)  # learned, then lost
+        self.assertEqual(judge(top1=[0.1, 0.095] * 20), 20)
 
     def test_a_run_at_chance_is_stopped_at_half(self):
         self.assertEqual(self.judge([2.31] * 40), 20)
@@ -330,6 +348,24 @@ class CommandTest(parameterized.TestCase):
                 code = command.run(["compare.py", f"--data_dir={prepared.digits()}", f"--out={folder}", *arguments])
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
+
+    def test_a_recipe_of_so_many_updates(self):
+        """They are equal epochs at one batch size only."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.ExitStack() as held:
+            recipe = pathlib.Path(folder, "r.flags")
+            recipe.write_text("--model=lenet1989\n--steps=300\n")
+            argv = ["compare.py", f"--recipes={recipe}", f"--data_dir={prepared.digits()}", f"--out={folder}/out"]
+
+            def plan(*flags):
+                own = command.define()
+                own([*argv, *flags])
+                with held:
+                    return "\n".join(command.prepare(own, argv, held).plan)
+
+            with self.assertRaisesRegex(UsageError, r"--epochs. Received: --steps=300 --batch_sizes=64,128$"):
+                plan("--batch_sizes=128,64")
+            self.assertIn("lenet1989, 300 updates on 49,152 images", plan("--batch_sizes=64"))
+            self.assertIn("lenet1989, 2 epochs on 49,152 images", plan("--batch_sizes=64,128", "--epochs=2"))
 
     def test_help(self):
         with contextlib.redirect_stdout(io.StringIO()) as out:

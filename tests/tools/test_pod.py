@@ -10,6 +10,7 @@ import tempfile
 import unittest.mock
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from absl.testing import parameterized
@@ -39,13 +40,24 @@ class RecipeTest(tf.test.TestCase):
             pickle.loads(pickle.dumps(options["make_model"]))
             self.assertGreater(pod_recipe.updates_of(config), 0)
 
-    def test_the_model_is_that_of_the_flags(self):
+    def make(self, recipe):
+        """Return the flags and the model of a recipe in float32."""
         policy = keras.config.dtype_policy()
         try:
-            config = pod_recipe.read_config(["--flagfile=flags/recipes/demo.flags", "--precision=float32"])
-            model = pod_recipe.recipe_model(config)
+            config = pod_recipe.read_config([f"--flagfile=flags/recipes/{recipe}.flags", "--precision=float32"])
+            return config, pod_recipe.recipe_model(config)
         finally:
             keras.config.set_dtype_policy(policy)
+
+    def test_a_model_with_weights_that_are_computed_from_images(self):
+        _, model = self.make("cifar10_fast_1k")
+        self.assertEqual(model.input_shape, (None, 32, 32, 3))
+        kernel = model.get_layer("whiten").kernel
+        self.assertTrue(np.all(np.isfinite(kernel)))
+        self.assertGreater(np.std(kernel), 0)
+
+    def test_the_model_is_that_of_the_flags(self):
+        config, model = self.make("demo")
         self.assertTrue(model.compiled)
         x, y, _ = parse_batch(pod_recipe.batch_spec(config))
         self.assertEqual(model.input_shape[1:], x.shape)
@@ -86,6 +98,13 @@ class CommandTest(parameterized.TestCase, tf.test.TestCase):
         asked = check.call_args.kwargs
         self.assertEqual({name: asked[name] for name in expected}, expected)
         self.assertEqual(asked["microbatch_size"], 16)
+
+    def test_flags_that_are_left_out_are_named(self):
+        for flags in ([], ["--telemetry_every=50"], ["--telemetry_every=50", "--noise_scale_every=20"]):
+            with unittest.mock.patch.object(pod_check, "check", side_effect=ValueError("asked")):
+                _, out, _ = self.run_command(*SMALL, *flags)
+            said = f"left out: {' and '.join(flags)}; the check has updates without" in out
+            self.assertEqual(said, bool(flags), out)
 
     @pytest.mark.slow  # tests/pod/test_check.py compiles a model for a real chip in every run
     def test_a_small_model_for_a_real_chip(self):

@@ -21,6 +21,12 @@ _TRIAL_CALLS = 4  # the first one compiles
 _TRIAL_EXAMPLES = 1024
 
 
+def beats_chance(top1: float, n: int, num_classes: int) -> bool:
+    """Return True if top-1 on `n` images is above that of guesses, by two of their standard deviations."""
+    chance = 1 / num_classes
+    return top1 > chance + 2 * math.sqrt(chance * (1 - chance) / n)
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """An optimizer or a recipe that is compared.
@@ -33,6 +39,7 @@ class Candidate:
         scaling: name in `SCALINGS` of the rule that carries `first_rate` to other batch sizes.
         num_classes: classes of the data set.
         num_train: training images of the data set.
+        fingerprint: that of the data set; empty if unknown.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Candidate:
     scaling: str = "sqrt"
     num_classes: int = 10
     num_train: int = 50_000
+    fingerprint: str = ""
 
     def rate(self, batch_size: int, factor: float) -> float:
         """Return `factor` times the first rate at a batch size, with four digits."""
@@ -56,8 +64,7 @@ class Candidate:
         """Return True if a run scored more than guesses do, by two of their standard deviations."""
         if outcome["diverged"] or outcome.get("lost"):
             return False
-        chance = 1 / self.num_classes
-        return outcome["top1"] > chance + 2 * math.sqrt(chance * (1 - chance) / outcome["n"])
+        return beats_chance(outcome["top1"], outcome["n"], self.num_classes)
 
     def sized(self, batch_size: int) -> RunConfig:
         """Return the flags at a batch size, with a micro-batch that is no larger."""
@@ -110,11 +117,11 @@ class Job:
         split = validation_split if self.tuning else 0.0
         calls = max(config.steps_per_execution, _CALL_EXAMPLES // self.batch_size, 1)
         changed: dict[str, Any] = {}
+        images = round(self.candidate.num_train * (1 - split))
+        warmup = config.warmup_updates(images)  # refuses one that is as long as the run
         if self.length < 1.0:
-            images = round(self.candidate.num_train * (1 - split))
-            warmup = round(config.warmup_updates(images) * self.length)
             steps = max(round(config.total_updates(images) * self.length), 1)
-            changed = {"steps": steps, "warmup": f"{warmup} steps"}
+            changed = {"steps": steps, "warmup": f"{min(round(warmup * self.length), steps - 1)} steps"}
         if self.stage in ("xla", "graph"):
             jit_compile = "on" if self.stage == "xla" else "off"
             calls = max(_TRIAL_EXAMPLES // self.batch_size, 1)

@@ -19,6 +19,7 @@ import flags
 from lars_keras import data as datasets
 from lars_keras.data.limits import cores
 from lars_keras.files import local_path
+from lars_keras.reference import Reference
 from lars_keras.report.progress import say
 from lars_keras.runtime.errors import UsageError
 from lars_keras.runtime.folder_lock import lock_folder
@@ -165,7 +166,7 @@ class Comparison:
     Args:
         cells: the grid.
         trials: trials of graph mode against XLA.
-        mode: `--jit_compile` of all runs; None if trials or recipes decide.
+        mode: `--jit_compile` of the models that have no trials; None if recipes decide.
         store: the results so far.
         out: folder of the results.
         workers: number of runs at a time.
@@ -200,23 +201,32 @@ def prepare(own: absl_flags.FlagValues, argv: Sequence[str], held: contextlib.Ex
     batch_sizes = _whole_numbers(own, "batch_sizes", 1) if own.batch_sizes else [candidates[0].config.batch_size]
     seeds = _whole_numbers(own, "seeds", 0)
     for candidate in candidates:  # so a bad flag is reported at once
+        if candidate.config.steps and len(batch_sizes) > 1:
+            raise UsageError(
+                "--steps in a recipe is another number of epochs at each of --batch_sizes: give --epochs. Received: "
+                f"--steps={candidate.config.steps} --batch_sizes={','.join(map(str, batch_sizes))}"
+            )
         for batch_size in batch_sizes:
             candidate.sized(batch_size)
     accelerator = _hide_accelerators()
+    for config in (c.config for c in candidates):
+        if config.is_own_model:
+            Reference(config.model, "model").resolve()
     candidates = _with_data(candidates)
     cells = grid(candidates, batch_sizes, own.tuning_runs, own.factor, seeds)
     for cell in cells:  # a flag may be bad for this number of images
-        for stage in ("short", "seed"):
+        for stage in ("short", "tuning", "seed") if own.tuning_runs else ("seed",):
             cell.job(0.0, stage).config(out, own.validation_split)
-    timed = own.jit_compile == "fastest" and keras.config.backend() == "tensorflow" and not accelerator
-    by_model = {c.config.model: c for c in reversed(candidates)}
-    trials = [ModeTrial(c, batch_sizes[0]) for c in by_model.values()] if timed else []
     try:
         held.enter_context(lock_folder(out, "out"))
     except OSError as e:
         raise UsageError(f"--out={out} cannot be written: {e.strerror}") from e
     about = _about(own, argv, candidates, batch_sizes, seeds)
     store = ResultsStore(out, about, cells)
+    timed = own.jit_compile == "fastest" and keras.config.backend() == "tensorflow" and not accelerator
+    by_model = {c.config.model: c for c in reversed(candidates)}
+    asked = {cell.candidate.config.model for cell in cells if cell.lengths_left(store.outcomes)} - store.modes.keys()
+    trials = [ModeTrial(c, batch_sizes[0]) for model, c in by_model.items() if timed and model in asked]
     workers = own.workers or (1 if accelerator or keras.config.backend() == "jax" else cores())  # JAX takes all cores
     left = store.left + sum(len(trial.jobs(store.outcomes)) for trial in trials)
     plan = (
@@ -240,19 +250,19 @@ def _check(own: absl_flags.FlagValues) -> None:
 
 
 def _with_data(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates with the sizes of their data, which are prepared before several processes read them."""
-    data: dict[tuple[str, str | None], datasets.ImageData] = {}
+    """Return the candidates with facts of their data, which are prepared before several processes read them."""
+    data: dict[tuple[str | None, ...], datasets.ImageData] = {}
     for config in (c.config for c in candidates):
-        data[config.dataset, config.data_dir] = datasets.load(
+        data[config.dataset, config.data_dir, config.resized] = datasets.load(
             config.dataset,
             data_dir=config.data_dir,
             resized=config.resized,
             cache="disk" if config.cache == "disk" else "none",
             cache_dir=config.cache_dir,
         )
-    own = [data[c.config.dataset, c.config.data_dir] for c in candidates]
+    own = [data[c.config.dataset, c.config.data_dir, c.config.resized] for c in candidates]
     return [
-        dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train)
+        dataclasses.replace(c, num_classes=found.num_classes, num_train=found.num_train, fingerprint=found.fingerprint)
         for c, found in zip(candidates, own, strict=True)
     ]
 
@@ -274,8 +284,9 @@ def _about(
         "commit": _commit(),
         "versions": versions(PACKAGES),
         "settings": {
-            # Without the folder of the data, as in the command.
+            # Without the folder of the data, as in the command: the same data may have moved.
             "candidates": {c.name: dataclasses.replace(c.config, data_dir=None).as_flags() for c in candidates},
+            "data": {c.name: c.fingerprint for c in candidates},
             "batch_sizes": batch_sizes,
             "seeds": seeds,
             "backend": keras.config.backend(),
@@ -293,13 +304,14 @@ def _plan(candidates: Sequence[Candidate], settings: dict[str, Any]) -> tuple[st
     """Return lines that say what is compared."""
     names = ", ".join(c.name for c in candidates)
     networks = _joined(c.config.model for c in candidates)
-    epochs = ", ".join(dict.fromkeys(f"{c.config.epochs:g}" for c in candidates))
+    configs = [c.config for c in candidates]
+    lengths = _joined(f"{c.steps:,} updates" if c.steps else f"{c.epochs:g} epochs" for c in configs)
     data = {(c.config.dataset, c.config.data_dir): c.num_train for c in candidates}
     images = " and ".join(f"{num_train:,}" for num_train in data.values())
     batch_sizes, seeds = (", ".join(map(str, settings[name])) for name in ("batch_sizes", "seeds"))
     rates = page.search_rule(settings) if settings["tuning_runs"] else "the recipe's"
     return (
-        f"compared    {names}: {networks}, {epochs} epochs of {images} images",
+        f"compared    {names}: {networks}, {lengths} on {images} images",
         f"batches     {batch_sizes}; seeds {seeds}",
         f"rates       {rates}",
     )

@@ -133,7 +133,9 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
     about.append(("time", duration(comparison["wall_seconds"])))
     if (fraction := overhead(comparison["runs"])) is not None:
         about.append(("start-up, compilation, evaluation", f"{100 * fraction:.1f} % of the time"))
-    about += [(name, str(value)) for name, value in settings.items() if name != "candidates"]
+    about += [(name, str(value)) for name, value in settings.items() if name not in ("candidates", "data")]
+    if data := " and ".join(dict.fromkeys(settings.get("data", {}).values())):
+        about.append(("data", data))
     page = render(
         Path(__file__).with_name("page.html"),
         title=comparison["title"],
@@ -143,7 +145,8 @@ def write(out: Path, comparison: dict[str, Any]) -> None:
         plot=plot,
         rule=f"The rates are {search_rule(settings)}",
         rates=[_rates(row) for row in rows],
-        runs=sorted(comparison["runs"]),
+        # A run that was stopped as lost has no report.
+        reports=[name for name in sorted(comparison["runs"]) if (out / "runs" / name / "report.html").exists()],
         candidates=settings["candidates"],
         about=[*about, *comparison["versions"].items()],
     )

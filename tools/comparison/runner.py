@@ -18,7 +18,10 @@ from running import exit_codes
 from tools.comparison.candidates import Job
 from tools.comparison.search import GridCell, ModeTrial, Outcomes
 from tools.comparison.store import ResultsStore
-from tools.comparison.worker import Failed, prepare_process, run_job
+from tools.comparison.worker import KEPT, Failed, prepare_process, run_job
+
+# The outcome of a trial of XLA that failed.
+NO_SPEED = dict.fromkeys(KEPT) | {"top1": 0.0, "top5": 0.0, "images_per_second": 0.0, "diverged": False, "failed": True}
 
 
 class Runner:
@@ -27,8 +30,8 @@ class Runner:
     Args:
         cells: the grid.
         trials: trials of graph mode against XLA, which come first; the faster mode is taken.
-        mode: `--jit_compile` of all runs if there are no trials; None keeps the recipe's.
-        store: takes the outcomes.
+        mode: `--jit_compile` of the models for which the store has none; None keeps the recipe's.
+        store: takes the outcomes, and the mode of each model that had trials.
         out: folder whose `runs/` holds the run folders.
         workers: number of runs at a time.
         validation_split: fraction of the training images held out while rates are chosen.
@@ -81,6 +84,7 @@ class Runner:
         running = self._running
         try:
             while not self._stopping:
+                self._store.choose_modes(self._trials)
                 ready = [job for job in self._jobs() if job not in running.values()]
                 for job in ready[: self._workers - len(running)]:
                     running[pool.submit(run_job, *self._arguments(job))] = job
@@ -88,16 +92,18 @@ class Runner:
                     return 0
                 done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    job = running.pop(future)
+                    job, failure = running.pop(future), ""
                     try:
                         outcome = future.result()
                     except Failed as e:
-                        log = f"{self._out}/runs/{job.name}/log.txt"
-                        say(f"compare.py: {job.name} failed: {e} See {log}.", sys.stderr)
-                        return 1
+                        failure = f"failed: {e} See {self._out}/runs/{job.name}/log.txt."
+                        if job.stage != "xla":
+                            say(f"compare.py: {job.name} {failure}", sys.stderr)
+                            return 1
+                        outcome = NO_SPEED  # graph mode may work
                     if outcome:
                         self._store.add(job.name, outcome)
-                        self._tell(job, outcome, bar)
+                        self._tell(job, outcome, bar, failure)
         except concurrent.futures.process.BrokenProcessPool:
             if not self._stopping:
                 names = ", ".join(job.name for job in running.values())
@@ -121,15 +127,12 @@ class Runner:
         return len(outcomes) + self._store.left + sum(len(trial.jobs(outcomes)) for trial in self._trials)
 
     def _arguments(self, job: Job) -> tuple[Any, ...]:
-        mode = self._mode
-        for trial in self._trials:
-            if trial.candidate.config.model == job.candidate.config.model and not trial.jobs(self._store.outcomes):
-                mode = trial.faster(self._store.outcomes)
-        chance_loss = math.log(job.candidate.num_classes) if job.tuning else None
-        return job.config(self._out / "runs" / job.name, self._validation_split, mode), chance_loss
+        mode = self._store.modes.get(job.candidate.config.model, self._mode)
+        num_classes = job.candidate.num_classes if job.tuning else None
+        return job.config(self._out / "runs" / job.name, self._validation_split, mode), num_classes
 
-    def _tell(self, job: Job, outcome: Mapping[str, Any], bar: tqdm) -> None:
-        """Print the outcome of a run, and the time that is left."""
+    def _tell(self, job: Job, outcome: Mapping[str, Any], bar: tqdm, failure: str) -> None:
+        """Print the outcome of a run, or why it failed, and the time that is left."""
         store = self._store
         bar.total = self._total()
         left = seconds_left(self._cells, store.outcomes, self._workers)
@@ -142,7 +145,7 @@ class Runner:
             result = f"top-1 {100 * outcome['top1']:.2f} %"
         result = "diverged" if outcome["diverged"] else "lost" if outcome.get("lost") else result
         took = "" if outcome["seconds"] is None else f"  {outcome['seconds']:.0f} s"
-        say(f"{len(store.outcomes)}/{bar.total}  {job.name}: {result}{took}{until}")
+        say(f"{len(store.outcomes)}/{bar.total}  {job.name}: {failure or result}{took}{until}")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -174,6 +174,11 @@ class ModeTrial:
     candidate: Candidate
     batch_size: int
 
+    @property
+    def model(self) -> str:
+        """Return the name of the network."""
+        return self.candidate.config.model
+
     def _job(self, stage: str) -> Job:
         rate = self.candidate.rate(self.batch_size, 0.01)  # low, so it cannot diverge
         return Job(self.candidate, self.batch_size, rate, TUNING_SEED, stage)
@@ -183,7 +188,7 @@ class ModeTrial:
         return [job for job in map(self._job, ("xla", "graph")) if job.name not in outcomes]
 
     def faster(self, outcomes: Outcomes) -> str:
-        """Return `"on"` if XLA was faster, else `"off"`; both trials must be finished."""
+        """Return `"on"` if XLA was faster, else `"off"`, also if XLA failed; both trials must be finished."""
         xla, graph = (outcomes[self._job(stage).name]["images_per_second"] or 0.0 for stage in ("xla", "graph"))
         return "on" if xla > graph else "off"
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from absl import flags as absl_flags
 from lars_keras.runtime.errors import UsageError
 from running.resume import config_of_flags
 from tools.committed import write_json
-from tools.comparison.search import GridCell
+from tools.comparison.search import GridCell, ModeTrial
 
 MAY_DIFFER = ("batch_sizes", "seeds", "tuning_runs")  # when a comparison is resumed, as may the list of candidates
+OF_CANDIDATES = ("candidates", "data")  # by candidate: its flags, and the fingerprint of its data
 
 
 class ResultsStore:
@@ -25,6 +26,10 @@ class ResultsStore:
         cells: the grid, of which the table is made.
         clock: returns seconds.
 
+    Attributes:
+        outcomes: outcomes of the finished runs by their names.
+        modes: `--jit_compile` by model, where trials have chosen it.
+
     Raises:
         UsageError: if the file is damaged, or holds a comparison of other settings. `MAY_DIFFER` may differ.
     """
@@ -34,13 +39,14 @@ class ResultsStore:
     ):
         self._path, self._about, self._cells, self._clock = out / "compare.json", about, cells, clock
         self.outcomes: dict[str, Any] = {}
+        self.modes: dict[str, str] = {}
         self._earlier, self._began = 0.0, clock()
         if not self._path.exists():
             return
         try:
             before = json.loads(self._path.read_text(encoding="utf-8"))
             self.outcomes, self._earlier = before["runs"], before["wall_seconds"]
-            settings = before["settings"]
+            settings, self.modes = before["settings"], before.get("modes", {})
         except (ValueError, KeyError) as e:
             raise UsageError(f"{self._path} is damaged: {e!r}. Name another folder with --out.") from e
         if other := differing(about["settings"], settings):
@@ -49,8 +55,10 @@ class ResultsStore:
             )
         for outcome in self.outcomes.values():
             outcome.setdefault("commit", before["commit"])
-        candidates = settings["candidates"] | about["settings"]["candidates"]  # one that is left out now may come back
-        self._about = about | {"settings": about["settings"] | {"candidates": candidates}}
+        both = {  # a candidate that is left out now may come back
+            name: settings.get(name, {}) | about["settings"].get(name, {}) for name in OF_CANDIDATES
+        }
+        self._about = about | {"settings": about["settings"] | both}
         if not self.left:  # no new run, so what made the old ones stays; the table is of the cells asked for now
             self._about |= {name: before[name] for name in about if name not in ("settings", "command")}
 
@@ -69,12 +77,24 @@ class ResultsStore:
         self.outcomes[name] = outcome | {"commit": self.commit}
         self.write()
 
+    def choose_modes(self, trials: Sequence[ModeTrial]) -> None:
+        """Keep the faster mode of each model whose trials are finished.
+
+        It holds for all runs to come: another grid would have other trials, and a run that was stopped goes on only in
+        the mode in which it began.
+        """
+        found = {t.model: t.faster(self.outcomes) for t in trials if not t.jobs(self.outcomes)}
+        if found.keys() - self.modes.keys():
+            self.modes = found | self.modes
+            self.write()
+
     def write(self) -> dict[str, Any]:
         """Write the file and return its contents."""
         found = self._about | {
             "commit": ", ".join(sorted({o["commit"] or "?" for o in self.outcomes.values()})) or self._about["commit"],
             "wall_seconds": round(self._earlier + self._clock() - self._began, 1),
             "left": self.left,
+            "modes": self.modes,
             "table": [cell.row(self.outcomes) for cell in self._cells],
             "runs": self.outcomes,
         }
@@ -85,12 +105,16 @@ class ResultsStore:
 def differing(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Return the names of the settings that keep a comparison from being resumed.
 
-    Candidates may come and go, but each keeps its flags. A search may be added where there was none. A setting that is
-    None may be missing before: comparisons made by the earlier search rule do not record `search`.
+    Candidates may come and go, but each keeps its flags and its images. A search may be added where there was none. A
+    setting that is None may be missing before: comparisons made by the earlier search rule do not record `search`.
+    Earlier ones do not record `data` either.
     """
-    may_differ = (*MAY_DIFFER, "candidates") if before.get("tuning_runs") else (*MAY_DIFFER, "candidates", "search")
+    may_differ = (*MAY_DIFFER, *OF_CANDIDATES, *(() if before.get("tuning_runs") else ("search",)))
     other = [name for name in now if name not in may_differ and before.get(name) != now[name]]
     candidates, earlier = now["candidates"], before.get("candidates", {})
+    data, data_then = now.get("data", {}), before.get("data", {})
+    if any(data[c] != data_then[c] for c in data if c in data_then):
+        other.insert(0, "data")
     same = earlier and all(_same_flags(candidates[c], earlier[c]) for c in candidates if c in earlier)
     return other if same else ["candidates", *other]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import statistics
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from flags import RunConfig
 from lars_keras.report.log import read_metrics
 from lars_keras.runtime.errors import Diverged, Preempted
 from running.resume import config_of_flags, flags_of_run
+from tools.comparison.candidates import beats_chance
 
 KEPT = ("top1", "top5", "loss", "n", "updates", "seconds", "images_per_second")
 VIEWS = ("top1_views", "top5_views")  # kept as well where `--test_views` asks for them
@@ -46,18 +49,21 @@ class Lost(Exception):
 
 
 class StopIfLost(keras.callbacks.Callback):
-    """Raise `Lost` at half of the length if the loss of the second quarter is that of a guess, or above.
+    """Raise `Lost` at half of the length if loss and top-1 of the second quarter are no better than those of guesses.
 
-    The losses are read from the log of the run, so a resumed run is judged by the same losses.
+    The loss alone does not tell: it may have terms that no label decides, such as the regularizers of a user's model,
+    and a network that is often right may be too sure where it is wrong.
+
+    Both are read from the log of the run, so a resumed run is judged by the same numbers.
 
     Args:
         run_dir: folder of the run, whose `metrics.jsonl` is written before this callback is called.
-        chance_loss: loss of a uniform guess.
+        num_classes: number of classes.
     """
 
-    def __init__(self, run_dir: Path, chance_loss: float):
+    def __init__(self, run_dir: Path, num_classes: int):
         super().__init__()
-        self._path, self._chance_loss = run_dir / "metrics.jsonl", chance_loss
+        self._path, self._num_classes = run_dir / "metrics.jsonl", num_classes
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._judged = self.params["steps"] < MIN_JUDGED
@@ -72,8 +78,32 @@ class StopIfLost(keras.callbacks.Callback):
         losses = [
             math.inf if e["step_loss"] is None else e["step_loss"] for e in events if half / 2 < e["update"] <= until
         ]
-        if (loss := statistics.median(losses)) >= self._chance_loss:
+        loss = statistics.median(losses)
+        if loss >= math.log(self._num_classes) and not self._beats_chance(events, half / 2, until):
             raise Lost(finished, loss)
+
+    def _beats_chance(self, events: Sequence[Mapping[str, Any]], after: float, until: int) -> bool:
+        """Return True if top-1 of the updates from `after` until `until` is above chance.
+
+        The log has means since the start of the epoch, so what came before in the epoch is taken off.
+        """
+        updates, right = 0, 0.0
+        for before, event in itertools.pairwise([{"update": 0}, *events]):
+            if after < event["update"] <= until:
+                first = epoch_start(event["update"], self.params["steps_per_epoch"])
+                updates += event["update"] - max(before["update"], first)
+                right += _right(event, first) - _right(before, first)
+        return beats_chance(right / updates, updates * self.params["batch_size"], self._num_classes)
+
+
+def epoch_start(update: int, steps_per_epoch: float) -> int:
+    """Return the last update before the epoch of an update: epoch `e` ends with update `ceil(e * steps_per_epoch)`."""
+    return math.ceil(math.floor((update - 1 + 1e-9) / steps_per_epoch) * steps_per_epoch - 1e-9)
+
+
+def _right(event: Mapping[str, Any], first: int) -> float:
+    """Return the updates from `first` to an event in the same epoch, times their top-1; 0 if it came before."""
+    return max(event["update"] - first, 0) * (event.get("top1") or 0.0)
 
 
 def prepare_process(workers: int) -> None:
@@ -107,12 +137,12 @@ def _stop(*_: Any) -> None:
         raise Preempted("stopped before or after the training")
 
 
-def run_job(config: RunConfig, chance_loss: float | None = None) -> dict[str, Any] | None:
+def run_job(config: RunConfig, num_classes: int | None = None) -> dict[str, Any] | None:
     """Train a run to its end, from its start or from where it was stopped.
 
     Args:
         config: its flags.
-        chance_loss: stop the run at half of its length if its training loss is not below this.
+        num_classes: stop the run at half of its length if it does no better than guesses among so many classes.
 
     Returns:
         `KEPT` and `VIEWS` of its results, whether it `diverged` or is `lost`; `training_seconds` of its updates and,
@@ -142,7 +172,7 @@ def run_job(config: RunConfig, chance_loss: float | None = None) -> dict[str, An
             try:
                 import train
 
-                train.main(config, more_callbacks=[] if chance_loss is None else [StopIfLost(run_dir, chance_loss)])
+                train.main(config, more_callbacks=[] if num_classes is None else [StopIfLost(run_dir, num_classes)])
             except Diverged:
                 return {**dict.fromkeys(KEPT), "top1": 0.0, "top5": 0.0, "diverged": True}
             except Lost as e:
