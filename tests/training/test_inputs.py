@@ -10,12 +10,11 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras.data import load
 from lars_keras.training import Trainer, batch_data, inputs, sources
 from lars_keras.training.inputs import InputContext, TensorSpec
 from lars_keras.training.tensorflow import inputs as tensorflow_inputs
-from tests import prepared
 from tests import step_cases as cases
+from tests.data.streams import small_arrays
 
 
 def numbers(n, size):
@@ -243,8 +242,8 @@ class EndTest(tf.test.TestCase):
         """The end of a tuned iterator waits for as long as it was in use."""
         batches = [(np.zeros((4, 2), "float32"), np.zeros(4))] * 3
         arrays = tensorflow_inputs.ghost_batches(batches, InputContext(1, 0, 1), 4, 1, 0, 1)
-        digits = load("digits", data_dir=prepared.digits()).train_batches(4)
-        ghosts = tensorflow_inputs.ghost_batches(lambda *_: digits, InputContext(1, 0, 1), 4, 1, 0, 1)
+        images = small_arrays().train_batches(4)
+        ghosts = tensorflow_inputs.ghost_batches(lambda *_: images, InputContext(1, 0, 1), 4, 1, 0, 1)
         for dataset in (arrays, ghosts):
             self.assertIs(dataset.options().autotune.enabled, False)
 
