@@ -1,5 +1,6 @@
 """Batches of any size become the micro-batches of hosts and replicas, from NumPy as from `tf.data`."""
 
+import functools
 import itertools
 import os
 import threading
@@ -266,11 +267,17 @@ class SpecTest(tf.test.TestCase):
 class NumpyTest(parameterized.TestCase, tf.test.TestCase):
     """`Trainer` on TensorFlow takes NumPy batches, too."""
 
+    @classmethod
+    @functools.cache
+    def expected(cls):
+        """Return the weights after the same updates from a `tf.data.Dataset`."""
+        trainer, _ = cases.trained(cases.hidden, cases.OPTIMIZERS["lars"], microbatch_size=16)
+        return trainer.model.get_weights()
+
     @parameterized.parameters("none", "mirrored2")
     def test_same_update_from_numpy(self, strategy):
         x, y = cases.examples()
         batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)]
-        expected, _ = cases.trained(cases.hidden, cases.OPTIMIZERS["lars"], microbatch_size=16)
         for data in (batches, lambda context, first_update: itertools.chain.from_iterable(itertools.repeat(batches))):
             keras.utils.set_random_seed(1)
             with cases.strategy(strategy).scope():
@@ -283,7 +290,7 @@ class NumpyTest(parameterized.TestCase, tf.test.TestCase):
             trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16)
             trainer.fit(data, epochs=1, steps_per_epoch=None if data is batches else cases.UPDATES, verbose=0)
             self.assertEqual(trainer.position.update, cases.UPDATES)
-            for actual, value in zip(model.get_weights(), expected.model.get_weights(), strict=True):
+            for actual, value in zip(model.get_weights(), self.expected(), strict=True):
                 self.assertAllClose(actual, value, rtol=1e-5, atol=1e-7)
             for test in (batches, lambda context: iter(batches)):
                 self.assertEqual(trainer.evaluate(test)["n"], len(x))
