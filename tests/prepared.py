@@ -7,6 +7,9 @@ import functools
 import os
 import pathlib
 import tempfile
+import unittest.mock
+
+import numpy as np
 
 SESSION_FOLDER = "LARS_KERAS_TEST_DATA"  # set by conftest.py, which also removes the folder
 
@@ -45,6 +48,16 @@ def digits_data():
     import lars_keras.data
 
     return lars_keras.data.load("digits", data_dir=digits())
+
+
+def without_decoding():
+    """Patch `load` to take one gray image for all of a data set in memory: for what does not depend on the images."""
+    from lars_keras.data import loading
+
+    def decode_all(features, records):
+        return np.full((1, *features["image"].shape), 127, np.uint8), np.zeros(1, np.int64)
+
+    return unittest.mock.patch.object(loading, "_decode_all", decode_all)
 
 
 @functools.cache

@@ -1,15 +1,18 @@
 """Run of `train.py` in the process of a test, on data that load at once."""
 
+import contextlib
 import functools
 import io
 import unittest.mock
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
+from markupsafe import Markup
 
 import train
 from lars_keras import data as datasets
 from lars_keras.data import ArrayData
+from lars_keras.report import charts
 
 SMALL = (
     "--model=lenet1989",
@@ -40,12 +43,26 @@ def few_digits():
     return ArrayData("digits", *_digits(), 10, description="two easy classes")
 
 
-def run(*arguments, data=None):
-    """Run train.py on `data`, or on what that returns as `load`; returns exit code, stdout and stderr."""
+@contextlib.contextmanager
+def without_drawing():
+    """Leave the report without the lines of its charts, which take longer than a short run."""
+    with (
+        unittest.mock.patch.object(charts, "_svg", lambda title, *_: Markup()),
+        unittest.mock.patch.object(charts, "_heat_map", lambda title, *_: charts.Chart(title)),
+    ):
+        yield
+
+
+def run(*arguments, data=None, draw=False):
+    """Run train.py on `data`, or on what that returns as `load`; returns exit code, stdout and stderr.
+
+    The report has pictures only with `draw`.
+    """
     out, err = io.StringIO(), io.StringIO()
     load = data if callable(data) else lambda *_, **__: data or few_digits()
     with (
         unittest.mock.patch.object(datasets, "load", load),
+        contextlib.nullcontext() if draw else without_drawing(),
         redirect_stdout(out),
         redirect_stderr(err),
     ):

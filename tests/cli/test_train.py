@@ -32,7 +32,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
 
     def test_run_repeat_and_evaluate(self):
         first, again = self.dir / "first", self.dir / "again"
-        code, out, err = run(*SMALL, "--model=alexnet_small", f"--run_dir={first}")  # which has dropout
+        code, out, err = run(*SMALL, "--model=alexnet_small", f"--run_dir={first}", draw=True)  # which has dropout
         self.assertEqual(code, 0, err)
         for text in ("1 replica x 4 micro-batches x 16", "conv1/kernel", "n=37", "report.html"):
             self.assertIn(text, out)
@@ -45,6 +45,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         # So short a run says little about moving statistics, so not the evaluation.
         self.assertGreater([e["top1"] for e in events if e["event"] == "update"][-1], 0.9)
         self.assertNotEmpty(list((first / "tensorboard").rglob("events*")))
+        self.assertGreaterEqual((first / "report.html").read_text().count("<svg"), 4)
 
         with self.subTest("the flagfile in the run folder repeats the run"):
             code, _, err = run(f"--flagfile={first / 'flags.txt'}", f"--run_dir={again}")
@@ -126,7 +127,7 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
         self.assertGreater([e["top1"] for e in events if e["event"] == "update"][-1], 0.9)
 
     def test_divergence(self):
-        code, out, err = run(*SMALL, "--learning_rate=1e30", f"--run_dir={self.dir}/r")
+        code, out, err = run(*SMALL, "--learning_rate=1e30", f"--run_dir={self.dir}/r", draw=True)
         self.assertEqual(code, 3)
         [warning] = [w for w in json.loads((self.dir / "r/config.json").read_text())["warnings"] if "not adapted" in w]
         self.assertIn("Set --excluded_lr_scale=0.05, for a rate of up to 5e+28, or adapt them by --exclude=.", warning)

@@ -13,6 +13,7 @@ import lars_keras.data
 from lars_keras.data import prepare, speed
 from lars_keras.data.speed import Part
 from tests import prepared
+from tests.data.streams import small_arrays
 
 
 def parts(reading, batches, decoding=None):
@@ -34,13 +35,13 @@ class SpeedTest(tf.test.TestCase, parameterized.TestCase):
         cls.resized = lars_keras.data.load(
             "imagenet2012", data_dir=folder, image_size=32, resized="crop40_q90", augment="crop_flip"
         )
-        cls.digits = lars_keras.data.load("digits", data_dir=prepared.digits())
+        cls.arrays = small_arrays()
 
     @parameterized.parameters(
         ("images", ["reading", "decoding", "batches"]),
         ("resized", ["reading", "decoding", "batches"]),
         ("stored", ["reading", "batches"]),
-        ("digits", ["batches"]),
+        ("arrays", ["batches"]),
     )
     def test_parts(self, name, expected):
         found = speed.measure(getattr(self, name), batch_size=8, seconds=0.01)
@@ -101,7 +102,7 @@ class SpeedTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("Processor time: reading 5 %, decoding 65 %, batches 30 %.", text)
         self.assertIn("A model that takes 4,000 images/s would wait 75 % of its time.", text)
         self.assertIn("squash256", text)
-        self.assertIn("in their fastest form already", speed.report(self.digits, [Part("batches", 1e6, 0.01)]))
+        self.assertIn("in their fastest form already", speed.report(self.arrays, [Part("batches", 1e6, 0.01)]))
         spread = parts((1667, 0.6), (1000, 1.0), (1111, 0.9))
         self.assertIn("No single part takes most of the time.", speed.report(self.images, spread))
         self.assertIn("The images come fast enough.", speed.report(self.images, measured, 1000))

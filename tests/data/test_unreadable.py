@@ -178,7 +178,7 @@ class UnreadableImagesTest(tf.test.TestCase):
     def test_another_host_makes_the_same_batches(self):
         """Make batches on a TensorFlow server on loopback, in place of the other hosts of a TPU pod."""
         self.rewrite({5: lambda jpeg: b""})
-        command = [sys.executable, "-m", "tests.remote_input", self.root, prepared.digits()]
+        command = [sys.executable, "-m", "tests.remote_input", self.root]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         self.assertEqual((run.returncode, run.stdout.split()[-1:]), (0, ["equal"]), run.stderr)

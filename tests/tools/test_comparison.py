@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import unittest.mock
+from inspect import signature
 
 import pytest
 from absl.testing import absltest, parameterized
@@ -24,6 +25,7 @@ from lars_keras.runtime.errors import Preempted, UsageError
 from lars_keras.runtime.folder_lock import lock_folder
 from lars_keras.training.sizes import epoch_ends
 from tests import prepared
+from tests.cli.runs import few_digits
 from tools.comparison import command, page, search, worker
 from tools.comparison.candidates import Candidate, Job
 from tools.comparison.search import GridCell, ModeTrial, grid
@@ -310,6 +312,18 @@ class StoreTest(absltest.TestCase):
 
 
 class CommandTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        load = command.datasets.load
+
+        def quickly(name, **options):
+            if name != "digits":
+                return load(name, **options)
+            signature(load).bind(name, **options)
+            return few_digits()
+
+        self.enterContext(unittest.mock.patch.object(command.datasets, "load", quickly))
+
     @parameterized.parameters(
         ([], "--recipes is needed"),
         (["--recipes=nothing.flags"], "--recipes: there is no file nothing.flags"),
@@ -345,7 +359,7 @@ class CommandTest(parameterized.TestCase):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT):
             err = io.StringIO()
             with contextlib.redirect_stderr(err):
-                code = command.run(["compare.py", f"--data_dir={prepared.digits()}", f"--out={folder}", *arguments])
+                code = command.run(["compare.py", f"--out={folder}", *arguments])
             self.assertEqual(code, 2)
             self.assertRegex(err.getvalue(), message)
 
@@ -383,7 +397,7 @@ class CommandTest(parameterized.TestCase):
             arguments = ["--recipes=flags/recipes/digits_lenet.flags", "--optimizer=lars", "--jit_compile=recipe"]
             err = io.StringIO()
             with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-                code = command.run(["compare.py", *arguments, f"--out={folder}", f"--data_dir={prepared.digits()}"])
+                code = command.run(["compare.py", *arguments, f"--out={folder}"])
             self.assertEqual(code, 2)
             self.assertIn("--out is in use by", err.getvalue())
             self.assertEqual(sorted(os.listdir(folder)), before)
@@ -391,7 +405,7 @@ class CommandTest(parameterized.TestCase):
     def test_the_plan_counts_the_trials_of_the_mode(self):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.ExitStack() as held:
             argv = ["compare.py", "--recipes=flags/recipes/digits_lenet.flags", "--optimizer=lars", "--seeds=1,2"]
-            argv += ["--batch_sizes=64", "--tuning_runs=0", f"--data_dir={prepared.digits()}", f"--out={folder}"]
+            argv += ["--batch_sizes=64", "--tuning_runs=0", f"--out={folder}"]
             for mode, left in (("fastest", 4), ("off", 2)):
                 own = command.define()
                 own([*argv, f"--jit_compile={mode}"])
@@ -399,6 +413,8 @@ class CommandTest(parameterized.TestCase):
                 self.assertIn(f"0 finished, {left} left", "\n".join(ready.plan))
                 held.close()
 
+
+class ResumedTest(absltest.TestCase):
     @pytest.mark.slow  # four imports of TensorFlow; each part has a test above, the replay in test_search.py
     def test_stopped_and_resumed(self):
         """Two short runs, one before a signal to a process of its own and one after, in this process."""

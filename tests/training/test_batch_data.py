@@ -3,6 +3,7 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import functools
 import threading
 import unittest.mock
 
@@ -125,20 +126,27 @@ class TensorFlowDataTest(parameterized.TestCase, tf.test.TestCase):
 
 
 class GeneratorTest(parameterized.TestCase, tf.test.TestCase):
+    @staticmethod
+    def make():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        model.compile(keras.optimizers.SGD(0.1, weight_decay=0.1), "mse", weighted_metrics=["mae"])
+        return model
+
+    @classmethod
+    @functools.cache
+    def fitted_by_keras(cls):
+        """Return history and weights after an epoch of Keras."""
+        model = cls.make()
+        history = model.fit(X, Y, batch_size=8, shuffle=False, verbose=0).history
+        return history, [np.array(value) for value in model.get_weights()]
+
     @parameterized.parameters((1, 8, None), (3, 4, None), (1, 8, 2), (2, 4, 5), (1, 4, 5, 2))
     def test_it_ends_early(self, steps_per_execution, microbatch_size, steps_per_epoch, devices=1):
         """Five updates are there. The run ends as Keras's would, but at the end of the last whole global batch."""
-
-        def make():
-            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="ones")])
-            model.compile(keras.optimizers.SGD(0.1, weight_decay=0.1), "mse", weighted_metrics=["mae"])
-            return model
-
         options = {"steps_per_execution": steps_per_execution, "microbatch_size": microbatch_size}
         with replicas(devices):
-            model = make()
+            model = self.make()
             trainer, calls = Trainer(model, batch_size=8, **options), []
-        reference = make()
         callback = keras.callbacks.LambdaCallback(on_train_end=lambda logs: calls.append(logs))
         data = (batch for batch in [*batches(7, X[:35].astype("float32"), Y[:35]), (X[35:], Y[35:]), (X[:5], Y[:5])])
         with self.assertLogs(level="WARNING") as logs:
@@ -153,9 +161,9 @@ class GeneratorTest(parameterized.TestCase, tf.test.TestCase):
         self.assertRegex("".join(logs.output), "have ended .* ends with update 5 of")
         updates = int(keras.ops.convert_to_numpy(model.optimizer.iterations))
         self.assertEqual((trainer.position.update, updates, len(calls)), (5, 5, 1))
-        expected = reference.fit(X, Y, batch_size=8, shuffle=False, verbose=0).history
-        for actual, value in zip(model.get_weights(), reference.get_weights(), strict=True):
-            self.assertAllClose(np.array(actual), np.array(value), rtol=1e-5)
+        expected, values = self.fitted_by_keras()
+        for actual, value in zip(model.get_weights(), values, strict=True):
+            self.assertAllClose(np.array(actual), value, rtol=1e-5)
         self.assertLen(history["val_loss"], {None: 1, 2: 3, 5: 2}[steps_per_epoch])
         self.assertLen(history["loss"], {None: 1, 2: 3, 5: 1}[steps_per_epoch])  # none of an epoch without an update
         if steps_per_epoch != 2:

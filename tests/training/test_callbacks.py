@@ -62,20 +62,25 @@ class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(history.history[name], alone.history[name])
 
     def test_they_are_fetched_for_who_reads_them(self):
+        trainer = Trainer(make(), batch_size=16, microbatch_size=8)
+        trainer.evaluate(*SCORED)
         for callback, times in ((keras.callbacks.Callback(), 1), (keras.callbacks.ProgbarLogger(), 1), (Scores(), 5)):
-            trainer = Trainer(make(), batch_size=16, microbatch_size=8)
-            trainer.evaluate(*SCORED)
             with unittest.mock.patch.object(
                 trainer.engine, "_results_fn", side_effect=trainer.engine._results_fn
             ) as fetched:
                 trainer.fit(X, Y, validation_data=SCORED, callbacks=callback, verbose=0)
             self.assertEqual(fetched.call_count - 4 * (keras.backend.backend() == "jax"), times)
 
+    @classmethod
+    @functools.cache
+    def scored(cls):
+        """Return a trainer whose model scores itself, too, both with a program that is compiled."""
+        return Trainer(make(), batch_size=16, microbatch_size=8)
+
     @parameterized.parameters(0, 1, 2, "auto")
     def test_verbose(self, verbose):
-        model, shown = make(), []
-        trainer = Trainer(model, batch_size=16, microbatch_size=8)
-        for evaluate in (trainer.evaluate, functools.partial(model.evaluate, batch_size=8)):
+        trainer, shown = self.scored(), []
+        for evaluate in (trainer.evaluate, functools.partial(trainer.model.evaluate, batch_size=8)):
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
                 evaluate(*SCORED, verbose=verbose)
@@ -148,13 +153,21 @@ class StopTest(parameterized.TestCase, tf.test.TestCase):
         def on_train_end(self, logs=None):
             self.note("end")
 
+    @classmethod
+    @functools.cache
+    def models(cls):
+        """Return a trainer and a model, whose programs serve all parameters."""
+        return Trainer(make(), batch_size=16), make()
+
     @parameterized.parameters("train", "epoch 0", "epoch 1", "batch", "scored", "end of epoch 1")
     def test_stop_training(self, where):
         """Keras takes a batch before it looks."""
-        model, reference = make(), make()
+        trainer, reference = self.models()
+        for model in (trainer.model, reference):
+            model.set_weights([np.ones((4, 1)), np.zeros(1)])
         stop, expected = self.Stop(where), self.Stop(where)
         options = {"epochs": 3, "validation_data": SCORED, "shuffle": False, "verbose": 0}
-        history = Trainer(model, batch_size=16).fit(X, Y, callbacks=stop, **options)
+        history = trainer.fit(X, Y, callbacks=stop, **options)
         of_keras = reference.fit(X, Y, batch_size=16, validation_batch_size=16, callbacks=[expected], **options)
         self.assertEqual(stop.calls, expected.calls)
         self.assertAllClose({name: history.history[name] for name in of_keras.history}, of_keras.history, rtol=1e-5)

@@ -3,6 +3,7 @@
 `tests/jax/test_on_jax.py` runs this file on JAX, too.
 """
 
+import functools
 import math
 import unittest.mock
 
@@ -30,6 +31,12 @@ def make(optimizer="sgd"):
     return model
 
 
+@functools.cache
+def score_of_keras():
+    """Return the loss of `make`."""
+    return make().evaluate(X, Y, verbose=0)
+
+
 def outputs(*names):
     inputs = keras.Input((4,))
     kernels = {"a": "ones", "b": "zeros"}
@@ -55,10 +62,9 @@ class ReadOnceTest(parameterized.TestCase, tf.test.TestCase):
             "function of a generator": lambda c: kept,
         }
         trainer = Trainer(make(), batch_size=8)
-        expected = make().evaluate(X, Y, verbose=0)
         scores = trainer.evaluate(data[form])
         self.assertEqual(scores["n"], 32)
-        self.assertAllClose(scores["loss"], expected, rtol=1e-5)
+        self.assertAllClose(scores["loss"], score_of_keras(), rtol=1e-5)
         again = generator() if form == "generator" else lambda context: iter(batches())
         self.assertEqual(trainer.evaluate(again), scores)
 
@@ -158,7 +164,7 @@ class FrozenTest(tf.test.TestCase):
         model.trainable = False
         model.compile("sgd", "mse")
         trainer = Trainer(model, batch_size=8)
-        self.assertAllClose(trainer.evaluate(X, Y)["loss"], make().evaluate(X, Y, verbose=0), rtol=1e-5)
+        self.assertAllClose(trainer.evaluate(X, Y)["loss"], score_of_keras(), rtol=1e-5)
         with self.assertRaisesRegex(ValueError, "no trainable variables"):
             trainer.fit(X, Y, verbose=0)
 
@@ -181,10 +187,15 @@ class AverageTest(tf.test.TestCase):
     def averaged(self):
         return Trainer(make(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)), batch_size=8)
 
+    @classmethod
+    @functools.cache
+    def reference(cls):
+        return make()
+
     def average(self, trainer):
         """Return the score of the EMA weights, from Keras."""
         weights = trainer.model.optimizer._model_variables_moving_average
-        reference = make()
+        reference = self.reference()
         reference.set_weights([np.array(keras.ops.convert_to_numpy(w)) for w in weights])
         return reference.evaluate(X, Y, verbose=0)
 
@@ -213,7 +224,7 @@ class AverageTest(tf.test.TestCase):
             self.assertAllEqual(before, after)
         self.assertAllClose(trainer.evaluate(X, Y)["loss"], seen[-1][0], rtol=1e-6)
         trainer.model.set_weights(make().get_weights())
-        self.assertAllClose(trainer.evaluate(X, Y)["loss"], make().evaluate(X, Y, verbose=0), rtol=1e-5)
+        self.assertAllClose(trainer.evaluate(X, Y)["loss"], score_of_keras(), rtol=1e-5)
 
     def test_evaluations_leave_the_training(self):
         plain, watched = self.averaged(), self.averaged()

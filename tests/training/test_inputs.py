@@ -1,5 +1,6 @@
 """Batches of any size become the micro-batches of hosts and replicas, from NumPy as from `tf.data`."""
 
+import functools
 import itertools
 import os
 import threading
@@ -10,12 +11,11 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras.data import load
 from lars_keras.training import Trainer, batch_data, inputs, sources
 from lars_keras.training.inputs import InputContext, TensorSpec
 from lars_keras.training.tensorflow import inputs as tensorflow_inputs
-from tests import prepared
 from tests import step_cases as cases
+from tests.data.streams import small_arrays
 
 
 def numbers(n, size):
@@ -243,8 +243,8 @@ class EndTest(tf.test.TestCase):
         """The end of a tuned iterator waits for as long as it was in use."""
         batches = [(np.zeros((4, 2), "float32"), np.zeros(4))] * 3
         arrays = tensorflow_inputs.ghost_batches(batches, InputContext(1, 0, 1), 4, 1, 0, 1)
-        digits = load("digits", data_dir=prepared.digits()).train_batches(4)
-        ghosts = tensorflow_inputs.ghost_batches(lambda *_: digits, InputContext(1, 0, 1), 4, 1, 0, 1)
+        images = small_arrays().train_batches(4)
+        ghosts = tensorflow_inputs.ghost_batches(lambda *_: images, InputContext(1, 0, 1), 4, 1, 0, 1)
         for dataset in (arrays, ghosts):
             self.assertIs(dataset.options().autotune.enabled, False)
 
@@ -267,11 +267,17 @@ class SpecTest(tf.test.TestCase):
 class NumpyTest(parameterized.TestCase, tf.test.TestCase):
     """`Trainer` on TensorFlow takes NumPy batches, too."""
 
+    @classmethod
+    @functools.cache
+    def expected(cls):
+        """Return the weights after the same updates from a `tf.data.Dataset`."""
+        trainer, _ = cases.trained(cases.hidden, cases.OPTIMIZERS["lars"], microbatch_size=16)
+        return trainer.model.get_weights()
+
     @parameterized.parameters("none", "mirrored2")
     def test_same_update_from_numpy(self, strategy):
         x, y = cases.examples()
         batches = [(x[i : i + 50], y[i : i + 50]) for i in range(0, len(x), 50)]
-        expected, _ = cases.trained(cases.hidden, cases.OPTIMIZERS["lars"], microbatch_size=16)
         for data in (batches, lambda context, first_update: itertools.chain.from_iterable(itertools.repeat(batches))):
             keras.utils.set_random_seed(1)
             with cases.strategy(strategy).scope():
@@ -284,7 +290,7 @@ class NumpyTest(parameterized.TestCase, tf.test.TestCase):
             trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16)
             trainer.fit(data, epochs=1, steps_per_epoch=None if data is batches else cases.UPDATES, verbose=0)
             self.assertEqual(trainer.position.update, cases.UPDATES)
-            for actual, value in zip(model.get_weights(), expected.model.get_weights(), strict=True):
+            for actual, value in zip(model.get_weights(), self.expected(), strict=True):
                 self.assertAllClose(actual, value, rtol=1e-5, atol=1e-7)
             for test in (batches, lambda context: iter(batches)):
                 self.assertEqual(trainer.evaluate(test)["n"], len(x))
