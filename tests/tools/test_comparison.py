@@ -368,7 +368,7 @@ class CommandTest(parameterized.TestCase):
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.ExitStack() as held:
             recipe = pathlib.Path(folder, "r.flags")
             recipe.write_text("--model=lenet1989\n--steps=300\n")
-            argv = ["compare.py", f"--recipes={recipe}", f"--data_dir={prepared.digits()}", f"--out={folder}/out"]
+            argv = ["compare.py", f"--recipes={recipe}", f"--out={folder}/out"]
 
             def plan(*flags):
                 own = command.define()
@@ -378,8 +378,8 @@ class CommandTest(parameterized.TestCase):
 
             with self.assertRaisesRegex(UsageError, r"--epochs. Received: --steps=300 --batch_sizes=64,128$"):
                 plan("--batch_sizes=128,64")
-            self.assertIn("lenet1989, 300 updates on 49,152 images", plan("--batch_sizes=64"))
-            self.assertIn("lenet1989, 2 epochs on 49,152 images", plan("--batch_sizes=64,128", "--epochs=2"))
+            self.assertIn("lenet1989, 300 updates on 160 images", plan("--batch_sizes=64"))
+            self.assertIn("lenet1989, 2 epochs on 160 images", plan("--batch_sizes=64,128", "--epochs=2"))
 
     def test_help(self):
         with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 from absl import flags as absl_flags
-from absl import logging
 
 import flags
 from lars_keras import data as datasets
@@ -27,6 +26,7 @@ from lars_keras.versions import versions
 from running import exit_codes
 from running.errors import in_flags, usage_errors
 from running.help_text import entry, flag_entry
+from running.logs import show_warnings
 from running.optimizers import OPTIMIZERS
 from tools.comparison import page
 from tools.comparison.candidates import FIRST_RATES, FIRST_RATES_BATCH, SCALINGS, Candidate
@@ -350,7 +350,7 @@ def run(argv: Sequence[str], usage: str | None = None) -> int:
     Returns:
         The exit code of the process.
     """
-    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets warns of its own deprecations
+    show_warnings()
     with contextlib.ExitStack() as held:
         return _run(argv, usage, held)
 

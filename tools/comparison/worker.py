@@ -21,6 +21,7 @@ import keras
 from flags import RunConfig
 from lars_keras.report.log import read_metrics
 from lars_keras.runtime.errors import Diverged, Preempted
+from running.logs import show_warnings
 from running.resume import config_of_flags, flags_of_run
 from tools.comparison.candidates import beats_chance
 
@@ -120,11 +121,10 @@ def prepare_process(workers: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
     import tensorflow as tf
-    from absl import logging
 
     from lars_keras.data.limits import cores
 
-    logging.set_verbosity(logging.ERROR)
+    show_warnings()
     tf.get_logger().setLevel("ERROR")  # it warns of functions that are traced anew, as each run does
     tf.config.threading.set_intra_op_parallelism_threads(max(cores() // workers, 1))
 
