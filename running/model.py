@@ -8,6 +8,7 @@ import keras
 
 import models
 from flags.config import RunConfig
+from lars_keras._keras_internals import layers_of
 from lars_keras.data import ImageData
 from lars_keras.metrics import MaskedExamples
 from lars_keras.reference import Reference
@@ -59,7 +60,7 @@ def _own_model(name: str, data: ImageData) -> keras.Model:
     except Exception as e:  # whatever a layer raises that has no config
         reason = " ".join(str(e).strip().partition("\n\n")[0].split())
         raise ValueError(f"`model` cannot be saved: {reason} Received: model={name}") from e
-    layers = [layer for layer in model._flatten_layers() if layer.weights]
+    layers = [layer for layer in layers_of(model) if layer.weights]
     if again := [layer.name for layer in layers if layer in _layers_of_own_models]:
         raise ValueError(
             "`model` must make new layers at each call, or two runs of one process would share their weights. "
