@@ -50,8 +50,12 @@ ON_TENSORFLOW_ONLY = (
 
 class OnJaxTest(unittest.TestCase):
     def test_on_jax(self):
-        deselected = [word for test in ON_TENSORFLOW_ONLY for word in ("--deselect", test)]
-        self.run_with_results(test_engine.QUICK, *deselected, *FILES)
+        """Most of the time is LLVM's, which optimizes programs that run for milliseconds. What JAX and XLA do stays."""
+        self.check_on_jax(JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+
+    @pytest.mark.slow
+    def test_on_jax_with_all_optimizations(self):
+        self.check_on_jax()
 
     @pytest.mark.slow
     def test_the_rest_of_the_tables(self):
@@ -62,12 +66,16 @@ class OnJaxTest(unittest.TestCase):
     def test_keras_tests_of_optimizers(self):
         run_on("jax", self, "tests/optimizers/test_as_keras.py")
 
-    def run_with_results(self, names, *arguments):
+    def check_on_jax(self, **environment):
+        deselected = [word for test in ON_TENSORFLOW_ONLY for word in ("--deselect", test)]
+        self.run_with_results(test_engine.QUICK, *deselected, *FILES, **environment)
+
+    def run_with_results(self, names, *arguments, **environment):
         """Run pytest on JAX, with the TensorFlow engine's results of `test_engine.CASES` in a file."""
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "tensorflow.pickle"
             path.write_bytes(pickle.dumps(test_engine.tensorflow_results(names)))
-            environment = {test_engine.FROM_TENSORFLOW: os.fspath(path), "XLA_FLAGS": EIGHT_DEVICES}
+            environment |= {test_engine.FROM_TENSORFLOW: os.fspath(path), "XLA_FLAGS": EIGHT_DEVICES}
             run_on("jax", self, *arguments, **environment)
 
 
