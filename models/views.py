@@ -48,7 +48,7 @@ def with_views(model: keras.Model, count: int) -> keras.Model:
     """
     if count not in VIEWS:
         raise ValueError(f"`count` must be one of {VIEWS}. Received: count={count}")
-    images = keras.Input(model.input_shape[1:], dtype=model.input.dtype, name="images")
+    images = keras.Input(model.input_shape[1:], dtype=model.inputs[0].dtype, name="images")
     shifts = {0: 0.5, 1: 0.25, -1: 0.25} if count == 6 else {0: 1.0}
     flips = (False,) if count == 1 else (False, True)
     weighted: list[Any] = []

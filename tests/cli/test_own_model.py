@@ -6,9 +6,11 @@ import sys
 import tempfile
 import unittest.mock
 
+import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+import models
 from flags.config import RunConfig
 from running.model import make_model
 from tests import prepared
@@ -47,6 +49,10 @@ def with_shared_layer(image_shape, num_classes):
     model = build(image_shape, num_classes)
     inner = keras.Sequential([keras.Input((num_classes,)), shared])
     return keras.Model(model.input, inner(scale(model.output)))
+
+
+def sequential(image_shape, num_classes):
+    return keras.Sequential([keras.Input(image_shape, dtype="uint8"), keras.layers.Flatten(), keras.layers.Dense(10)])
 
 
 class Secret(keras.layers.Layer):
@@ -121,6 +127,12 @@ class OwnModelTest(parameterized.TestCase, tf.test.TestCase):
         self.assertRegex(err.strip(), message)
         self.assertFalse((self.dir / "run").exists())
 
+    def test_a_sequential_model_is_scored_on_views(self):
+        model = make_model(RunConfig(model="own_model:sequential"), prepared.digits_data())
+        images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), "uint8")
+        expected = (model(images) + model(images[:, :, ::-1])) / 2
+        self.assertAllClose(models.with_views(model, 2)(images), expected)
+
     def test_layers_that_another_run_has_trained_are_refused(self):
         """They are made at the top of the module, so each run of one process would begin where the last one ended."""
         config, data = RunConfig(model="own_model:with_shared_layer"), prepared.digits_data()
@@ -129,8 +141,7 @@ class OwnModelTest(parameterized.TestCase, tf.test.TestCase):
             make_model(config, data)
         del trained
         config = RunConfig(model="own_model:build")
-        models = [make_model(config, data) for _ in range(2)]
-        self.assertLen(models, 2)
+        self.assertLen([make_model(config, data) for _ in range(2)], 2)
 
     def test_a_mistake_in_it_keeps_its_traceback(self):
         with self.assertRaisesRegex(RuntimeError, "--model=own_model:fails failed") as raised:
