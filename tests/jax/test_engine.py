@@ -121,8 +121,9 @@ def trained(
 
 
 def difference(actual, expected):
-    """Return the largest relative L2 difference of two lists of arrays."""
+    """Return the largest relative L2 difference of two lists of arrays. No value may be a NaN, which has none."""
     pairs = [(np.float64(a), np.float64(e)) for a, e in zip(actual, expected, strict=True)]
+    assert all(np.isfinite(values).all() for pair in pairs for values in pair)
     return max(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30) for a, e in pairs)
 
 

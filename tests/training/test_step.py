@@ -27,8 +27,9 @@ BFLOAT16 = 2**-5  # eight roundings to 8 bits; the sums over a batch cancel
 
 
 def difference(actual, expected):
-    """Return the largest relative L2 difference of a variable, and its path."""
+    """Return the largest relative L2 difference of a variable, and its path. No value may be a NaN, which has none."""
     assert actual.keys() == expected.keys()
+    assert all(np.isfinite(np.float64(v)).all() for values in (actual, expected) for v in values.values())
     return max(
         (np.linalg.norm(np.float64(actual[path] - expected[path])) / max(np.linalg.norm(np.float64(v)), 1e-30), path)
         for path, v in expected.items()
