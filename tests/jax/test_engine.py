@@ -197,9 +197,10 @@ class EngineTest(parameterized.TestCase):
     def test_data_wait_is_the_time_that_devices_stand_idle(self):
         model = cases.hidden()
         model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
-        waits, elapsed = cases.waits_for_slow_batches(model)
+        waits, after_pauses, elapsed = cases.waits_for_slow_batches(model)
         self.assertBetween(sum(waits), 0.6, elapsed)
-        self.assertLess(min(waits), 0.2)
+        # The least: on a busy machine some of them wait for a processor.
+        self.assertLess(min(after_pauses), 0.15)  # half of what one that counts the time between updates would say
 
     def test_shards_change_nothing(self):
         self.check_shards("lars", None)

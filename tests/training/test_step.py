@@ -234,9 +234,10 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         with cases.strategy(strategy).scope():
             model = cases.hidden()
             model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
-        waits, elapsed = cases.waits_for_slow_batches(model)
+        waits, after_pauses, elapsed = cases.waits_for_slow_batches(model)
         self.assertBetween(sum(waits), 0.6, elapsed)
-        self.assertLess(min(waits), 0.2)  # the least: on a busy machine some of them wait for a processor
+        # The least: on a busy machine some of them wait for a processor.
+        self.assertLess(min(after_pauses), 0.15)  # half of what one that counts the time between updates would say
 
     def test_subclassed_model_built_by_the_trainer(self):
         class Subclassed(keras.Model):
