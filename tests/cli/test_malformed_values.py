@@ -25,7 +25,7 @@ from lars_keras.training.sizes import epoch_ends, split_batch
 NO_NUMBERS = (None, "1", "", [1], {}, float("nan"), float("inf"), -1, True, 1j, np.array([1, 2]), np.nan, object())
 NO_COUNTS = (*NO_NUMBERS, 1.5, np.float32(2))
 
-# A call with each value of a table in the place of one argument; the message names the argument.
+# A call with each value of a table in the place of one argument; the message names the argument, or begins with it.
 WITH = {
     "peak": (lambda v: WarmupCosine(v, 1, 10), NO_NUMBERS),
     "start": (lambda v: WarmupCosine(1.0, 1, 10, start=v), NO_NUMBERS),
@@ -35,7 +35,7 @@ WITH = {
     "total_updates": (lambda v: WarmupExponential(1.0, 1, v, end=0.1), NO_COUNTS),
     "boundaries": (lambda v: WarmupStep(1.0, 0, v), (None, 3, "3", [1.5], [3, 2], [2, 2], [-1], ["a"], {"a": 1})),
     "factor": (lambda v: WarmupStep(1.0, 0, [3], v), (*NO_NUMBERS, 0.0, 2.0)),
-    "duration": (
+    "A duration": (  # is an argument of flags, too, of other names
         lambda v: duration_in_updates(v, batch_size=8, num_examples=80),
         ("", "five", "-1 epochs", "1 hour", "1.5 steps", "nan", "inf epochs", "1e400", "1 2", "--", None, []),
     ),
@@ -61,7 +61,7 @@ WITH = {
         ("gs://b/r", "s3://b/r", "hdfs://h/r", "file:///r", "gs:/b/r", "https://h/r", "~nobody-of-this-name/r"),
     ),
     "directory": (lambda v: CheckpointManager(v), ("gs://b/r", "s3://b", "~nobody-of-this-name")),
-    "batch": (lambda v: check_ghost_batches(v, v), (1, 8)),
+    "`microbatch_size`": (lambda v: check_ghost_batches(v, v), (1, 8)),
 }
 
 
@@ -73,7 +73,9 @@ class TablesTest(tf.test.TestCase):
                 with self.subTest(f"{name}={value!r}"):
                     with self.assertRaises(ValueError) as raised:
                         call(value)
-                    self.assertRegex(str(raised.exception), rf"{name}|[Rr]eceived")
+                    argument = name.strip("`")
+                    named = f"^{name}" if " " in name else rf"`{argument}`|\b{argument}="
+                    self.assertRegex(str(raised.exception), named)
                 count += 1
         self.assertGreater(count, 320)
 

@@ -1,6 +1,7 @@
 """Images stored at one size: against Pillow, as batches, and after a kill."""
 
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -114,9 +115,18 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             for found, example in zip(self.pixels(form, self.load(form), "_train"), read, strict=True):
                 self.assertAllEqual(found, example["image"])
 
+    @classmethod
+    @functools.cache
+    def whole(cls):
+        """Return a folder with images in shards of 16, written by one call."""
+        folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        with unittest.mock.patch.object(store, "_SHARD", 16):
+            prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", folder)
+        return folder
+
     def test_a_call_that_was_killed_goes_on(self):
         """The bytes are those of a call that was not; what is complete is not written again."""
-        whole, killed = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
+        killed = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         write = store._write_shard
         written = []
 
@@ -128,7 +138,6 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             return write(path, rows, done)
 
         with unittest.mock.patch.object(store, "_SHARD", 16):
-            prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", whole)
             with unittest.mock.patch.object(store, "_write_shard", die), self.assertRaises(KeyboardInterrupt):
                 prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", killed)
             with self.assertRaisesRegex(FileNotFoundError, "imagenet2012_crop24 is not in .*-r crop24"):
@@ -137,7 +146,7 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
             prepare.prepare_resized("imagenet2012", prepared.imagenet(), "crop24", killed)
         self.assertLen(first, 1)
         self.assertEqual(first, {path: path.stat().st_mtime_ns for path in written})
-        self.assertEqual(contents(killed), contents(whole))
+        self.assertEqual(contents(killed), contents(self.whole()))
 
     @pytest.mark.slow
     def test_processes_killed_at_random_moments(self):
@@ -171,10 +180,9 @@ class StoredTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(contents(killed), contents(whole))
 
     def test_a_full_disk_is_one_line_and_the_same_call_goes_on(self):
-        whole, full = (pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) for _ in range(2))
-        arguments = ["-n", "imagenet2012", "-d", str(prepared.imagenet()), "-r", "crop24_png", "-o"]
+        whole, full = self.whole(), pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        arguments = ["-n", "imagenet2012", "-d", str(prepared.imagenet()), "-r", "crop24", "-o"]
         with unittest.mock.patch.object(store, "_SHARD", 16):
-            self.assertEqual(prepare.main([*arguments, str(whole)]), 0)
             smallest, *_, largest = sorted(p.stat().st_size for p in whole.rglob("*tfrecord*"))
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             with contextlib.redirect_stderr(io.StringIO()) as errors:

@@ -121,8 +121,9 @@ def trained(
 
 
 def difference(actual, expected):
-    """Return the largest relative L2 difference of two lists of arrays."""
+    """Return the largest relative L2 difference of two lists of arrays. No value may be a NaN, which has none."""
     pairs = [(np.float64(a), np.float64(e)) for a, e in zip(actual, expected, strict=True)]
+    assert all(np.isfinite(values).all() for pair in pairs for values in pair)
     return max(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30) for a, e in pairs)
 
 
@@ -196,9 +197,10 @@ class EngineTest(parameterized.TestCase):
     def test_data_wait_is_the_time_that_devices_stand_idle(self):
         model = cases.hidden()
         model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
-        waits, elapsed = cases.waits_for_slow_batches(model)
+        waits, after_pauses, elapsed = cases.waits_for_slow_batches(model)
         self.assertBetween(sum(waits), 0.6, elapsed)
-        self.assertLess(min(waits), 0.2)
+        # The least: on a busy machine some of them wait for a processor.
+        self.assertLess(min(after_pauses), 0.15)  # half of what one that counts the time between updates would say
 
     def test_shards_change_nothing(self):
         self.check_shards("lars", None)

@@ -85,7 +85,8 @@ def fitted(distribution, optimizer, feature=None):
 
 
 def largest_difference(a, b):
-    """Return the largest difference of two lists of weights, relative to the largest weight of each."""
+    """Return the largest difference of two lists of weights, relative to the largest weight of each; all are finite."""
+    assert all(np.isfinite(weight).all() for weight in (*a[1], *b[1]))
     return max(np.abs(x - y).max() / np.abs(y).max() for x, y in zip(a[1], b[1], strict=True))
 
 

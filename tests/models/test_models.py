@@ -1,9 +1,11 @@
 """Models: sizes, initial values, numerics, precision, storage and errors."""
 
+import functools
 import os
 import subprocess
 import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
 
 import keras
@@ -18,6 +20,7 @@ from models.lrn import LocalResponseNormalization
 
 SMALL = ("alexnet_small", "alexnet_small_lrn")
 TRAINABLE = ("alexnet_small", "alexnet_small_lrn", "resnet18")
+PADDED = (*SMALL, "lenet1989", "resnet18", "resnet50")  # build at any size, so the smallest one is a choice
 ROOT = Path(__file__).parents[2]
 
 
@@ -96,10 +99,18 @@ class RegistryTest(ModelTestCase):
             models.default_image_size("vgg")
 
     @parameterized.parameters(*models.names())
-    def test_min_size_is_the_smallest_that_builds(self, name):
-        smallest = models._SPECS[name].min_size
-        with self.assertRaisesRegex(ValueError, "too small"):
-            models.get(name, num_classes=2, input_shape=(smallest - 1, smallest, 3))
+    def test_min_size(self, name):
+        """Build at it; one pixel less is refused, and does not build where convolutions are not padded."""
+        spec = models._SPECS[name]
+        for shape in ((spec.min_size, spec.min_size - 1, 3), (spec.min_size - 1, spec.min_size, 3)):
+            with self.assertRaisesRegex(ValueError, "too small"):
+                models.get(name, num_classes=2, input_shape=shape)
+        models.get(name, num_classes=2, input_shape=(spec.min_size, spec.min_size, 3))
+        unchecked = unittest.mock.patch.dict(models._SPECS, {name: spec._replace(min_size=1)})
+        for shape in ((spec.min_size, spec.min_size - 1, 3), (spec.min_size - 1, spec.min_size, 3)):
+            if name not in PADDED:
+                with unchecked, self.assertRaises(ValueError):
+                    models.get(name, num_classes=2, input_shape=shape)
 
 
 class SizeTest(ModelTestCase):
@@ -194,9 +205,14 @@ class BehaviorTest(ModelTestCase):
             self.assertEqual(bool(flags), name != "alexnet_small_lrn")
             self.assertEqual(set(flags), {sync} if flags else set())
 
+    @staticmethod
+    @functools.cache
+    def full_precision(name):
+        return models.get(name, num_classes=4, input_shape=(16, 16, 1), seed=0)
+
     @parameterized.product(name=TRAINABLE, policy=("mixed_bfloat16", "mixed_float16"))
     def test_half_precision_gives_float32_logits(self, name, policy):
-        full = models.get(name, num_classes=4, input_shape=(16, 16, 1), seed=0)
+        full = self.full_precision(name)
         keras.config.set_dtype_policy(policy)
         half = models.get(name, num_classes=4, input_shape=(16, 16, 1), seed=0)
         x = images((16, 16, 1))

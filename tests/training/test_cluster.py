@@ -27,7 +27,7 @@ from running import exit_codes
 from tests import prepared, workers
 from tests import step_cases as cases
 
-IMAGE_SIZES = {"alexnet": 227, "alexnet_bn": 227, "resnet50": 64}
+IMAGE_SIZES = {"alexnet": 67, "alexnet_bn": 67, "resnet50": 64}
 
 
 class ClusterTest(parameterized.TestCase, tf.test.TestCase):

@@ -102,16 +102,6 @@ class NoiseScaleTest(tf.test.TestCase, parameterized.TestCase):
         for found, expected in zip(measured(strategy=strategy, **options), measured_by_numpy(), strict=True):
             self.assertAllClose(found, expected, rtol=1e-5)
 
-    def test_estimate(self):
-        """The estimate from the engine is that from NumPy, per variable and in all."""
-        both = []
-        for ghost, mean in (measured(), measured_by_numpy()):
-            estimator = NoiseScaleEstimator(GHOST, cases.BATCH)
-            for update in zip(ghost, mean, strict=True):
-                estimator.add(*update)
-            both.append([estimator.total().noise, *(v.noise for v in estimator.by_variable())])
-        self.assertAllClose(*both, rtol=1e-5)
-
     def test_against_the_gradient_of_every_example(self):
         """512 digits, a network with a hidden layer: the intervals hold the noise and noise scale of all of them."""
         x, y = digits()

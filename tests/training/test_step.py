@@ -11,13 +11,14 @@ import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
-from lars_keras import LARS
+from lars_keras import LARS, SGD
 from lars_keras.training import Trainer, forward, split_batch
 from lars_keras.training.given_data import GivenData
 from lars_keras.training.tensorflow.inputs import ghost_batches
 from tests import step_cases as cases
 from tests import workers
 
+MOMENTUM = cases.OPTIMIZERS["momentum"]  # for what is true of the step, whatever the optimizer: the shorter program
 STRATEGIES = ("none", "one", "mirrored2", "mirrored8")
 FLOAT32 = 1e-6
 SYNC_BATCH_NORM = 1e-5
@@ -26,8 +27,9 @@ BFLOAT16 = 2**-5  # eight roundings to 8 bits; the sums over a batch cancel
 
 
 def difference(actual, expected):
-    """Return the largest relative L2 difference of a variable, and its path."""
+    """Return the largest relative L2 difference of a variable, and its path. No value may be a NaN, which has none."""
     assert actual.keys() == expected.keys()
+    assert all(np.isfinite(np.float64(v)).all() for values in (actual, expected) for v in values.values())
     return max(
         (np.linalg.norm(np.float64(actual[path] - expected[path])) / max(np.linalg.norm(np.float64(v)), 1e-30), path)
         for path, v in expected.items()
@@ -134,8 +136,8 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
     def check_synchronized_batch_norm(self, strategy):
         """Check that the statistics of a micro-batch over all replicas are those of the global batch."""
         make_model = cases.batch_norm(synchronized=True)
-        trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy)
-        expected, _ = self.reference(BATCH_NORM)
+        trainer, _ = cases.trained(make_model, MOMENTUM, strategy)
+        expected, _ = self.reference(BATCH_NORM, "momentum")
         self.assertLess(difference(cases.state(trainer), expected), (SYNC_BATCH_NORM,))
 
     @parameterized.parameters(BATCH_NORM, cases.dropout)
@@ -149,10 +151,10 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
 
     def check_ghost_batches(self, make_model, strategy):
         """Check that an update depends on the ghost batches, not on whether they lie in time or on replicas."""
-        trainer, _ = cases.trained(make_model, cases.OPTIMIZERS["lars"], strategy, microbatch_size=8)
-        expected, _ = self.reference(make_model, microbatch_size=8)
+        trainer, _ = cases.trained(make_model, MOMENTUM, strategy, microbatch_size=8)
+        expected, _ = self.reference(make_model, "momentum", microbatch_size=8)
         self.assertLess(difference(cases.state(trainer), expected), (SYNC_BATCH_NORM,))
-        one_ghost_batch, _ = self.reference(make_model)
+        one_ghost_batch, _ = self.reference(make_model, "momentum")
         self.assertGreater(difference(cases.state(trainer), one_ghost_batch), (1e-3,))
 
     def test_moving_statistics_move_once_per_update(self):
@@ -182,13 +184,13 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
     def test_steps_per_execution(self, strategy, steps_per_execution):
         trainer, history = cases.trained(
             cases.hidden,
-            cases.OPTIMIZERS["lars"],
+            MOMENTUM,
             strategy,
             microbatch_size=16,
             steps_per_execution=steps_per_execution,
         )
         self.assertEqual(trainer.model.optimizer.iterations.numpy(), cases.UPDATES)
-        expected, expected_history = self.reference(cases.hidden, "lars", "float32")
+        expected, expected_history = self.reference(cases.hidden, "momentum")
         self.assertLess(difference(cases.state(trainer), expected), (FLOAT32,))
         self.assertAllClose(history["loss"], expected_history["loss"], rtol=1e-6)
 
@@ -214,7 +216,7 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         """The loss of the same batch, 150 times; other threads run in between. Sums in variables lost some of it."""
         with cases.strategy("mirrored2").scope():
             model = cases.batch_norm()()
-            model.compile(LARS(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
+            model.compile(SGD(0.0), keras.losses.CategoricalCrossentropy(from_logits=True))
         trainer = Trainer(model, batch_size=cases.BATCH, microbatch_size=16, variable_norms=True)
         losses = []
 
@@ -232,9 +234,10 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
         with cases.strategy(strategy).scope():
             model = cases.hidden()
             model.compile(LARS(0.1), keras.losses.CategoricalCrossentropy(from_logits=True))
-        waits, elapsed = cases.waits_for_slow_batches(model)
+        waits, after_pauses, elapsed = cases.waits_for_slow_batches(model)
         self.assertBetween(sum(waits), 0.6, elapsed)
-        self.assertLess(min(waits), 0.2)  # the least: on a busy machine some of them wait for a processor
+        # The least: on a busy machine some of them wait for a processor.
+        self.assertLess(min(after_pauses), 0.15)  # half of what one that counts the time between updates would say
 
     def test_subclassed_model_built_by_the_trainer(self):
         class Subclassed(keras.Model):
@@ -246,8 +249,8 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
             def call(self, x):
                 return self.last(self.first(x))
 
-        trainer, _ = cases.trained(Subclassed, cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=16)
-        expected, _ = self.reference(cases.hidden, "lars", "float32")
+        trainer, _ = cases.trained(Subclassed, MOMENTUM, "mirrored2", microbatch_size=16)
+        expected, _ = self.reference(cases.hidden, "momentum")
         values = list(cases.state(trainer).values())
         self.assertLess(difference(dict(zip(expected, values, strict=True)), expected), (FLOAT32,))
 
@@ -257,8 +260,8 @@ class StepTest(parameterized.TestCase, tf.test.TestCase):
                 [keras.Input((cases.FEATURES,)), keras.layers.Dense(cases.CLASSES, kernel_regularizer="l2")]
             )
 
-        trainer, history = cases.trained(make_model, cases.OPTIMIZERS["lars"], "mirrored2", microbatch_size=8)
-        expected, expected_history = cases.trained(make_model, cases.OPTIMIZERS["lars"])
+        trainer, history = cases.trained(make_model, MOMENTUM, "mirrored2", microbatch_size=8)
+        expected, expected_history = cases.trained(make_model, MOMENTUM)
         self.assertLess(difference(cases.state(trainer), cases.state(expected)), (FLOAT32,))
         self.assertAllClose(history["loss"], expected_history["loss"], rtol=1e-6)
 

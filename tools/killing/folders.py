@@ -39,7 +39,10 @@ def outcome(run_dir: Path) -> tuple[Arrays, Log]:
 
 
 def difference(a: tuple[Arrays, Log], b: tuple[Arrays, Log]) -> float:
-    """Return the largest relative difference of two outcomes: 0 only if they are the same bit for bit."""
+    """Return the largest relative difference of two outcomes: 0 only if all numbers are the same.
+
+    A NaN is the same as a NaN. The difference is infinite where only one of two is a number, or is finite.
+    """
     arrays, log = a
     other_arrays, other_log = b
     if list(arrays) != list(other_arrays) or len(log) != len(other_log):
@@ -50,13 +53,24 @@ def difference(a: tuple[Arrays, Log], b: tuple[Arrays, Log]) -> float:
     for e, f in zip(log, other_log, strict=True):
         if list(e) != list(f) or e["event"] != f["event"]:
             return float("inf")
-        pairs += [(np.float64(e[k]), np.float64(f[k])) for k in e if isinstance(e[k], (int, float))]
-    worst = 0.0
-    for x, y in pairs:
-        if not np.array_equal(x, y):
-            x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
-            worst = max(worst, float(np.linalg.norm(x - y) / max(float(np.linalg.norm(y)), 1e-30)))
-    return worst
+        for x, y in ((e[k], f[k]) for k in e):
+            if isinstance(x, (int, float)) and isinstance(y, (int, float)):
+                pairs.append((np.float64(x), np.float64(y)))
+            elif x != y:  # as null, which stands for a number that is not finite
+                return float("inf")
+    return max((_relative(x, y) for x, y in pairs), default=0.0)
+
+
+def _relative(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the relative difference of two arrays, infinite if it is no finite number."""
+    if np.array_equal(x, y, equal_nan=x.dtype.kind == y.dtype.kind == "f"):
+        return 0.0
+    if x.shape != y.shape:
+        return float("inf")
+    x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = float(np.linalg.norm(x - y) / max(float(np.linalg.norm(y)), 1e-30))
+    return found if np.isfinite(found) else float("inf")
 
 
 def examine(run_dir: Path, before: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +95,8 @@ def examine(run_dir: Path, before: dict[str, Any]) -> dict[str, Any]:
             raise RuntimeError(f"{run_dir / name} is torn")
     if (run_dir / "model.keras").exists():
         with zipfile.ZipFile(run_dir / "model.keras") as archive:
-            archive.testzip()
+            if (bad := archive.testzip()) is not None:
+                raise RuntimeError(f"{run_dir / 'model.keras'} is torn: {bad}")
     updates = [e["update"] for e in _events(run_dir) if e["event"] == "update"]
     if updates != list(range(1, len(updates) + 1)):
         raise RuntimeError(f"The log has the updates {updates}")
