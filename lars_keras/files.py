@@ -53,7 +53,7 @@ def atomic_write_text(path: Path, text: str) -> None:
         text: its contents, written as UTF-8.
 
     Raises:
-        OSError: if the file cannot be written. The old one is unchanged.
+        OSError: if the file cannot be written. The old one or the new one is there, whole.
     """
     with atomic_path(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
@@ -87,7 +87,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
         yield temporary
         sync(temporary)
         os.replace(temporary, text)
-        sync(folder)  # the new name must be on the disk, too
+        with contextlib.suppress(PermissionError):  # a folder that one may write and not list
+            sync(folder)  # the new name must be on the disk, too
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

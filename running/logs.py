@@ -11,7 +11,15 @@ _LEFT_OUT = {"tensorflow_datasets", "averages.py"}
 
 
 def show_warnings() -> None:
-    """Show warnings and errors, except warnings that say nothing to the user of a program."""
+    """Show warnings and errors, except warnings that say nothing to the user of a program.
+
+    They go to what is the standard error at that moment: a process of a comparison has one for each run.
+    """
+    if not python_logging.getLogger().handlers:
+        handler = python_logging.lastResort
+        assert handler
+        handler.setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
+        python_logging.getLogger().addHandler(handler)
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(_is_shown)
 

@@ -52,7 +52,8 @@ class CheckpointManager:
     Args:
         directory: folder of the checkpoints, created with the first one.
         max_to_keep: number of newest checkpoints to keep.
-        keep_every_n_hours: also keep one older checkpoint per this many hours. None keeps no older one.
+        keep_every_n_hours: also keep one older checkpoint per this many hours. None keeps no older one. Otherwise those
+            that are older when this process begins stay.
 
     Raises:
         ValueError: if `max_to_keep` is below 1, or `directory` is an address (`gs://...`) and not a local folder.
@@ -170,7 +171,8 @@ class CheckpointManager:
         older = self._paths()[self._max_to_keep :]
         hours = self._keep_every_n_hours
         if hours is not None and older:
-            # Only the newest of them is new here. The others were kept before, and a copy of the folder changes times.
+            # The others stay: they were kept before, and the copy of a folder has other times. So a `max_to_keep` that
+            # is lowered later removes none of those.
             leaves, *kept = older
             apart = abs(leaves.stat().st_mtime - kept[0].stat().st_mtime) if kept else math.inf
             older = [] if apart >= hours * 3600 else [leaves]

@@ -18,7 +18,9 @@ _ALWAYS = (signal.SIGTERM, signal.SIGINT)  # a shell lets its background jobs ig
 _REPEAT_SECONDS = 1.0  # a signal that follows sooner is the same one
 SIGNALS = (*_ALWAYS, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
+_END = b"\0"  # no signal has this number
 _entered: list["StopOnSignal"] = []  # the innermost last
+_forking = threading.local()
 
 
 class StopOnSignal(keras.callbacks.Callback):
@@ -69,8 +71,12 @@ class StopOnSignal(keras.callbacks.Callback):
         _entered.remove(self)
         signal.set_wakeup_fd(self._wakeup)
         self._restore_handlers()
-        os.close(self._write)  # ends the thread
+        os.write(self._write, _END)  # closing it would not do: a process that was forked may hold it, too
         self._thread.join()
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        os.close(self._write)
         os.close(self._read)
 
     def _restore_handlers(self) -> None:
@@ -78,7 +84,7 @@ class StopOnSignal(keras.callbacks.Callback):
             signal.signal(number, handler)
 
     def _listen(self) -> None:
-        while number := os.read(self._read, 1):
+        while (number := os.read(self._read, 1)) != _END:
             if number[0] not in self._handlers:
                 continue
             if not self._received.is_set():
@@ -113,15 +119,28 @@ class StopOnSignal(keras.callbacks.Callback):
             raise Preempted(f"stopped {when}")
 
 
+def _before_fork() -> None:
+    """Hold signals back in this thread, so that none reaches the child before it has its handlers back."""
+    numbers = {number for stop in _entered for number in stop._handlers}
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _leave_in_child() -> None:
     """Give a forked process its signals back. It would ignore SIGTERM, and write to the pipe of its parent."""
     if _entered:
         signal.set_wakeup_fd(-1)
     while _entered:
-        _entered.pop()._restore_handlers()
+        stop = _entered.pop()
+        stop._restore_handlers()
+        stop._close_pipe()
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_leave_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_in_child)
 
 
 def _say(line: str) -> None:

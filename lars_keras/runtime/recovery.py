@@ -66,8 +66,8 @@ class CheckpointCallback(keras.callbacks.Callback):
         reached = f"{position.update}/{position.batches_consumed}"
         if not self.trainer.cluster.same_on_all_hosts(zlib.crc32(reached.encode()) >> 1):
             raise UsageError(
-                "The hosts begin at different updates. Restore them from one checkpoint, in a directory that all hosts "
-                f"share. This host is at update {position.update}."
+                "The hosts begin at different updates or batches. Restore them from one checkpoint, in a folder that "
+                f"all share. This host is at update {position.update}, batch {position.batches_consumed}."
             )
         # A run that begins anew has nothing to do with any checkpoint, not even with one of update 0.
         self._refuse_newer(position.update if position.update or self.trainer.resumed else -1)

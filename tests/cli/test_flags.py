@@ -251,6 +251,18 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
             with self.assertRaises(UsageError), usage_errors():
                 raise ValueError("`seed` must be at least 0")
 
+    def test_a_missing_device_is_a_usage_error(self):
+        """JAX fails again when it is asked for its processes. For most errors it is not asked: that takes devices."""
+        with (
+            mock.patch("keras.backend.backend", return_value="jax"),
+            mock.patch.dict(os.environ, {"TF_CONFIG": ""}),
+            mock.patch("jax.process_count", side_effect=RuntimeError("Unable to initialize backend")) as asked,
+        ):
+            for message, times in (("`seed` must be at least 0", 0), ("no device: UNAVAILABLE", 1)):
+                with self.assertRaises(UsageError), usage_errors():
+                    raise ValueError(message)
+                self.assertEqual(asked.call_count, times)
+
 
 class StartTest(parameterized.TestCase):
     @parameterized.parameters(

@@ -5,6 +5,7 @@ import logging as python_logging
 import pathlib
 import tempfile
 import unittest
+from contextlib import redirect_stderr
 from io import StringIO
 from unittest import mock
 
@@ -37,6 +38,20 @@ class WarningsTest(unittest.TestCase):
         self.assertEqual(command_line.run(main, ["train.py"], None), 0)
         locks = f"The file system of {folder} has no locks. Let one process at a time write to it."
         self.assertEqual(shown.getvalue().splitlines(), ["failed", locks])
+
+    def test_each_run_of_a_process_has_them_in_its_log(self):
+        """A handler that absl makes by itself stays with the first log, which is closed by then."""
+        self.addCleanup(logging.set_verbosity, logging.get_verbosity())
+        root = python_logging.getLogger()
+        self.enterContext(mock.patch.object(root, "handlers", []))
+        self.enterContext(mock.patch.object(python_logging.lastResort, "formatter", None))
+        self.addCleanup(logging.get_absl_logger().removeFilter, logs._is_shown)
+        logs.show_warnings()
+        for number in (1, 2):
+            with StringIO() as log:
+                with redirect_stderr(log):
+                    logging.warning("of run %d", number)
+                self.assertEqual(log.getvalue(), f"WARNING: of run {number}\n")
 
 
 if __name__ == "__main__":

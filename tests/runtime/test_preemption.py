@@ -37,6 +37,10 @@ with StopOnSignal() as outer, StopOnSignal() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
     print(stop.vote(1, {}), flush=True)
+    lives = fork.Process(target=time.sleep, args=(60,))
+    lives.start()
+print(lives.is_alive(), flush=True)  # leaving the block does not wait for it
+lives.terminate()
 """
 
 
@@ -51,7 +55,7 @@ class ForkTest(unittest.TestCase):
             text=True,
             timeout=60,
         )
-        self.assertEqual(done.stdout.splitlines(), ["[-15, 77, 5] False False", "True"], done.stderr[-2000:])
+        self.assertEqual(done.stdout.splitlines(), ["[-15, 77, 5] False False", "True", "True"], done.stderr[-2000:])
 
 
 if __name__ == "__main__":

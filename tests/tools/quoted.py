@@ -118,9 +118,9 @@ def lost(optimizer: str) -> str:
     return f"{float(mean('digits', optimizer, 64)) - float(mean('digits', optimizer, 1024)):.2f}"
 
 
-def at_edge(comparison: str) -> str:
+def at_edge(*comparisons: str) -> str:
     """Return the number of cells whose chosen rate is the lowest or highest that was tried, as in `5 of the 15`."""
-    rows = results.read(f"compare_{comparison}")["table"]
+    rows = [row for name in comparisons for row in results.read(f"compare_{name}")["table"]]
     return f"{sum(row['at_edge'] for row in rows)} of the {len(rows)}"
 
 
@@ -264,10 +264,10 @@ def spread_of_rates(comparison: str, candidate: str, least: int = 0) -> str:
     return f"{max(found) / min(found):.1f}"
 
 
-def steps_of_search(comparison: str) -> str:
+def steps_of_search(*comparisons: str) -> str:
     """Return the factors between a chosen rate and the next that was tried, as in `1.3 to 3`."""
     factors = []
-    for row in results.read(f"compare_{comparison}")["table"]:
+    for row in (row for name in comparisons for row in results.read(f"compare_{name}")["table"]):
         tried = sorted({run["rate"] for run in row["tuning"]})
         factors += [b / a for a, b in zip(tried, tried[1:], strict=False) if row["rate"] in (a, b)]
     return f"{min(factors):.2g} to {max(factors):.2g}"
@@ -360,7 +360,7 @@ def phrases() -> dict[str, list[str]]:
         ],
         "docs/choosing.md": [
             f"Momentum loses {lost('momentum')} points, Adam {lost('adam')} and SGD {lost('sgd')}",
-            f"In {at_edge('cifar10_fast')} cells, momentum at 256",
+            f"In {at_edge('cifar10_fast', 'cifar10_fast_lamb')} cells, momentum at 256",
             f"In {at_edge('digits')} cells",
             table("systemds_cifar10", ("lars", "momentum", "adam", "sgd"), (256, 1024, 4096, 8192)),
             f"At 1,024 LARS loses {lost_at_1k('lars')} points, momentum {lost_at_1k('momentum')}, "
@@ -379,7 +379,7 @@ def phrases() -> dict[str, list[str]]:
             f"{spread_of_rates('cifar10_fast_lamb', 'adam')} for Adam; from 64 on, "
             f"{spread_of_rates('cifar10_fast', 'lars')} for LARS and "
             f"{spread_of_rates('cifar10_fast', 'momentum')} for momentum",
-            f"lie a factor of {steps_of_search('cifar10_fast')} apart",
+            f"lie a factor of {steps_of_search('cifar10_fast', 'cifar10_fast_lamb')} apart",
             f"LAMB of LARS: by {lamb_ahead(4096)} points at 4,096 and {lamb_ahead(16384)} at 16,384",
             f"LAMB {rates('cifar10_fast_lamb', 'lamb')}, and Adam {rates('cifar10_fast_lamb', 'adam')}",
             f"reaches {fast_top1('lars', 4096)} at batch 4,096 after 32 epochs, and {fast_top1('lars', 1024)} at 1,024",

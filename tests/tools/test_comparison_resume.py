@@ -115,9 +115,9 @@ class ResumeTest(parameterized.TestCase):
 
 
 class RunnerTest(parameterized.TestCase):
-    @parameterized.parameters(("xla", 0, "off"), ("graph", 1, None), ("", 0, "on"))
+    @parameterized.parameters(("xla", 0, "off"), ("graph", 1, None), ("both", 1, None), ("", 0, "on"))
     def test_a_trial_that_fails(self, stage, code, mode):
-        """Without XLA graph mode is used; what fails in graph mode ends the comparison."""
+        """Without XLA graph mode is used; what fails in graph mode ends the comparison, and decides nothing."""
         out = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         cell = a_cell(tuning_runs=0, seeds=(0,))
         trial = ModeTrial(cell.candidate, cell.batch_size)
@@ -125,7 +125,7 @@ class RunnerTest(parameterized.TestCase):
 
         def run_job(config, _):
             configs.append(config)
-            if stage and config.run_dir.endswith(f"{stage}0"):
+            if config.run_dir.endswith(("xla0", "graph0") if stage == "both" else f"{stage or None}0"):
                 raise worker.Failed("ValueError: refused")
             return outcome(0.5, images_per_second=200.0 if config.jit_compile == "on" else 100.0)
 
@@ -143,7 +143,10 @@ class RunnerTest(parameterized.TestCase):
         ):
             self.assertEqual(runner.Runner([cell], [trial], None, store, out, 1, 0.1).run(), code)
         self.assertEqual(store.modes.get(trial.model), mode)
-        self.assertEqual((printed.getvalue() + errors.getvalue()).count("ValueError: refused"), int(bool(stage)))
+        refused = (printed.getvalue() + errors.getvalue()).count("ValueError: refused")
+        self.assertEqual(refused, {"": 0, "both": 2}.get(stage, 1))
+        failed = [name for name, o in json.loads((out / "compare.json").read_text())["runs"].items() if o.get("failed")]
+        self.assertLen(failed, int(stage == "xla"))
         if not code:
             self.assertEqual(configs[-1].jit_compile, mode)
             self.assertLen(printed.getvalue().splitlines(), 3)

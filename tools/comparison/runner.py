@@ -98,6 +98,7 @@ class Runner:
                     except Failed as e:
                         failure = f"failed: {e} See {self._out}/runs/{job.name}/log.txt."
                         if job.stage != "xla":
+                            self._store.forget_failed(self._trials)  # maybe for the same reason
                             say(f"compare.py: {job.name} {failure}", sys.stderr)
                             return 1
                         outcome = NO_SPEED  # graph mode may work

@@ -77,6 +77,14 @@ class ResultsStore:
         self.outcomes[name] = outcome | {"commit": self.commit}
         self.write()
 
+    def forget_failed(self, trials: Sequence[ModeTrial]) -> None:
+        """Drop failed trials of the models that have no mode yet, so that they are tried again."""
+        names = {job.name for t in trials if t.model not in self.modes for job in t.jobs({})}
+        if failed := [name for name in names if self.outcomes.get(name, {}).get("failed")]:
+            for name in failed:
+                del self.outcomes[name]
+            self.write()
+
     def choose_modes(self, trials: Sequence[ModeTrial]) -> None:
         """Keep the faster mode of each model whose trials are finished.
 

@@ -103,10 +103,13 @@ class JaxCluster:
     @staticmethod
     def is_host_lost(error: Exception) -> bool:
         """Return True if `error` comes from the loss of another process of the run."""
-        if len(tf_config.workers()) < 2 and jax.process_count() < 2:
-            return False
         # JAX has no type for it, and raises ValueError where an array is fetched. Gloo joins the CPUs of processes.
-        return re.search(r"\b(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|Gloo \S+ failed", str(error)) is not None
+        if not re.search(r"\b(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED)\b|Gloo \S+ failed", str(error)):
+            return False
+        try:  # at last, because it starts the devices
+            return len(tf_config.workers()) > 1 or jax.process_count() > 1
+        except RuntimeError:  # there is no device
+            return False
 
 
 def make_jax_cluster(name: str, replicas: int | None, tpu: str | None, shard_optimizer_state: bool) -> JaxCluster:
