@@ -240,7 +240,7 @@ class UsageTest(parameterized.TestCase, tf.test.TestCase):
         self.assertEqual(str(raised.exception), expected)
 
     def test_a_lost_host_is_no_usage_error(self):
-        """On JAX its loss is a `ValueError`, also while hosts compare their data. Its exit code is for a restart."""
+        """JAX raises `ValueError` for it, also while hosts compare their data. Its exit code is for a restart."""
         lost = ValueError("Gloo AllGather failed: Connection closed by peer")
         with (
             mock.patch("keras.backend.backend", return_value="jax"),

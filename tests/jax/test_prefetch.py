@@ -44,7 +44,7 @@ class ThreadTest(unittest.TestCase):
         self.assertEqual([prefetcher(()), prefetcher(())], [0, 0])
 
     def test_an_exit_waits_for_a_batch_in_the_making_and_not_for_data_that_hang(self):
-        """In a process of its own: a fork of `multiprocessing` leaves out what is registered for the exit."""
+        """Run in a process of its own: a fork of `multiprocessing` leaves out what is registered for the exit."""
         program = """
 import sys, threading, time
 from lars_keras.training.jax.prefetch import Prefetcher
