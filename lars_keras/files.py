@@ -11,6 +11,7 @@ from pathlib import Path
 
 # Also `gs:/bucket`, into which pathlib turns `gs://bucket`. A single letter is a drive.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_TEMPORARY = re.compile(r"\.writing-(?P<host>[\w.]*)-(?P<pid>\d+)-.+")
 
 
 def local_path(path: str | os.PathLike[str], argument: str) -> Path:
@@ -130,13 +131,13 @@ def _host() -> str:
 
 def _is_abandoned(path: Path) -> bool:
     """Return True if the process that began to write a file is gone."""
-    host, pid, name = (path.name.removeprefix(".writing-").split("-", 2) + ["", ""])[:3]
-    if host != _host() or not pid.isdecimal() or not name:  # of another machine, or of an earlier version
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None or match["host"] != _host():  # of an earlier version, or of another machine
         return time.time() - path.stat().st_mtime > 24 * 3600
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(match["pid"]), 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:  # of another user
-        return False
+    except PermissionError:  # it is another user's
+        pass
     return False

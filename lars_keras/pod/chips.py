@@ -23,6 +23,10 @@ class Chip:
     pod: int
     source: str
 
+    def bytes_per_device(self, cores: int) -> int:
+        """Return the memory of a device, of which a chip has as many as cores."""
+        return int(self.hbm_bytes / cores)
+
 
 _JOUPPI = 'Jouppi et al. 2021, "Ten lessons from three generations shaped Google\'s TPUv4i", table 1'
 _CLOUD = "Google Cloud documentation, Cloud TPU {}: system architecture"

@@ -155,7 +155,7 @@ def make_report(answer: dict[str, Any], chip: Chip, batch_size: int) -> PodRepor
     if programs and answer["backend"] == "tensorflow" and devices > 1:
         programs[-1].collectives.append(Collective("all-reduce", answer["reduced_bytes"], devices, ["float32"]))
         notes.append("TensorFlow's runtime has the all-reduce: its bytes are computed, not read from a program.")
-    capacity = int(chip.hbm_bytes / cores)
+    capacity = chip.bytes_per_device(cores)
     memory = max((p.memory for p in programs), default=None)
     local_batch = batch_size // devices
     largest, is_compiled = answer["fitting_microbatch_size"], answer["fitting_microbatch_size"] is not None

@@ -122,7 +122,7 @@ def _answer(request: Request) -> dict[str, Any]:
     except DoesNotFit as e:
         reason = str(e)
         if request.search:
-            capacity = chip_of(request.topology).hbm_bytes * _chips(devices) / len(devices)
+            capacity = chip_of(request.topology).bytes_per_device(len(devices) // _chips(devices))
             fitting = _largest_that_fits(compiled, size, steps, capacity)
     seconds = time.perf_counter() - started
     second = next((m for m in (size // 2, size // 3) if m and size % m == 0), None)
@@ -203,7 +203,7 @@ def _chips(devices: Sequence[jax.Device]) -> int:
 
 
 def _largest_that_fits(
-    compiled: Callable[[int, int], list[Program]], size: int, steps: int, capacity: float
+    compiled: Callable[[int, int], list[Program]], size: int, steps: int, capacity: int
 ) -> int | None:
     """Return the first smaller size whose programs fit, with what the device holds beside each of them.
 
