@@ -387,6 +387,7 @@ def phrases() -> dict[str, list[str]]:
             f"by {fast_gap(1024)} points at 1,024, {fast_gap(4096)} at 4,096 and {fast_gap(16384)} at 16,384",
             momentum_table(),
             f"without its Lookahead and GELU: {fast_run('m1k-b64-r15')}",
+            f"it reached {fast_run('m1k-b64-r15-gelu')}, and {fast_run('m1k-b64-r15-gelu', 'top1_views')} of six views",
             tries_table(),
             f"At 16,384, 40 epochs reach {fast_run('f16k-e40')}",
             f"polynomial decay {demo}, geometric decay {geometric}",
