@@ -161,8 +161,8 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
         "`cifar10_fast_1k_momentum.flags`, `cifar10_fast_4k.flags`, `cifar10_fast_4k_momentum.flags`, "
         "`cifar10_fast_8k.flags`, `cifar10_fast_16k.flags` and "
         "`cifar10_fast_16k_momentum.flags`, with the settings of results/cifar10_fast.jsonl. Rows with the same "
-        "settings are seeds 0, 1 and on. The table has no times, because the machine "
-        "did other work.\n"
+        "settings are seeds 0, 1 and on. Batch statistics are those of a micro-batch. The table has no times, because "
+        "the machine did other work.\n"
     )
     for split, words in (("test", "10,000 test images"), ("validation", "5,000 training images that were held out")):
         rows = [
@@ -172,6 +172,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
                 + ", float32" * (run["precision"] == "float32" and run["model"] == "fast_cifar"),
                 run["model"].removeprefix("fast_cifar").removeprefix("_") or "full",
                 f"{run['batch_size']:,}",
+                f"{run['microbatch_size']:,}",
                 f"{run['epochs']:g}",
                 f"{run['updates']:,}",
                 f"{run['learning_rate']:g}",
@@ -183,7 +184,7 @@ def fast_part(runs: list[dict[str, Any]]) -> str:
             for run in sorted(runs, key=lambda run: (run["batch_size"], run["optimizer"]))
             if run["finished"] and run["scored_on"] == split
         ]
-        head = ["optimizer", "network", "batch", "epochs", "updates"]
+        head = ["optimizer", "network", "batch", "micro-batch", "epochs", "updates"]
         head += ["peak rate", "excluded x", "momentum", "weight decay", "top-1", "top-5"]
         if any("top1_views" in run for run in runs if run["scored_on"] == split):
             head.append("top-1 of six views")
