@@ -200,7 +200,7 @@ class EmaWeights:
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, copy_of: Callable[[keras.Variable], Any]):
         self._optimizer, self._copy_of = keras_internals.inner_optimizer(optimizer), copy_of
-        self._swapped: list[tuple[keras.Variable, Any, Any]] = []
+        self._swapped: list[tuple[keras.Variable, Any, Any, keras.Variable]] = []
 
     @property
     def in_force(self) -> bool:
@@ -215,14 +215,15 @@ class EmaWeights:
                 if average is None:
                     continue
                 current = self._copy_of(variable)
-                variable.assign(average)
-                self._swapped.append((variable, current, self._copy_of(variable)))
+                # A copy: on JAX `model.evaluate`, called by a callback, donates the arrays of the weights.
+                variable.assign(keras.ops.copy(average))
+                self._swapped.append((variable, current, self._copy_of(variable), average))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for variable, current, average in self._swapped:
+        for variable, current, placed, average in self._swapped:
             now = self._copy_of(variable)
-            if now is average or bool(keras.ops.all(keras.ops.equal(now, average))):
+            if now is placed or bool(keras.ops.all(keras.ops.equal(now, average))):
                 variable.assign(current)
         self._swapped = []
 

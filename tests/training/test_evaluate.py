@@ -226,6 +226,23 @@ class AverageTest(tf.test.TestCase):
         trainer.model.set_weights(make().get_weights())
         self.assertAllClose(trainer.evaluate(X, Y)["loss"], score_of_keras(), rtol=1e-5)
 
+    def test_keras_evaluates_in_callbacks(self):
+        """The model has the EMA weights there, and on JAX Keras donates their arrays."""
+        trainer, seen = self.averaged(), []
+
+        def look():
+            seen.append((trainer.model.evaluate(X, Y, verbose=0), self.average(trainer)))
+            seen.append((trainer.model.predict(X, verbose=0), self.reference().predict(X, verbose=0)))
+
+        plain = self.averaged()
+        end = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: look())
+        trainer.fit(X, Y, epochs=3, validation_data=(X, Y), callbacks=end, verbose=0)
+        plain.fit(X, Y, epochs=3, verbose=0)
+        self.assertLen(seen, 6)
+        for score, expected in seen:
+            self.assertAllClose(score, expected, rtol=1e-5)
+        self.assertAllEqual(*(np.array(t.model.get_weights()[0]) for t in (plain, trainer)))
+
     def test_evaluations_leave_the_training(self):
         plain, watched = self.averaged(), self.averaged()
         look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: watched.evaluate(X, Y))
