@@ -177,6 +177,12 @@ def _group(line: str, everybody: int) -> int:
         return listed[1].count(",") + 1
     if short := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
         return int(short[2])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])  # 'a':(1)2 is a part of axis a, of size 2
+        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
     if "replica_groups={}" in line:
         return everybody
+    if "replica_groups=" in line:
+        raise ValueError(f"The groups of a collective have a form that is not known. Received: {line.strip()}")
     return 2 if "source_target_pairs" in line else 1

@@ -53,6 +53,9 @@ ENTRY %main (param: f32[96]) -> f32[96] {{
   %all-gather.1 = f8e4m3fn[64] all-gather(%g), {GROUPS}
   %permute.3 = (s32[], s32[]) collective-permute-start(%e), source_target_pairs={{{{0,1}}}}
   %gather.2 = ((bf16[8]), bf16[32], u32[]) all-gather-start(%g), {GROUPS}
+  %all-gather.6 = f32[8,784]{{1,0}} all-gather(%h), replica_groups=mesh['axis_0'=8] {{'axis_0'}}, dimensions={{0}}
+  %all-gather.7 = f32[16] all-gather(%h), replica_groups=mesh['axis_0'=4,'axis_1'=4] {{'axis_1','axis_0'}}
+  %all-gather.8 = f32[16] all-gather(%h), replica_groups=mesh['a'=4,'b'=4] {{'a':(1)2,'b'}}
 }}
 """
         self.assertEqual(
@@ -66,8 +69,13 @@ ENTRY %main (param: f32[96]) -> f32[96] {{
                 Collective("all-gather", 64, 4, ["f8e4m3fn"]),
                 Collective("collective-permute", 4, 2, ["s32"]),
                 Collective("all-gather", 64, 4, ["bf16"]),
+                Collective("all-gather", 8 * 784 * 4, 8, ["f32"]),
+                Collective("all-gather", 64, 16, ["f32"]),
+                Collective("all-gather", 64, 8, ["f32"]),
             ],
         )
+        with self.assertRaisesRegex(ValueError, "form that is not known. Received: %a = .*replica_groups=other"):
+            collectives("HloModule x\n  %a = f32[5] all-reduce(%f), replica_groups=other, to_apply=%add")
 
     def test_bytes_on_the_links(self):
         self.assertEqual(Collective("collective-permute", 800, 2, ["f32"]).sent, 800)
