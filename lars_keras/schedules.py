@@ -221,7 +221,7 @@ def duration_in_updates(duration: str | int | float, *, batch_size: int, num_exa
         number = -1.0
     if not match or not 0.0 <= number < math.inf:
         raise ValueError(
-            "A duration is a number followed by 'epochs', 'steps' or 'examples', such as '2.5 epochs'. "
+            "A duration is a number of at least 0, followed by 'epochs', 'steps' or 'examples', as in '2.5 epochs'. "
             f"Received: {duration!r}"
         )
     unit = (match[2] or "steps").rstrip("s")

@@ -17,6 +17,7 @@ _FLAG_OF_ARGUMENT = {
     "trust_ratios": "telemetry_every",
     "max_to_keep": "keep_checkpoints",
     "out": "out",
+    "input_shape": "image_size",
     "peak": "learning_rate",
     "synchronized": "sync_batch_norm",
 }

@@ -40,13 +40,21 @@ def rehearse(config: RunConfig, trainer: Trainer, data: ImageData, plan: Plan, r
         if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
         raise UsageError(
-            f"An update does not fit into the device's memory: --microbatch_size={trainer.microbatch_size // 2 or 1} "
-            f"takes half of the activations ({str(e).splitlines()[0]})"
+            f"An update does not fit into the device's memory{_smaller(trainer.microbatch_size)} "
+            f"({str(e).splitlines()[0]})"
         ) from e
     except OSError as e:
         raise UsageError(f"--run_dir={run_dir} cannot be written: {e.strerror or e}") from e
     copies = ", only the copies of --cache=disk" if config.cache == "disk" else ""
     say(f"\ndry run passed; no run folder was written{copies}")
+
+
+def _smaller(microbatch_size: int) -> str:
+    """Propose a smaller micro-batch, if there is one: the largest divisor, since the flags want a divisor."""
+    sizes = [n for n in range(1, microbatch_size // 2 + 1) if microbatch_size % n == 0]
+    if not sizes:
+        return ""
+    return f": --microbatch_size={sizes[-1]} takes {sizes[-1] / microbatch_size:.0%} of the activations"
 
 
 def _rates(rate: np.ndarray) -> list[tuple[str, str]]:

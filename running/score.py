@@ -172,7 +172,7 @@ def _refuse_other_classes(facts: dict[str, Any], data: ImageData, run_dir: Path)
         return
     for number, pair in enumerate(itertools.zip_longest(*names)):
         if pair[0] != pair[1]:
-            here, there = (printable(name) if name is not None else "missing" for name in pair)
+            here, there = (repr(printable(name)) if name is not None else "missing" for name in pair)
             raise UsageError(
                 f"--run_dir={run_dir} was trained on other classes: class {number} is {there} there, and {here} in the "
                 "data. A file labels.txt in --data_dir can number the classes of a folder of images as the run did."

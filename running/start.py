@@ -7,11 +7,23 @@ import importlib.util
 import os
 import signal
 import sys
+from types import TracebackType
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before the first import of TensorFlow
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # by itself only with AVX-512, see BUILD-notes.md
 
 _REMARKS = (b"oneDNN custom operations are on", b"before absl::InitializeLog() is called")
+
+
+def _one_line_for_ctrl_c(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Say "interrupted" where Python would show the middle of an import. During training, runs stop by themselves."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _one_line_for_ctrl_c
 
 
 def import_quietly(*modules: str) -> None:

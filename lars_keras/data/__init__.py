@@ -1,6 +1,6 @@
 """Data sets: batches of (images, labels, mask) in an exact order, with random access to any batch.
 
-`import lars_keras.data` and `ArrayData.train_numpy` need only NumPy: no TensorFlow and no Keras.
+`import lars_keras.data` and `ArrayData.train_numpy` need no TensorFlow.
 """
 
 from lars_keras.data.arrays import ArrayData

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -159,7 +160,8 @@ def _copy(source: Any, target: Path, mtime: int) -> None:
         OSError: if `target` cannot be written; it names the file.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    # Processes in containers may have one number, and share the folder.
+    part = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with open(part, "wb") as file:
             for block in _blocks(source):

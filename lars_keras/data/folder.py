@@ -209,7 +209,7 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} x {reason}" for reason, count in sorted(left_out.items()))
 
 
-def empty_classes(examples: FolderExamples, classes: Sequence[str]) -> list[str]:
+def empty_classes(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     """Return the classes without an image, for messages."""
-    counts = np.bincount(examples.labels, minlength=len(classes))
+    counts = np.bincount(labels, minlength=len(classes))
     return [printable(name) for name, count in zip(classes, counts, strict=True) if not count]

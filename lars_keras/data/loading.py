@@ -76,7 +76,11 @@ def load(
     """
     _check_arguments(name, data_dir, augment, cache, remote)
     root = data_root(data_dir)
-    options: dict[str, Any] = {"image_size": image_size or 227, "augment": augment or "crop_flip", "remote": remote}
+    options: dict[str, Any] = {
+        "image_size": 227 if image_size is None else image_size,
+        "augment": augment or "crop_flip",
+        "remote": remote,
+    }
     if resized is not None:
         if name not in ANY_SIZE:
             raise ValueError(f"`resized` is for {' and '.join(ANY_SIZE)}, not {name}. Received: resized={resized}")
@@ -126,7 +130,8 @@ def _load_folder(
         )
     origin = f"in {printable(str(root))}"
     found = _image_file_data("folder", train, test, validation_split, len(classes), origin, cache, options)
-    _mention(found, train, test, classes)
+    trained = train.labels[holdout(len(train), validation_split)[0]] if validation_split else train.labels
+    _mention(found, train, test, empty_classes(trained, classes), len(classes))
     found.class_names = tuple(classes)
     return found
 
@@ -186,7 +191,8 @@ def _check_arguments(
         raise ValueError("The data set folder needs `data_dir`, the folder of train/ and val/. Received: data_dir=None")
     if augment == "alternating_flip" and name in ANY_SIZE:
         raise ValueError(
-            f"`augment` alternating_flip is for images in memory, such as cifar10. Received: augment={augment}, {name=}"
+            f"`augment` alternating_flip is for images in memory, such as cifar10, not for {name}. "
+            f"Received: augment={augment}"
         )
     if augment == "randaugment":
         try:
@@ -287,12 +293,14 @@ def _image_file_data(
     return ImageFileData(name, train, test, num_classes, description=description, **options)
 
 
-def _mention(data: ImageFileData, train_files: FolderExamples, test_files: FolderExamples, classes: list[str]) -> None:
+def _mention(
+    data: ImageFileData, train_files: FolderExamples, test_files: FolderExamples, empty: list[str], classes: int
+) -> None:
     """Describe the files that are in the folder but in no split, and warn of classes without training images."""
-    if empty := empty_classes(train_files, classes):
+    if empty:
         names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         data.description += f"; no training images of {names}"
-        data.warnings = (f"{len(empty)} of {len(classes)} classes have no training images: {names}.",)
+        data.warnings = (f"{len(empty)} of {classes} classes have no training images: {names}.",)
     if left_out := train_files.left_out + test_files.left_out:
         data.description += f"; left out: {describe_left_out(left_out)}"
 

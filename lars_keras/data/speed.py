@@ -120,13 +120,14 @@ def _timed(name: str, batches: Iterable[Any], batch_size: int, seconds: float) -
     return Part(name, images / elapsed, 1e3 * (time.process_time() - processor) / images)
 
 
-def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) -> str:
+def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None, cache: str = "none") -> str:
     """Return the measurement and its consequences, as lines of text.
 
     Args:
         data: the data set.
         parts: from `measure`.
         wanted: images per second that the model takes.
+        cache: the cache in use; see `lars_keras.data.load`.
     """
     whole = parts[-1]
     lines = [
@@ -141,7 +142,7 @@ def report(data: ImageData, parts: Sequence[Part], wanted: float | None = None) 
     if wanted:
         wait = max(0.0, 1 - whole.images_per_second / wanted)
         lines.append(f"A model that takes {wanted:,.0f} images/s would wait {100 * wait:.0f} % of its time.")
-    advice = suggestions(data, parts, wanted, free=free_memory())
+    advice = suggestions(data, parts, wanted, free_memory(), cache)
     if wanted and whole.images_per_second >= wanted:
         nothing = "The images come fast enough."
     elif not isinstance(data, ImageFileData) or (data.storage and data.storage.encoding == "raw"):
@@ -161,7 +162,9 @@ def _shares(parts: Sequence[Part]) -> dict[str, float]:
     return shares
 
 
-def suggestions(data: ImageData, parts: Sequence[Part], wanted: float | None, free: int) -> list[str]:
+def suggestions(
+    data: ImageData, parts: Sequence[Part], wanted: float | None, free: int, cache: str = "none"
+) -> list[str]:
     """Return ways to make the batches come faster, a sentence each, the most promising first.
 
     Args:
@@ -169,6 +172,7 @@ def suggestions(data: ImageData, parts: Sequence[Part], wanted: float | None, fr
         parts: from `measure`.
         wanted: images per second that the model takes; None if not known.
         free: bytes of memory that are free.
+        cache: the cache in use; see `lars_keras.data.load`.
     """
     if not isinstance(data, ImageFileData) or (wanted and parts[-1].images_per_second >= wanted):
         return []
@@ -177,10 +181,11 @@ def suggestions(data: ImageData, parts: Sequence[Part], wanted: float | None, fr
         size = data.train_examples.nbytes + data.test_examples.nbytes
         fits = "memory" if 2 * size < free else "disk"
         where = "in memory" if fits == "memory" else "on a local disk"
-        found.append(
-            f'Reading is the limit. `cache="{fits}"` keeps the files, {size / 2**30:.1f} GiB, {where}; it pays from '
-            "the second epoch on."
-        )
+        if cache not in ("memory", fits):
+            found.append(
+                f'Reading is the limit. `cache="{fits}"` keeps the files, {size / 2**30:.1f} GiB, {where}; it pays '
+                "from the second epoch on."
+            )
     if data.resizes:
         if shares["decoding"] + shares["batches"] > _MOSTLY:
             store = (
@@ -232,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
             cache_dir=options.cache_dir,
             validation_split=options.validation_split,
         )
-        print(report(data, measure(data, options.batch_size, options.seconds), options.wanted))
+        print(report(data, measure(data, options.batch_size, options.seconds), options.wanted, options.cache))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -12,7 +12,6 @@ class Chip:
         hbm_bytes: capacity.
         hbm_bandwidth: bytes per second.
         ici_bandwidth: bytes per second that the chip sends over all its links to its neighbors.
-        pod: chips of a full pod.
         source: the publication of these figures.
     """
 
@@ -20,7 +19,6 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float
     ici_bandwidth: float
-    pod: int
     source: str
 
     def bytes_per_device(self, cores: int) -> int:
@@ -33,12 +31,12 @@ _CLOUD = "Google Cloud documentation, Cloud TPU {}: system architecture"
 GIB = 2**30
 
 CHIPS = {
-    "v2": Chip(46e12, 16 * GIB, 700e9, 4 * 62e9, 256, _JOUPPI),
-    "v3": Chip(123e12, 32 * GIB, 900e9, 4 * 82e9, 1024, _JOUPPI),
-    "v4": Chip(275e12, 32 * GIB, 1200e9, 6 * 50e9, 4096, 'Jouppi et al. 2023, "TPU v4" (arXiv 2304.01433), table 4'),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 256, _CLOUD.format("v5e")),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 8960, _CLOUD.format("v5p")),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 256, _CLOUD.format("v6e")),
+    "v2": Chip(46e12, 16 * GIB, 700e9, 4 * 62e9, _JOUPPI),
+    "v3": Chip(123e12, 32 * GIB, 900e9, 4 * 82e9, _JOUPPI),
+    "v4": Chip(275e12, 32 * GIB, 1200e9, 6 * 50e9, 'Jouppi et al. 2023, "TPU v4" (arXiv 2304.01433), table 4'),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, _CLOUD.format("v5e")),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _CLOUD.format("v5p")),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, _CLOUD.format("v6e")),
 }
 
 

@@ -22,7 +22,7 @@ class PodReport:
         backend: `"jax"` or `"tensorflow"`.
         topology: chip and shape of the slice.
         device_kind: the compiler's name of the device.
-        chips, devices: in the slice; a chip of v2, v3 and v4 has two devices, its cores.
+        chips, devices: in the slice; a chip of v2 and v3 has two devices, its cores.
         batch_size: global batch size.
         microbatch_size: examples that a device takes through the model at once.
         accumulation_steps: micro-batches of a device in an update.

@@ -47,8 +47,10 @@ def devices_of(topology: str) -> list[jax.Device]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # The two cores of a v4 chip are one device of JAX; the compiler takes them apart unless told.
+    together = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **together).devices)
     except Exception as e:  # what libtpu raises depends on what it dislikes
         raise ValueError(
             f"`topology` is not known to this TPU compiler: {_first_line(e)}. Received: topology={topology}"

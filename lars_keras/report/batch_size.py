@@ -4,7 +4,8 @@
 
 Reads the `noise_scale` lines of `RUN_DIR/metrics.jsonl`; a few hundred updates at a small batch are enough. For each
 batch size it proposes a learning rate, and the epochs and updates in which the same loss can be expected. Its column
-`progress` is how much an example contributes, relative to a very small batch.
+`progress` is how much an example contributes, relative to a very small batch, and `from` and `to` are the ends of its
+95 % interval. A run whose noise hides the gradient has no proposal.
 
 With noise scale `N`, and `gain = (1 + N / b) / (1 + N / B)` from batch `b` to batch `B`:
 
@@ -41,6 +42,7 @@ class Proposal:
     Attributes:
         batch_size: global batch size.
         efficiency: how much progress an example contributes, relative to a very small batch.
+        interval: the ends of its 95 % interval.
         learning_rate: peak.
         epochs: length at which the same loss can be expected.
         updates: the same length.
@@ -49,6 +51,7 @@ class Proposal:
 
     batch_size: int
     efficiency: float
+    interval: tuple[float, float]
     learning_rate: float
     epochs: float
     updates: int
@@ -87,6 +90,7 @@ def propose(
             Proposal(
                 batch,
                 found.efficiency(batch),
+                (found.efficiency(batch, found.low), found.efficiency(batch, found.high)),
                 rate,
                 needed * batch / num_train,
                 needed,
@@ -106,8 +110,8 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
         batch_sizes: global batch sizes; if empty, powers of 2 around the noise scale.
 
     Raises:
-        ValueError: if the folder has no such run, its lines are too few, it had several batch sizes, or it was stopped
-            in its warm-up.
+        ValueError: if the folder has no such run, its lines are too few, it had several batch sizes, it was stopped
+            in its warm-up, or no gradient stands out of the noise.
     """
     if not (run_dir / "config.json").is_file():
         raise ValueError(f"`run_dir` must be a run folder, with a config.json. Received: run_dir={run_dir}")
@@ -136,10 +140,12 @@ def propose_from_run(run_dir: Path, batch_sizes: Sequence[int]) -> tuple[list[st
     updates = config.get("steps") or math.ceil(config.get("epochs", 0) * per_epoch - 1e-9) or log_length(log)
     if log_length(log) <= warmup and log_length(log) < updates:
         raise ValueError(f"The run needs an update after its warm-up. Received: {log_length(log)} updates in {run_dir}")
+    if not math.isfinite(found.value):
+        raise ValueError(f"{found.describe(size, last['epoch'], since=late[0]['epoch'])} Received: {run_dir}")
     lines = [f"  epoch {e['epoch']:6.2f}  noise scale {_text(e['noise_scale'])}" for e in events]
     lines += ["", found.describe(size, last["epoch"], since=late[0]["epoch"]), "", CAVEATS]
     if not batch_sizes:
-        middle = round(math.log2(max(found.value, 4.0) if math.isfinite(found.value) else size))
+        middle = round(math.log2(max(found.value, 4.0)))
         batch_sizes = [2**n for n in range(middle - 2, middle + 3)]
     return lines, propose(
         found,
@@ -160,10 +166,10 @@ def log_length(log: Sequence[dict[str, Any]]) -> int:
 
 def table(proposals: Sequence[Proposal]) -> str:
     """Return proposals as a table of text."""
-    head = f"{'batch':>8} {'progress':>8} {'rate':>8} {'epochs':>8} {'updates':>8} {'warm-up':>8}"
+    head = f"{'batch':>8} {'progress':>8} {'from':>6} {'to':>6} {'rate':>8} {'epochs':>8} {'updates':>8}  warm-up"
     rows = [
-        f"{p.batch_size:>8,} {100 * p.efficiency:>6.0f} % {p.learning_rate:>8.4g} {p.epochs:>8.3g} {p.updates:>8,} "
-        f"{p.warmup_updates:>8,}"
+        f"{p.batch_size:>8,} {100 * p.efficiency:>6.0f} % {100 * p.interval[0]:>4.0f} % {100 * p.interval[1]:>4.0f} % "
+        f"{p.learning_rate:>8.4g} {p.epochs:>8.4g} {p.updates:>8,}  {p.warmup_updates} steps"
         for p in proposals
     ]
     return "\n".join([head, *rows])

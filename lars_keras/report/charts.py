@@ -21,7 +21,7 @@ from lars_keras.report.layers import as_array
 # Colors in the SVG stand for CSS variables of the page, which follow the system's light or dark setting.
 INK, GRID, TRAIN, VALIDATION = "#000001", "#000002", "#000003", "#000004"
 CSS_VARIABLES = {INK: "muted", GRID: "line", TRAIN: "train", VALIDATION: "validation"}
-COLUMNS = 240  # most columns of a heat map
+COLUMNS = 240  # of a heat map
 
 Events = Sequence[dict[str, Any]]
 
@@ -131,13 +131,21 @@ def curves(updates: Events, evals: Events, scored: str) -> list[Chart]:
     window = len(updates) // 50
     loss = [_Curve.of("training, each logged update", TRAIN, updates, "step_loss", faint=window > 1)]
     if window > 1:
-        x, y = (np.convolve(v, np.full(window, 1 / window), "valid") for v in (loss[0].x, loss[0].y))
+        x, y = (_running_mean(v, window) for v in (loss[0].x, loss[0].y))
         loss.append(_Curve(f"training, mean of {window} logged updates", TRAIN, x, y))
     charts = [_chart("Loss", [*loss, _Curve.of(scored, VALIDATION, evals, "loss")])]
     for title, name in (("Top-1", "top1"), ("Top-5", "top5")):
         training = _Curve.of("training, since the epoch began", TRAIN, updates, name)
         charts.append(_chart(title, [training, _Curve.of(scored, VALIDATION, evals, name)], percent=True))
     return [*charts, _chart("Learning rate", [_Curve.of("of each logged update", TRAIN, updates, "learning_rate")])]
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the mean of each `window` values in a row, NaN where one is missing, in linear time."""
+    there = np.isfinite(values)
+    sums, counts = (np.cumsum(np.concatenate([[0.0], v])) for v in (np.where(there, values, 0.0), there))
+    means = (sums[window:] - sums[:-window]) / window
+    return np.where(counts[window:] - counts[:-window] == window, means, np.nan)
 
 
 def noise_scale_chart(events: Events) -> Chart:
@@ -214,20 +222,22 @@ def _heat_map(title: str, updates: np.ndarray, values: np.ndarray, rows: Sequenc
     positive = np.where(np.isfinite(values) & (values > 0), values, np.nan)
     if not rows or not np.isfinite(positive).any():
         return Chart(title, note="Nothing to draw yet.")
-    # Each column shows one update.
-    kept = np.unique(np.linspace(0, len(updates) - 1, COLUMNS).round().astype(int))
-    updates, image = updates[kept], np.ma.masked_invalid(positive[kept].T)
+    # Records may be unevenly spaced: each column, of the same width, shows the record nearest to its center.
+    between = (updates[1:] + updates[:-1]) / 2
+    first = updates[0] - (between[0] - updates[0] if len(between) else 0.5)
+    last = updates[-1] + (updates[-1] - between[-1] if len(between) else 0.5)
+    centers = first + (last - first) * (np.arange(COLUMNS) + 0.5) / COLUMNS
+    image = np.ma.masked_invalid(positive[np.searchsorted(between, centers)].T)
     low, high = float(image.min()), float(image.max())
     with svg_style():
         figure = Figure(figsize=(9.0, 1.0 + 0.19 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
-        step = (updates[-1] - updates[0]) / max(len(updates) - 1, 1) or 1
         picture = axes.imshow(
             image,
             aspect="auto",
             interpolation="nearest",
             norm=LogNorm(low, high if high > low else low * 1.01),
-            extent=(updates[0] - step / 2, updates[-1] + step / 2, len(rows) - 0.5, -0.5),
+            extent=(first, last, len(rows) - 0.5, -0.5),
         )
         axes.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)  # a name may have a $
         axes.set_xlabel("optimizer updates")

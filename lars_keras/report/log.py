@@ -44,8 +44,9 @@ class MetricsLog(keras.callbacks.Callback):
     finite is null. A resumed run drops the lines after the update at which it starts, so each update appears once. It
     keeps all notes, because each event is noted once.
 
-    A second training with the same log, from update 0 on, begins a new file. The first becomes
-    `metrics-<its last update>.jsonl`, with another number if there is such a file.
+    If a training has come to its end, a second one with the same log, from update 0 on, begins a new file. The first
+    becomes `metrics-<its last update>.jsonl`, with another number if there is such a file. A training that begins again
+    at update 0 before that, as after a divergence, replaces what was logged.
 
     A full disk does not end the run. It is reported as an error in the log of the process.
 
@@ -61,6 +62,7 @@ class MetricsLog(keras.callbacks.Callback):
         self._clock = clock
         self._writers: dict[str, Any] = {}
         self._finished, self._ended = 0, False
+        self._notes: list[dict[str, Any]] | None = None  # of the file, once it was read
         text = self._path.read_bytes() if self._path.exists() else b""
         self._torn = text[-1:] not in (b"", b"\n")  # a full disk cut the last line
 
@@ -74,6 +76,7 @@ class MetricsLog(keras.callbacks.Callback):
             self._torn = False
         except OSError as e:
             logging.error("The metrics log could not be cut back to the start of this run: %s", e)
+        self._notes = [e for e in events if e["event"] == "note"]
         self._evaluated = {e["update"] for e in events if e["event"] == "eval"}
         earlier = max((e["seconds"] for e in events if e["event"] == "update"), default=0.0)
         self._began = self._clock() - earlier
@@ -130,7 +133,10 @@ class MetricsLog(keras.callbacks.Callback):
     def note(self, update: int, text: str) -> None:
         """Add a line of text as of an update, unless the same line is there. The report shows it."""
         event = {"event": "note", "update": update, "text": text}
-        if event not in read_metrics(self._path):
+        if self._notes is None:
+            self._notes = [e for e in read_metrics(self._path) if e["event"] == "note"]
+        if event not in self._notes:
+            self._notes.append(event)
             self._append(event)
 
     def layers(self, update: int, paths: Sequence[str], values: dict[str, Any]) -> None:

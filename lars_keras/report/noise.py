@@ -119,7 +119,7 @@ def summary(events: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]]) 
     found = NoiseScale(value, low, high, math.nan, math.nan, last["updates"])
     lines = [found.describe(last["batch_size"], last["epoch"])]
     same = [e for e in events[-2:] if all(e[size] == last[size] for size in ("ghost_batch", "batch_size"))]
-    if len(same) < 2 or not layers:  # only layer-wise optimizers have a plan
+    if len(same) < 2 or not layers or not math.isfinite(high):  # only layer-wise optimizers have a plan
         return lines
     estimator = combine(same)
     adapted = [

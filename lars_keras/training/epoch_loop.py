@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from absl import logging
 
+from lars_keras import _keras_internals as keras_internals
 from lars_keras.training.callback_memory import swaps_at_epochs
 from lars_keras.training.cluster import Cluster
 from lars_keras.training.inputs import DataEnded
@@ -53,7 +55,8 @@ class EpochLoop:
         logs = self.position.logs
         for epoch, end in enumerate(self.ends):
             # A run that was resumed at an epoch's end may still have to evaluate it.
-            if end < self.position.update or (epoch > 0 and end == self.ends[epoch - 1]):
+            over = end == self.position.update < self.ends[-1] and epoch < self.position.ended
+            if over or end < self.position.update or (epoch > 0 and end == self.ends[epoch - 1]):
                 continue
             self._begin_epoch(epoch)
             last = self._end_updates(self._train_until(end))
@@ -63,10 +66,15 @@ class EpochLoop:
         return logs
 
     def _begin_epoch(self, epoch: int) -> None:
-        if self.position.epoch != epoch:
+        resumed = self.position.epoch == epoch
+        if not resumed:
             self.position.begin_epoch(epoch)
             self.model.reset_metrics()
+        rate = keras_internals.learning_rate_of(keras_internals.inner_optimizer(self.model.optimizer))
+        before = np.array(keras.ops.convert_to_numpy(rate)) if resumed and isinstance(rate, keras.Variable) else None
         self.callback_list.on_epoch_begin(epoch)
+        if before is not None:  # `LearningRateScheduler` has set the rate of this epoch before
+            rate.assign(before)
         self.check_unchanged()
 
     def _train_until(self, end: int) -> bool:
@@ -111,6 +119,7 @@ class EpochLoop:
             if any(map(swaps_at_epochs, self.callback_list.callbacks)):
                 averaged.close()
             self.callback_list.on_epoch_end(epoch, logs)  # `ModelCheckpoint` saves the weights that were scored
+        self.position.ended = epoch + 1
         return logs
 
     def _stops(self, stop: bool = False) -> bool:

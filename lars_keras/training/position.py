@@ -14,6 +14,7 @@ class Position:
         update: number of finished updates.
         batches_consumed: global batches of training data used or skipped.
         epoch: the epoch whose metrics are being gathered; -1 before the first.
+        ended: number of epochs whose end callbacks have seen.
         losses: a few numbers whose exact sum is the sum of the losses of the epoch so far.
         counted: number of these losses; by default each number is one loss, as earlier versions saved them.
         logs: the last logs that callbacks got.
@@ -31,6 +32,7 @@ class Position:
     callbacks: dict[str, Any] | None = None
     order: list[Any] | None = None
     rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    ended: int = 0
 
     def __post_init__(self) -> None:
         if self.counted < 0:

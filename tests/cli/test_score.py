@@ -96,19 +96,19 @@ class ScoreTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.parameters("finished", "unfinished")
     def test_other_classes(self, name):
         other = f"--data_dir={self.renamed()}"
-        self.assertIn("class 0 is cat there, and ant in the data. A file labels.txt", self.refused(name, other))
+        self.assertIn("class 0 is 'cat' there, and 'ant' in the data. A file labels.txt", self.refused(name, other))
         code, out, err = self.score(self.earlier(name), other)  # nobody knows
         self.assertEqual(code, 0, err)
         self.assertIn("n=5", out)
         more = self.copy_of(self.images)
         write_images(more / "train", {"eel": 1})
-        self.assertIn("class 2 is missing there, and eel in the data", self.refused(name, f"--data_dir={more}"))
+        self.assertIn("class 2 is missing there, and 'eel' in the data", self.refused(name, f"--data_dir={more}"))
 
     def test_classes_in_the_order_of_the_run(self):
         """Number the classes by labels.txt."""
         other = self.renamed()
         (other / "labels.txt").write_text("cat\nant\n")
-        self.assertIn("class 1 is dog there, and ant in the data", self.refused("finished", f"--data_dir={other}"))
+        self.assertIn("class 1 is 'dog' there, and 'ant' in the data", self.refused("finished", f"--data_dir={other}"))
         for split in ("train", "val"):
             (other / split / "ant").rename(other / split / "dog")
         (other / "labels.txt").write_text("cat\ndog\n")

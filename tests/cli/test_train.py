@@ -1,5 +1,7 @@
 """`train.py` as a user runs it: results, repeatability, and clear errors with exit code 2."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -17,6 +19,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import models
+import running.start
 import train
 from running import callbacks, rehearsal
 from tests.cli.runs import SMALL, few_digits, run
@@ -206,6 +209,11 @@ class TrainTest(parameterized.TestCase, tf.test.TestCase):
             self.assertEqual(names, ["first", "25%", "50%", "peak", "75%", "last"])
             self.assertEqual({at for _, at in rows}, {"0.5 at update 1", "1 at update 2"})
 
+        with self.subTest("a smaller micro-batch divides the one that does not fit"):
+            self.assertEqual(rehearsal._smaller(25), ": --microbatch_size=5 takes 20% of the activations")
+            self.assertEqual(rehearsal._smaller(16), ": --microbatch_size=8 takes 50% of the activations")
+            self.assertEqual(rehearsal._smaller(1), "")
+
         with self.subTest("a disk that is too small"):
             full = shutil.disk_usage(self.dir)._replace(free=10**6)
             with unittest.mock.patch.object(shutil, "disk_usage", lambda _: full):
@@ -295,6 +303,16 @@ command_line.leave({failing})
         waits = not peers or code == 75  # a signal to one stops all
         self.assertEqual(ended.stdout, "printed\nwaits for the others\n" if waits else "printed\n")
         self.assertEqual("KeyError: 0" in ended.stderr, code == 1)
+
+    def test_ctrl_c_before_the_training(self):
+        """Say so in a line; any other error keeps its traceback."""
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            running.start._one_line_for_ctrl_c(KeyboardInterrupt, KeyboardInterrupt(), None)
+        self.assertEqual(err.getvalue(), "interrupted\n")
+        self.assertIs(sys.excepthook, running.start._one_line_for_ctrl_c)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            sys.excepthook(KeyError, KeyError("other"), None)
+        self.assertEqual(err.getvalue(), "KeyError: 'other'\n")
 
     @parameterized.parameters(
         (["--warmup=9"], "--warmup must be shorter than the run of 1 updates. Received: --warmup=9"),

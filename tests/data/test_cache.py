@@ -15,6 +15,7 @@ import tensorflow as tf
 from etils import epath
 
 import lars_keras.data
+from lars_keras.data import cache as cache_module
 from lars_keras.data.cache import InMemory, copy_to_local
 from lars_keras.data.folder import FolderExamples
 from lars_keras.data.image_files import ImageFileData
@@ -60,6 +61,23 @@ class CacheTest(tf.test.TestCase):
         copy.write_bytes(whole[:100])
         self.load("disk")
         self.assertEqual(copy.read_bytes(), whole)
+
+    def test_two_processes_of_one_number_copy_one_file(self):
+        """Processes in two containers can have one number. The second copies while the first is in the middle."""
+        source, copies = pathlib.Path(self.root, "a"), pathlib.Path(self.copies)
+        source.write_bytes(b"content")
+        whole = []
+
+        def blocks(path):
+            yield b"con"
+            with unittest.mock.patch.object(cache_module, "_blocks", lambda path: iter([b"content"])):
+                whole.extend(copy_to_local([str(source)], self.root, copies))
+            yield b"tent"
+
+        with unittest.mock.patch.object(cache_module, "_blocks", blocks):
+            self.assertEqual(copy_to_local([str(source)], self.root, copies), whole)
+        self.assertEqual((copies / "a").read_bytes(), b"content")
+        self.assertCountEqual(copies.iterdir(), [copies / "a"])
 
     def test_what_killed_copies_left_is_removed(self):
         source, copies = pathlib.Path(self.root, "a"), pathlib.Path(self.copies)

@@ -200,6 +200,12 @@ class FolderTest(tf.test.TestCase):
         self.assertEqual(data.warnings, ("2 of 3 classes have no training images: c, d.",))
         (self.root / "labels.txt").write_text("a\nc\nd\n" + "\n".join(map(str, range(7))))
         self.assertIn("9 of 10 classes have no training images: c, d, 0, 1, 2 and 4 more.", self.load().warnings)
+        self.write("train/c/1.jpg", *(f"train/{name}/{i}.jpg" for name in "ad" for i in range(7)))
+        (self.root / "labels.txt").unlink()
+        warnings = [self.load(validation_split=s).warnings for s in (0.1, 0.125)]
+        self.assertEqual(warnings, [(), ("1 of 3 classes have no training images: c.",)])
+        with self.assertRaisesRegex(ValueError, "`image_size` must be positive. Received: image_size=0"):
+            lars_keras.data.load("folder", data_dir=self.root, image_size=0)
         (self.root / "labels.txt").write_text("a\nb\na\n")
         with self.assertRaisesRegex(ValueError, "labels.txt lists a class twice: a"):
             self.load()

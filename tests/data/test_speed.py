@@ -90,6 +90,8 @@ class SpeedTest(tf.test.TestCase, parameterized.TestCase):
         for free, cache in ((2 * size, "disk"), (2 * size + 1, "memory")):
             (sentence,) = speed.suggestions(self.images, measured, None, free=free)
             self.assertIn(f'cache="{cache}"', sentence)
+            for used in {cache, "memory"}:  # what is in use is not proposed
+                self.assertEqual(speed.suggestions(self.images, measured, None, free=free, cache=used), [])
 
     def test_bytes_of_the_pixels(self):
         measured = parts((9000, 0.1), (1000, 2.0))

@@ -324,6 +324,7 @@ class OwnModelTest(tf.test.TestCase):
             ValueError, "`topology` is not known to this TPU compiler: .+Received: topology=v5e:3x3"
         ):
             worker.devices_of("v5e:3x3")
+        self.assertLen(worker.devices_of("v4:2x2x1"), 4)  # one of JAX's devices per chip
 
     def test_on_jax(self):
         make_model = functools.partial(own_model.make_model, width=64)

@@ -4,14 +4,17 @@ import json
 import pathlib
 import tempfile
 import types
+import unittest.mock
 
 import keras
+import matplotlib.axes
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
 from lars_keras import LAMB, LARS
 from lars_keras.layerwise import MEASURES
+from lars_keras.report import charts
 from lars_keras.report.layers import LayerTelemetry, health
 from lars_keras.report.log import MetricsLog, read_metrics
 from lars_keras.report.page import write_report
@@ -114,6 +117,26 @@ class TelemetryTest(tf.test.TestCase, parameterized.TestCase):
             self.assertIn("bias has exploded", said(*grown, event(3, weight=(1.0, 30.0, 1.0))))
         self.assertIn("bias has exploded", said(event(1), event(2, gradient=(1.0, None, 1.0))))
         self.assertIn("conv gets no gradient", said(event(1, gradient=(0.0, 1.0, 1.0))))
+
+    def test_a_heat_map_of_records_that_are_unevenly_spaced(self):
+        """A value that changes between updates 100 and 200 changes there on the axis, at 1.5 % of its width."""
+        updates = np.concatenate([np.arange(1, 101), np.arange(200, 10_001, 100)])
+        values = np.where(updates[:, None] <= 100, 1.0, 10.0)
+        with unittest.mock.patch.object(matplotlib.axes.Axes, "imshow", autospec=True) as drawn:
+            drawn.side_effect = RuntimeError("drawn")
+            with self.assertRaisesRegex(RuntimeError, "drawn"):
+                charts._heat_map("Rate", updates, values, ["dense"])
+        (row,), (left, right, *_) = drawn.call_args.args[1], drawn.call_args.kwargs["extent"]
+        self.assertEqual((left, right, len(row)), (0.5, 10_050, charts.COLUMNS))
+        self.assertAllEqual(row[:3], [1, 1, 1])
+        self.assertAllEqual(row[4:], [10] * (charts.COLUMNS - 4))
+
+    def test_the_running_mean_of_a_curve(self):
+        values = np.random.default_rng(0).normal(size=200)
+        values[[50, 120]] = np.nan
+        expected = np.convolve(values, np.full(9, 1 / 9), "valid")
+        self.assertAllClose(charts._running_mean(values, 9), expected, rtol=1e-12, atol=1e-14)
+        self.assertEqual(np.isnan(expected).sum(), 18)
 
     def test_report_has_words_and_heat_maps(self):
         layers = [*LAYERS[:-1], LAYERS[-1] | {"path": "dense$x_{b$"}]  # no formula

@@ -218,6 +218,14 @@ class MetricsLogTest(tf.test.TestCase):
         events = [(e["event"], e["update"]) for e in self.read()]
         self.assertEqual(events, [("update", 1), ("update", 2), ("note", 4), ("update", 3), ("eval", 3)])
 
+    def test_notes_do_not_read_the_whole_log_again(self):
+        log = log_module.MetricsLog(self.run_dir, self.clock)
+        drive([log], self.clock, stop=2)
+        with mock.patch.object(log_module, "read_metrics", side_effect=AssertionError):
+            for text in ("first", "second", "first"):
+                log.note(2, text)
+        self.assertEqual([e["text"] for e in self.read() if e["event"] == "note"], ["first", "second"])
+
     def test_damaged_lines_are_skipped(self):
         self.run_log(stop=2)
         whole = self.path.read_bytes()

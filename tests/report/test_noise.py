@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import tempfile
 import types
 import warnings
@@ -145,17 +146,18 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
             page = write_report(self.run_dir).read_text()
         self.assertIn(sentence, page)
 
-    @parameterized.parameters((101.0, 101.0, "batch of any size"), (1.0, 0.01, "could not be bounded"))
-    def test_proposals_from_a_converged_run(self, ghost, mean, sentence):
+    @parameterized.parameters((101.0, 101.0, 0, "batch of any size"), (1.0, 0.01, 2, "could not be bounded"))
+    def test_proposals_from_a_converged_run(self, ghost, mean, code, sentence):
         self.log(40, 20)
         lines = read_metrics(self.run_dir / "metrics.jsonl")
         for e in lines:
             if e["event"] == "noise_scale":
                 e |= {"noise_scale": None, "low": None, "ghost_square": [ghost] * 3, "mean_square": [mean] * 3}
         (self.run_dir / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            self.assertEqual(batch_size.main([str(self.run_dir)]), 0)
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+            self.assertEqual(batch_size.main([str(self.run_dir)]), code)
         self.assertIn(sentence, out.getvalue())
+        self.assertEqual("progress" in out.getvalue(), not code)  # no table where nothing was measured
 
     def test_proposals_from_a_run(self):
         self.log(200, 50)
@@ -163,7 +165,14 @@ class NoiseScaleLogTest(parameterized.TestCase, tf.test.TestCase):
         with contextlib.redirect_stdout(out):
             self.assertEqual(batch_size.main([str(self.run_dir), "256", "1024"]), 0)
         rows = [line.split() for line in out.getvalue().splitlines()[-2:]]
-        self.assertEqual([rows[0][i] for i in (0, 3, 5, 6)], ["256", "5", "200", "0"])  # the run itself
+        self.assertEqual([rows[0][i] for i in (0, 7, 9, 10, 11)], ["256", "5", "200", "0", "steps"])  # the run itself
+        lines, proposals = batch_size.propose_from_run(self.run_dir, [256, 1024])
+        found = re.search(r"Noise scale \S+ \(([\d,]+) to ([\d,]+)\)", " ".join(lines))
+        low, high = (float(end.replace(",", "")) for end in found.groups())
+        for row, proposal in zip(rows, proposals, strict=True):
+            ends = [100 / (1 + proposal.batch_size / end) for end in (low, high)]
+            self.assertAllClose([float(row[i]) for i in (3, 5)], ends, atol=1.0)
+            self.assertBetween(float(row[1]), *ends)
         self.assertEqual(rows[1][0], "1,024")
 
     def test_the_end_of_a_run_and_its_optimizer_decide(self):

@@ -40,6 +40,54 @@ class Scores(keras.callbacks.Callback):
         self.logs.append((batch, logs))
 
 
+class ResumedTest(parameterized.TestCase, tf.test.TestCase):
+    """A run that goes on from a snapshot, in a new trainer, ends as one that was never stopped."""
+
+    CALLBACKS = {
+        "rate": lambda: keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
+        "plateau": lambda: keras.callbacks.ReduceLROnPlateau("loss", patience=2, min_delta=1e9),
+        "stop": lambda: keras.callbacks.EarlyStopping("loss", patience=3, min_delta=1e9),
+    }
+
+    def go(self, trainer, name, epochs, *more):
+        begun = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self.begun.append(epoch))
+        callbacks = [self.CALLBACKS[name](), begun, *more]
+        trainer.fit(X, Y, epochs=epochs, callbacks=callbacks, shuffle=False, verbose=0)
+        weights = [np.array(keras.ops.convert_to_numpy(w)) for w in trainer.model.weights]
+        return (
+            trainer.position.update,
+            float(keras.ops.convert_to_numpy(trainer.model.optimizer.learning_rate)),
+            weights,
+        )
+
+    def check(self, name, snapshot, epochs):
+        trainer = Trainer(make(), batch_size=16)
+        trainer.restore(*snapshot, (X, Y))
+        updates, rate, weights = self.go(trainer, name, epochs)
+        self.assertEqual((updates, rate), self.expected[:2])
+        for w, expected in zip(weights, self.expected[2], strict=True):
+            self.assertAllEqual(w, expected)
+
+    @parameterized.parameters(*CALLBACKS)
+    def test_from_the_middle_and_the_end_of_an_epoch(self, name):
+        snapshots, self.begun = {}, []
+
+        def take(batch, logs):
+            if trainer.position.update in (6, 8):
+                snapshots[trainer.position.update] = trainer.snapshot()
+
+        trainer = Trainer(make(), batch_size=16)
+        self.expected = self.go(trainer, name, 5, keras.callbacks.LambdaCallback(on_train_batch_end=take))
+        for snapshot in snapshots.values():
+            self.check(name, snapshot, 5)
+        with self.subTest("after a fit that had ended"):
+            ended = Trainer(make(), batch_size=16)
+            self.go(ended, name, 2)
+            self.begun = []
+            self.check(name, ended.snapshot(), 5)
+            self.assertEqual(self.begun[0], 2)
+
+
 class EvaluationTest(parameterized.TestCase, tf.test.TestCase):
     @parameterized.parameters(1, 2)
     def test_logs_of_its_batches(self, devices):

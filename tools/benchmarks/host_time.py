@@ -117,7 +117,8 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if args.out:
         held = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-        rows = [row for row in held if row["backend"] != backend] + rows
+        new = {(row["backend"], row["model"]) for row in rows}
+        rows = [row for row in held if (row["backend"], row["model"]) not in new] + rows
         command = f"KERAS_BACKEND=BACKEND python -m {__spec__.name}" + (f" --model={args.model}" if args.model else "")
         machine = f"{platform.machine()}, {os.cpu_count()} cores, keras {keras.__version__}"
         write_json(args.out, {"command": command, "machine": machine, "rows": rows})

@@ -4,6 +4,7 @@ python -m tools.benchmarks.results
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def noise_scale_part(found: dict[str, Any]) -> str:
     )
     for run in found["runs"]:
         name, parts = run["comparison"], run["parts"]
-        halfway = parts[len(parts) // 2 - 1]["noise_scale"]
+        halfway = parts[len(parts) // 2 - 1]["noise_scale"] or math.inf  # null if it is not bounded
         every = -(-len(parts) // NOISE_SCALE_ROWS)
         measured = [
             [f"{p['epoch']:g}", *(_examples(p[key]) for key in ("noise_scale", "low", "high"))]

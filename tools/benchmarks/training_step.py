@@ -178,7 +178,8 @@ def main() -> None:
         print("\n".join(json.dumps(row) for row in rows if row["network"] == network), flush=True)
     if args.out:
         held = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out.exists() else []
-        rows = [row for row in held if row["backend"] != BACKEND or row["network"] not in networks] + rows
+        new = {(row["backend"], row["network"], row["dtype"]) for row in rows}
+        rows = [row for row in held if (row["backend"], row["network"], row["dtype"]) not in new] + rows
         about = {"machine": machine(), "versions": versions(PACKAGES), "xla_flags": os.environ.get("XLA_FLAGS", "")}
         write_json(args.out, about | {"rows": rows})
 

@@ -22,7 +22,7 @@ from lars_keras.training.padding_terms import check_padding
 from lars_keras.training.scoring import score_batch, summary
 from lars_keras.training.state import EmaWeights, restore_variables, variables_by_name
 from lars_keras.training.tensorflow.cluster import TensorFlowCluster
-from lars_keras.training.tensorflow.inputs import errors_of_data, pads, scoring_batches, training_iterator
+from lars_keras.training.tensorflow.inputs import errors_of_data, first_input, pads, scoring_batches, training_iterator
 from lars_keras.training.tensorflow.step import TensorFlowStep
 from lars_keras.training.tensorflow.update import check_rule
 
@@ -243,7 +243,7 @@ class TensorFlowEngine:
 
     def _score_replica(self, batch: Any) -> None:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        if tf.nest.flatten(x)[0].shape[0] != 0:  # at the end, nothing may be left for some replicas
+        if first_input(x).shape[0] != 0:  # at the end, nothing may be left for some replicas
             scores = score_batch(self.model, x, y, weight, pads(self.strategy))
             self._scored.assign_add(tf.stack([tf.cast(s, tf.float64) for s in scores]))
 

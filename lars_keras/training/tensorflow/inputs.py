@@ -329,12 +329,17 @@ def _own_part(dataset: tf.data.Dataset, context: Any, size: int) -> tf.data.Data
     return dataset.rebatch(block, drop_remainder=True).shard(hosts, context.input_pipeline_id)
 
 
+def first_input(x: Any) -> tf.Tensor:
+    """Return the first input that is there; optional inputs may be None."""
+    return next(t for t in tf.nest.flatten(x) if t is not None)
+
+
 def _padded(dataset: tf.data.Dataset, size: int) -> tf.data.Dataset:
     """Return batches of exactly `size`, with a weight for each example; padding has weight 0."""
 
     def pad(*data: Any) -> tuple[Any, Any, tf.Tensor]:
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data if len(data) > 1 else data[0])
-        have = tf.shape(tf.nest.flatten(x)[0])[0]
+        have = tf.shape(first_input(x))[0]
         if weight is None:
             weight = tf.ones([have], tf.float32)
 
