@@ -6,6 +6,7 @@ import math
 import pathlib
 import sys
 import tempfile
+import time
 from unittest import mock
 
 import keras
@@ -305,6 +306,7 @@ class MetricsLogTest(tf.test.TestCase):
 
     def test_tensorboard_has_each_update_once(self):
         self.run_log(stop=5)
+        time.sleep(1.1)  # files of one second are read in the order of their names, 10 before 9
         self.run_log(first=3)
         events = EventAccumulator(str(self.run_dir / "tensorboard/train")).Reload()
         self.assertEqual([e.step for e in events.Tensors("loss")], [1, 2, 3, 4, 5, 6])
