@@ -43,17 +43,12 @@ class NoiseScale:
     noise: float
     updates: int
 
-    def efficiency(self, batch_size: int, value: float | None = None) -> float:
+    def efficiency(self, batch_size: int) -> float:
         """Return how much progress an example contributes in a batch, relative to a very small batch, in [0, 1].
 
         Source: McCandlish et al. 2018, equation 2.7: `1 / (1 + batch_size / noise scale)`.
-
-        Args:
-            batch_size: examples of an update.
-            value: a noise scale instead of the estimate, such as an end of its interval.
         """
-        scale = self.value if value is None else value
-        return 1.0 / (1.0 + batch_size / scale) if scale else 0.0
+        return 1.0 / (1.0 + batch_size / self.value) if self.value else 0.0
 
     def gain(self, small: int, large: int) -> float:
         """Return AdaScale's gain: how many updates at batch size `small` one update at batch size `large` is worth.

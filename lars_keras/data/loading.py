@@ -24,7 +24,7 @@ from lars_keras.data.unreadable import reason_of
 from lars_keras.files import local_path, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -131,7 +131,7 @@ def _load_folder(
     origin = f"in {printable(str(root))}"
     found = _image_file_data("folder", train, test, validation_split, len(classes), origin, cache, options)
     trained = train.labels[holdout(len(train), validation_split)[0]] if validation_split else train.labels
-    _mention(found, train, test, empty_classes(trained, classes), len(classes))
+    _mention(found, empty_classes(trained, classes), train.left_out + test.left_out)
     found.class_names = tuple(classes)
     return found
 
@@ -293,15 +293,13 @@ def _image_file_data(
     return ImageFileData(name, train, test, num_classes, description=description, **options)
 
 
-def _mention(
-    data: ImageFileData, train_files: FolderExamples, test_files: FolderExamples, empty: list[str], classes: int
-) -> None:
+def _mention(data: ImageFileData, empty: list[str], left_out: Mapping[str, int]) -> None:
     """Describe the files that are in the folder but in no split, and warn of classes without training images."""
     if empty:
         names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         data.description += f"; no training images of {names}"
-        data.warnings = (f"{len(empty)} of {classes} classes have no training images: {names}.",)
-    if left_out := train_files.left_out + test_files.left_out:
+        data.warnings = (f"{len(empty)} of {data.num_classes} classes have no training images: {names}.",)
+    if left_out:
         data.description += f"; left out: {describe_left_out(left_out)}"
 
 

@@ -81,6 +81,7 @@ def propose(
         num_train: examples of an epoch.
         normalized: True for the rate of LARS, LAMB or Adam, False for the rate of SGD.
     """
+    low, high = (dataclasses.replace(found, value=end) for end in (found.low, found.high))
     proposals = []
     for batch in batch_sizes:
         gain = found.gain(batch_size, batch)
@@ -90,7 +91,7 @@ def propose(
             Proposal(
                 batch,
                 found.efficiency(batch),
-                (found.efficiency(batch, found.low), found.efficiency(batch, found.high)),
+                (low.efficiency(batch), high.efficiency(batch)),
                 rate,
                 needed * batch / num_train,
                 needed,

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from absl import logging
 
-from lars_keras import _keras_internals as keras_internals
 from lars_keras.training.callback_memory import swaps_at_epochs
 from lars_keras.training.cluster import Cluster
 from lars_keras.training.inputs import DataEnded
 from lars_keras.training.position import Position
-from lars_keras.training.state import kept_random_state
+from lars_keras.training.state import kept_random_state, kept_rate
 from lars_keras.training.votes import hold_vote
 
 
@@ -70,11 +68,8 @@ class EpochLoop:
         if not resumed:
             self.position.begin_epoch(epoch)
             self.model.reset_metrics()
-        rate = keras_internals.learning_rate_of(keras_internals.inner_optimizer(self.model.optimizer))
-        before = np.array(keras.ops.convert_to_numpy(rate)) if resumed and isinstance(rate, keras.Variable) else None
-        self.callback_list.on_epoch_begin(epoch)
-        if before is not None:  # `LearningRateScheduler` has set the rate of this epoch before
-            rate.assign(before)
+        with kept_rate(self.model) if resumed else contextlib.nullcontext():  # callbacks have set it before the stop
+            self.callback_list.on_epoch_begin(epoch)
         self.check_unchanged()
 
     def _train_until(self, end: int) -> bool:

@@ -26,13 +26,13 @@ class Position:
     update: int = 0
     batches_consumed: int = 0
     epoch: int = -1
+    ended: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     counted: int = -1
     logs: dict[str, Any] = dataclasses.field(default_factory=dict)
     callbacks: dict[str, Any] | None = None
     order: list[Any] | None = None
     rollbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    ended: int = 0
 
     def __post_init__(self) -> None:
         if self.counted < 0:

@@ -166,6 +166,18 @@ def kept_random_state(model: keras.Model) -> Iterator[None]:
             variable.assign(value)
 
 
+@contextlib.contextmanager
+def kept_rate(model: keras.Model) -> Iterator[None]:
+    """Leave the optimizer's learning rate as it was. A schedule stays anyway."""
+    rate = keras_internals.learning_rate_of(keras_internals.inner_optimizer(model.optimizer))
+    if not isinstance(rate, keras.Variable):
+        yield
+        return
+    before = keras.ops.convert_to_numpy(rate).copy()
+    yield
+    rate.assign(before)
+
+
 def finalize(model: keras.Model) -> None:
     """Give a model the EMA of its weights at the end of a training, as Keras does, if the optimizer keeps it.
 

@@ -13,8 +13,7 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
 
     A TPU reduces and scatters along one direction of its torus at a time. Along one axis of all of its chips, the
     compiler turns a reduce-scatter into an all-reduce of full size. `jax.experimental.mesh_utils.create_device_mesh`
-    would take these lengths as given, refuses v4 with two devices per chip, and on small slices follows rings that
-    leave the torus's axes.
+    would take these lengths as given, and on small slices follows rings that leave the torus's axes.
     """
     devices = torus_order(devices)
     places = [place for place in map(_coordinates, devices) if place]
